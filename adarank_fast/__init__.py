@@ -1,0 +1,1 @@
+"""adarank-fast: mixed-rank LoRA."""
