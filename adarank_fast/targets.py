@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -35,7 +36,7 @@ class Target:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a Linear or Conv1D, quantised or not; None for anything else."""
+    """(in_features, out_features) of a Linear or Conv1D, quantised or not; else None."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D":  # transformers': weight is [in, out]
@@ -64,18 +65,169 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, `torch.compile` and PEFT wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            model = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "base_model"):
-            inner = model.base_model
-            model = getattr(inner, "model", inner)
+            model = cast(nn.Module, model.module)
+        elif any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
+            model = cast(Any, model).get_base_model()
         else:
             return model
 
 
 def base_model_prefix(model: nn.Module) -> str:
-    """`"bert."` for a BertForSequenceClassification, `""` for a BertModel or a module without one."""
+    """`"bert."` for a BertForSequenceClassification, `""` for a bare base model."""
     model = unwrap(model)
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "pooler"})
+
+
+def find_targets(model: nn.Module, target_modules: TargetModules = "attention") -> list[Target]:
+    """The linear modules of `model` that `target_modules` names, in the model's own order.
+
+    Args:
+        model: any torch module; DDP, `torch.compile` and PEFT wrappers are looked through.
+        target_modules: `"attention"`: every Linear / Conv1D beneath a module whose class name
+            contains "Attention", the output projection included; `"all-linear"`: every Linear /
+            Conv1D but heads and poolers; any other string: a regex that must match a full name;
+            a list: full names or dotted suffixes of names.
+
+    Raises:
+        ValueError: nothing matches, or an element of the list does not.
+        TypeError: `target_modules` is neither a string nor an iterable of strings.
+    """
+    model = unwrap(model)
+    linears = {
+        canonical_name(path, model): (path, module)
+        for path, module in model.named_modules()
+        if linear_shape(module) and not _is_adapter(path)
+    }
+    chosen = _choose(target_modules, linears, model)
+    targets = []
+    for name in linears:
+        if name in chosen:
+            path, module = linears[name]
+            shape = linear_shape(module)
+            assert shape is not None
+            targets.append(Target(name, path, module, *shape, find_block(model, path)))
+    return targets
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Paths of all elements of outermost ModuleLists: the layers of a transformer's towers."""
+    paths = (path for path, _ in model.named_modules())
+    return [path for path in paths if path and find_block(model, path) == path]
+
+
+def find_block(model: nn.Module, path: str) -> str | None:
+    """The block that holds `path`: an element of the outermost ModuleList above it, or None."""
+    parts = path.split(".")
+    module = model
+    for depth, part in enumerate(parts):
+        if isinstance(module, nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+        module = getattr(module, part)
+    return None
+
+
+def _choose(
+    target_modules: TargetModules, linears: Mapping[str, tuple[str, nn.Module]], model: nn.Module
+) -> set[str]:
+    """The canonical names among `linears` that `target_modules` names; errors as `find_targets`."""
+    if target_modules == "attention":
+        chosen = {n for n, (path, _) in linears.items() if _beneath_attention(model, path)}
+        if not chosen:
+            classes = sorted({type(m).__name__ for m in model.modules() if any(m.children())})
+            raise ValueError(
+                'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
+                f"name contains 'Attention' (classes here: {_some(classes)}); "
+                f'pass "all-linear" or names, for example {_some(sorted(linears))}'
+            )
+        return chosen
+    if target_modules == "all-linear":
+        prefix = base_model_prefix(model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = {
+            name
+            for name, (path, module) in linears.items()
+            if path.startswith(prefix) and module is not head and HEADS.isdisjoint(path.split("."))
+        }
+        if not chosen:
+            raise ValueError('target_modules="all-linear" found no Linear or Conv1D in the model')
+        return chosen
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is not a valid regex: {error}"
+            ) from error
+        chosen = {
+            name
+            for name, (path, _) in linears.items()
+            if pattern.fullmatch(name) or pattern.fullmatch(path)
+        }
+        if not chosen:
+            raise ValueError(
+                f"target_modules={target_modules!r} matches no linear module; a string is a regex "
+                "for the full name (pass a list for suffixes); "
+                f"near matches: {_near(target_modules, linears)}"
+            )
+        return chosen
+    try:
+        wanted = list(target_modules)
+        if not all(isinstance(item, str) for item in wanted):
+            raise TypeError
+    except TypeError:
+        raise TypeError(
+            f"target_modules must be a string or a list of strings, got {target_modules!r}"
+        ) from None
+    if not wanted:
+        raise ValueError("target_modules is empty; name at least one module")
+    chosen = set()
+    for item in wanted:
+        found = {
+            name
+            for name, (path, _) in linears.items()
+            if _ends_with(name, item) or _ends_with(path, item)
+        }
+        if not found:
+            other = [type(m).__name__ for p, m in model.named_modules() if _ends_with(p, item)]
+            why = f"names a {other[0]}, not a Linear or Conv1D" if other else "matches no module"
+            raise ValueError(
+                f"target_modules: {item!r} {why}; near matches: {_near(item, linears)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _beneath_attention(model: nn.Module, path: str) -> bool:
+    module = model
+    for part in path.split("."):
+        if "Attention" in type(module).__name__:
+            return True
+        module = getattr(module, part)
+    return False
+
+
+def _is_adapter(path: str) -> bool:
+    """True for what PEFT adds inside its layers (`lora_A`, `lora_B`, ...)."""
+    return any(part.startswith("lora_") for part in path.split("."))
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _near(item: str, linears: Iterable[str]) -> str:
+    """Names, or last parts of names, that look like `item`; else the last parts there are."""
+    last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    near = difflib.get_close_matches(item.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
+    return _some(near or last_parts)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown

@@ -1,0 +1,102 @@
+"""What a prediction will cost, before it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from adarank_fast.outputs import Batch, OutputChoice, accepted, choose_output
+from adarank_fast.prediction import NOISE_BYTES, folds_for
+from adarank_fast.replay import FOLDED, Replay, prepare_batches, take, undisturbed
+from adarank_fast.targets import TargetModules, find_targets, unwrap
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What `predict_ranks` would do with the same arguments.
+
+    Attributes:
+        modules: how many get a rank.
+        probes: (module, trial, batch) triples.
+        flops: floating-point operations of all probes.
+        naive_flops: those of one full forward per probe.
+        seconds: at the rate of one folded forward, timed here.
+        memory_bytes: noise, activations of a folded block and clean outputs; the model not counted.
+        blocks: blocks that can answer from a record.
+        routes: module name -> "folded", or why its variants run one by one.
+    """
+
+    modules: int
+    probes: int
+    flops: int
+    naive_flops: int
+    seconds: float
+    memory_bytes: int
+    blocks: int
+    routes: dict[str, str]
+
+
+def estimate_cost(
+    model: object,
+    batches: Iterable[Batch],
+    target_modules: TargetModules = "attention",
+    trials: int = 5,
+    output: OutputChoice = "auto",
+) -> CostEstimate:
+    """Count the work of `predict_ranks` and time one forward, without probing anything.
+
+    Only the first batch is run: once clean, once folded, and small ones to settle the routes.
+
+    Args:
+        model, batches, target_modules, trials, output: as for `predict_ranks`.
+
+    Raises:
+        ValueError, TypeError: as `predict_ranks`.
+    """
+    inner = unwrap(model)  # type: ignore[arg-type]
+    targets = find_targets(inner, target_modules)
+    prepared = prepare_batches(inner, batches)
+    with undisturbed(inner):
+        chosen = choose_output(inner, output, take(prepared[0], 1))
+        replay = Replay(inner, chosen, prepared[:1], targets)
+        with FlopCounterMode(display=False) as counter:
+            replay.root(**accepted(replay.root, prepared[0]))
+        folds = folds_for(replay, 0)
+        start = time.perf_counter()
+        replay.run(0, folds, {})
+        elapsed = time.perf_counter() - start
+    forward = counter.get_total_flops()
+    by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(replay.root).__name__
+    inside = f"{chosen.root}." if chosen.root else ""
+    by_block = [by_module.get(f"{root}.{b.removeprefix(inside)}", 0) for b in replay.order]
+    per_item = [sum(by_block[: replay.position(t.block)]) for t in targets]
+    sizes = [_tokens(batch) for batch in prepared]
+    scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
+    noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
+    suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
+    flops = int((suffixes * trials + forward) * scale)
+    slow = sum(replay.routes[t.name] != FOLDED for t in targets) / len(targets)
+    rate = forward * folds / elapsed
+    widest = max(max(t.in_features, t.out_features) for t in targets)
+    noise_bytes = 4 * trials * max(t.in_features * t.out_features for t in targets) * len(targets)
+    activations = 4 * 8 * folds * sizes[0] * widest
+    return CostEstimate(
+        modules=len(targets),
+        probes=len(targets) * trials * len(prepared),
+        flops=flops,
+        naive_flops=int(forward * scale) * len(targets) * trials,
+        seconds=flops / rate * (1 + slow),
+        memory_bytes=int(
+            min(NOISE_BYTES, noise_bytes) * 2 + activations + replay.clean[0].nbytes * len(prepared)
+        ),
+        blocks=len(replay.order),
+        routes=dict(replay.routes),
+    )
+
+
+def _tokens(batch: Batch) -> int:
+    return max(v.shape[:2].numel() for v in batch.values() if hasattr(v, "shape") and v.dim())

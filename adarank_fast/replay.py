@@ -1,0 +1,443 @@
+"""Record a clean pass over the batches; run what comes after a block for K variants at once.
+
+Perturbing a module cannot change what was computed before it. So the blocks before the probed one
+answer from a record, and the model's own code does all the rest: embeddings, masks, norms, heads.
+The K variants of a block are folded into the batch, variant by variant: row k * B + b is item b
+under variant k.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from adarank_fast.outputs import Batch, Output, accepted
+from adarank_fast.targets import Target, find_blocks
+
+FOLDED = "folded"
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+Forward = Callable[..., Any]
+
+
+class _Reached(BaseException):
+    """Raised where a pass may stop: everything up to the wanted block has been recorded."""
+
+
+def batch_size(batch: Batch) -> int:
+    """B: the first size of the main input, else of the first tensor."""
+    tensors = [batch[key] for key in MAIN_INPUTS if isinstance(batch.get(key), Tensor)]
+    tensors += [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    return tensors[0].shape[0]
+
+
+def take(batch: Batch, items: int) -> Batch:
+    """The first `items` items of a batch."""
+    size = batch_size(batch)
+    return tree_map_only(
+        Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch
+    )
+
+
+def fold(batch: Batch, folds: int) -> Batch:
+    """The batch `folds` times over: every tensor with B rows is repeated, the rest is shared."""
+    size = batch_size(batch)
+    return tree_map_only(
+        Tensor, lambda t: _repeat(t, folds) if t.dim() and t.shape[0] == size else t, batch
+    )
+
+
+def _repeat(tensor: Tensor, folds: int) -> Tensor:
+    return tensor.repeat(folds, *[1] * (tensor.dim() - 1))
+
+
+@contextmanager
+def patched(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Give modules another `forward`; take it away again, whatever happens."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward_before in before.items():
+            if forward_before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward_before
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, every module's own forward; all as before at the end.
+
+    `torch.nn.TransformerEncoder` in eval mode reads weights without calling its modules until the
+    fast path of `torch.backends.mha` is off.
+    """
+    training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in training.items():
+            module.training = mode
+
+
+class _Trace:
+    """What one pass shows: the order of the blocks, how they hang together, the targets' inputs."""
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.order: list[str] = []
+        self.outputs: dict[str, list[Tensor]] = {}  # block -> tensors of its output (if keep)
+        self.inputs: dict[str, list[Tensor]] = {}  # target -> the input of each call (if keep)
+        self.rows: dict[str, list[int]] = {}  # target -> rows of each call
+        self.breaks: set[str] = set()  # blocks whose output is not simply the next one's input
+        self._last: tuple[str, Tensor | None, int] | None = None
+
+    def block(self, path: str, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._last is not None:
+                before, tensor, version = self._last
+                leaves = tree_flatten((args, kwargs))[0]
+                passed_on = tensor is not None and any(leaf is tensor for leaf in leaves)
+                if not passed_on or tensor._version != version:  # type: ignore[union-attr]
+                    self.breaks.add(before)
+            self.order.append(path)
+            output = original(*args, **kwargs)
+            tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+            if self.keep:
+                self.outputs[path] = [tensor.clone() for tensor in tensors]
+            first = tensors[0] if tensors else None
+            self._last = path, first, 0 if first is None else first._version
+            return output
+
+        return forward
+
+    def target(self, name: str, original: Forward) -> Forward:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.rows.setdefault(name, []).append(x.shape[0])
+            if self.keep:
+                self.inputs.setdefault(name, []).append(x.clone())
+            return original(x, *args, **kwargs)
+
+        return forward
+
+
+class Replay:
+    """A model, its batches and a record of the clean pass, open at one block at a time.
+
+    Attributes:
+        clean: per batch, the output of the clean pass, [B, ...].
+        order: paths of the blocks that can answer from the record, in the order of execution.
+        routes: target name -> "folded", or why its variants must run one by one.
+
+    Args:
+        model: unwrapped, inside `undisturbed`.
+        output: what to read off it.
+        batches: as `prepare_batches` returns them.
+        targets: the modules that will be perturbed.
+
+    Raises:
+        ValueError: the model rejects the batches, or a target lies outside what the output reads.
+    """
+
+    def __init__(
+        self, model: nn.Module, output: Output, batches: Sequence[Batch], targets: Sequence[Target]
+    ) -> None:
+        self.output = output
+        self.batches = batches
+        self.root = model.get_submodule(output.root)
+        self._prefix = f"{output.root}." if output.root else ""
+        for target in targets:
+            if not target.path.startswith(self._prefix):
+                raise ValueError(
+                    f"target_modules: {target.name} has no influence on output "
+                    f"{output.name!r}; choose another output= or leave it out"
+                )
+        self._modules = {path: model.get_submodule(path) for path in find_blocks(model)}
+        self._targets = targets
+        self._everything = False
+        self._boundary = 0
+        self._record: list[dict[str, Any]] = [{} for _ in batches]
+        self._record_clean_passes()
+        self._check_folding()
+
+    def position(self, block: str | None) -> int:
+        """Where a block stands in `order`; 0, the whole forward, if it cannot be replayed."""
+        return self.order.index(block) if block in self.order else 0
+
+    def advance(self, position: int) -> None:
+        """Open the record at `order[position]`: the blocks before it answer, the rest runs."""
+        if position < self._boundary:
+            self._boundary, self._record = 0, [{} for _ in self.batches]
+        if position == self._boundary:
+            return
+        new = self.order[self._boundary : position]
+        stale = self.order[self._boundary - 1] if self._boundary else None
+        for batch, record in zip(self.batches, self._record, strict=True):
+            forwards = self._answers(record, 1)
+            forwards |= {self._modules[path]: self._recorder(path, record) for path in new}
+            forwards[self._modules[self.order[position]]] = _stop
+            try:
+                with patched(forwards):
+                    self.root(**accepted(self.root, batch))
+            except _Reached:
+                pass
+            for path in [stale, *new[:-1]]:
+                if path is not None and not (self._everything or path in self._needed):
+                    record[path] = _placeholder(record[path])
+        self._boundary = position
+
+    def run(
+        self,
+        index: int,
+        folds: int,
+        forwards: Mapping[nn.Module, Forward],
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The output of batch `index` under `folds` variants, from the open block on.
+
+        Args:
+            index: which batch.
+            folds: K, how often the batch is folded.
+            forwards: module -> the forward to use; inputs have K * B rows, variant by variant.
+            parameters: parameter names (in the model) -> replacements, for this call only.
+
+        Returns:
+            [K, B, ...] tensor.
+        """
+        inputs = fold(self.batches[index], folds)
+        with patched({**self._answers(self._record[index], folds), **forwards}):
+            arguments = accepted(self.root, inputs)
+            if parameters:
+                local = {k.removeprefix(self._prefix): v for k, v in parameters.items()}
+                outputs = functional_call(self.root, local, kwargs=arguments)
+            else:
+                outputs = self.root(**arguments)
+        value = self.output.read(outputs, inputs)
+        return value.reshape(folds, -1, *value.shape[1:])
+
+    def keep_everything(self) -> bool:
+        """Let every block answer with its real output from now on; False if that was so already.
+
+        By default only outputs that are known to be read are kept; the rest answers with NaN, so
+        that a model which reads an earlier block's output elsewhere shows it.
+        """
+        if self._everything or not self._boundary:
+            return False
+        self._everything = True
+        position, self._boundary = self._boundary, 0
+        self._record = [{} for _ in self.batches]
+        self.advance(position)
+        return True
+
+    def rows(self, name: str, index: int) -> int:
+        """Rows that a folded target gets for batch `index` in a clean pass."""
+        return self._rows[index][name][0]
+
+    def _trace(self, batch: Batch, keep: bool = False) -> tuple[_Trace, Tensor]:
+        trace = _Trace(keep)
+        forwards = {t.module: trace.target(t.name, t.module.forward) for t in self._targets}
+        for path, module in self._modules.items():  # a block may itself be a target
+            forwards[module] = trace.block(path, forwards.get(module, module.forward))
+        with patched(forwards):
+            outputs = self.root(**accepted(self.root, batch))
+        value = self.output.read(outputs, batch)
+        if not isinstance(value, Tensor) or not value.dim():
+            raise ValueError(
+                f"output {self.output.name!r} must give a tensor with a row per item, "
+                f"got {type(value).__name__}"
+            )
+        if value.shape[0] != batch_size(batch):
+            raise ValueError(
+                f"output {self.output.name!r} must have a row per item "
+                f"({batch_size(batch)}), got shape {tuple(value.shape)}"
+            )
+        return trace, value
+
+    def _record_clean_passes(self) -> None:
+        self.clean: list[Tensor] = []
+        self._rows: list[dict[str, list[int]]] = []
+        orders, breaks = [], set()
+        for batch in self.batches:
+            trace, value = self._trace(batch)
+            self.clean.append(value)
+            self._rows.append(trace.rows)
+            orders.append(trace.order)
+            breaks |= trace.breaks
+        once = len(set(orders[0])) == len(orders[0])
+        self.order = orders[0] if once and all(o == orders[0] for o in orders) else []
+        self._needed = breaks
+
+    def _check_folding(self) -> None:
+        """Compare a small batch with the same batch folded twice, target by target."""
+        sample = take(max(self.batches, key=batch_size), 2)
+        single, value = self._trace(sample, keep=True)
+        reason = ""
+        try:
+            double, folded_value = self._trace(fold(sample, 2), keep=True)
+        except Exception as error:  # whatever a model says to a batch it cannot take
+            reason = f"the model rejects a folded batch ({type(error).__name__})"
+        else:
+            if not _is_twice(folded_value, value):
+                reason = "a folded batch gives another output"
+            elif double.order != single.order:
+                reason = "a folded batch runs other blocks"
+        self._repeats: dict[str, list[bool]] = {}
+        if not reason:
+            for path in self.order:
+                pairs = list(zip(double.outputs[path], single.outputs[path], strict=True))
+                self._repeats[path] = [_is_twice(two, one) for two, one in pairs]
+                if not all(_is_twice(two, one) or _is_same(two, one) for two, one in pairs):
+                    reason = f"block {path} does not give a row per item"
+        self.routes = {
+            target.name: reason or self._why_not_folded(target.name, single, double) or FOLDED
+            for target in self._targets
+        }
+
+    def _why_not_folded(self, name: str, single: _Trace, double: _Trace) -> str:
+        ones, twos = single.inputs.get(name, []), double.inputs.get(name, [])
+        if not ones:
+            return "its forward is never called"
+        if len(ones) != len(twos) or not all(map(_is_twice, twos, ones)):
+            return "the batch is not the first dimension of its input"
+        if any(len(set(rows.get(name, ()))) != 1 for rows in self._rows):
+            return "its calls differ in size"
+        return ""
+
+    def _answers(self, record: dict[str, Any], folds: int) -> dict[nn.Module, Forward]:
+        return {
+            self._modules[path]: _answer(record[path], self._repeats.get(path), folds)
+            for path in self.order[: self._boundary]
+        }
+
+    def _recorder(self, path: str, record: dict[str, Any]) -> Forward:
+        original = self._modules[path].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            # A copy: the model may go on to change its own in place.
+            record[path] = tree_map_only(Tensor, torch.clone, output)
+            return output
+
+        return forward
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise _Reached
+
+
+def _answer(tree: Any, repeats: list[bool] | None, folds: int) -> Forward:
+    """A forward that returns a recorded output, folded; always a copy, as models write in place."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten(tree)
+        flags = iter(repeats or ())
+        out = []
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                out.append(leaf)
+            elif not next(flags, True) or folds == 1:
+                out.append(leaf.clone())
+            elif leaf.dim() and not any(leaf.stride()):  # a placeholder
+                out.append(leaf.as_strided((folds * leaf.shape[0], *leaf.shape[1:]), leaf.stride()))
+            else:
+                out.append(_repeat(leaf, folds))
+        return tree_unflatten(out, spec)
+
+    return forward
+
+
+def _placeholder(tree: Any) -> Any:
+    """The tree with floating-point tensors replaced by NaN of the same shape and no storage."""
+
+    def blank(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.new_full((), float("nan")).expand(tensor.shape)
+
+    return tree_map_only(Tensor, blank, tree)
+
+
+def _is_same(two: Tensor, one: Tensor) -> bool:
+    if two.shape != one.shape:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(two, one)
+    one, two = one.double().nan_to_num(), two.double().nan_to_num()
+    tolerance = 1e-3 if one.numel() and two.dtype == torch.float32 else 3e-2
+    return bool((two - one).norm() <= tolerance * one.norm() + 1e-12)
+
+
+def _is_twice(two: Tensor, one: Tensor) -> bool:
+    """True if `two` is `one` on top of `one`, up to rounding."""
+    return bool(one.dim()) and two.shape[0] == 2 * one.shape[0] and _is_same(two, _repeat(one, 2))
+
+
+def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+    """Check the batches and settle what the model is given: no labels, no cache.
+
+    Raises:
+        TypeError: a batch is not a dict with tensors.
+        ValueError: no batches, an empty one, a key the model does not know, another device.
+    """
+    prepared: list[Batch] = []
+    parameters = inspect.signature(type(model).forward).parameters
+    device = next((p.device for p in model.parameters()), None)
+    for number, batch in enumerate(batches):
+        where = f"batches[{number}]"
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{where} must be a dict of the model's keyword inputs, got {type(batch).__name__}"
+            )
+        inputs = dict(batch)
+        _check_keys(where, inputs, parameters)
+        labels = inputs.pop("labels", None)
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if isinstance(labels, Tensor) and shift and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = shift(labels=labels)
+            inputs.setdefault("decoder_attention_mask", (labels != -100).long())
+        if not any(isinstance(v, Tensor) and v.dim() for v in inputs.values()):
+            raise TypeError(f"{where} holds no tensor (keys: {', '.join(map(str, inputs))})")
+        if not batch_size(inputs):
+            raise ValueError(f"{where} holds no items; leave it out")
+        for key, value in inputs.items():
+            if isinstance(value, Tensor) and device is not None and value.device != device:
+                if not hasattr(model, "hf_device_map"):
+                    raise ValueError(
+                        f"{where}[{key!r}] is on {value.device}, the model on {device}; "
+                        f"move it with .to({str(device)!r})"
+                    )
+        if "use_cache" in parameters:
+            inputs["use_cache"] = False
+        prepared.append(inputs)
+    if not prepared:
+        raise ValueError("batches is empty; pass at least one batch of the model's inputs")
+    return prepared
+
+
+def _check_keys(where: str, inputs: Batch, parameters: Mapping[str, inspect.Parameter]) -> None:
+
+    known = [
+        n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in inputs:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
+        if key not in known and key != "labels" and (near or not open_ended):
+            raise ValueError(
+                f"{where} has the key {key!r}, which the model does not take; "
+                + (f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known[1:])}")
+            )

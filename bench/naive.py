@@ -1,0 +1,61 @@
+"""The yardstick: AdaRank as anybody would write it. Perturb in place, full forward, restore.
+
+One full forward per (module, trial, batch), one module at a time, from a clean copy each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adarank_fast import perturbation
+
+
+@torch.no_grad()
+def naive_disagreements(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    modules: Mapping[str, str],
+    read: Callable[[Any, Mapping[str, Any]], Tensor],
+    trials: int,
+    seed: int = 0,
+    mask: str | None = None,
+) -> dict[str, list[float]]:
+    """Mean |f_perturbed(x) - f(x)| of every module and trial.
+
+    Args:
+        model: in eval mode; its weights are overwritten and restored.
+        batches: keyword inputs.
+        modules: canonical name -> path in `model`.
+        read: (outputs, batch) -> [B, D], or [B, T, D] if `mask` names the batch's [B, T] mask.
+        trials: per module.
+        seed: of the noise, as `predict_ranks` draws it.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    clean = [read(model(**batch), batch) for batch in batches]
+    found: dict[str, list[float]] = {}
+    for name, path in modules.items():
+        module = model.get_submodule(path)
+        before = {key: p.detach().clone() for key, p in module.named_parameters(recurse=False)}
+        found[name] = []
+        for trial in range(trials):
+            weight_noise, bias_noise = perturbation(module, name, trial, seed)
+            module.weight.add_(weight_noise)
+            if bias_noise is not None:
+                module.bias.add_(bias_noise)
+            total, count = 0.0, 0
+            for batch, reference in zip(batches, clean, strict=True):
+                difference = (read(model(**batch), batch) - reference).abs().double()
+                if mask is not None:
+                    difference = difference[batch[mask].bool()]
+                total += difference.sum().item()
+                count += difference.numel()
+            found[name].append(total / count)
+            for key, p in module.named_parameters(recurse=False):
+                p.copy_(before[key])
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    return found
