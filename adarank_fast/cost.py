@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adarank_fast.outputs import Batch, OutputChoice, accepted, choose_output
@@ -40,7 +41,7 @@ class CostEstimate:
 
 
 def estimate_cost(
-    model: object,
+    model: nn.Module,
     batches: Iterable[Batch],
     target_modules: TargetModules = "attention",
     trials: int = 5,
@@ -56,7 +57,7 @@ def estimate_cost(
     Raises:
         ValueError, TypeError: as `predict_ranks`.
     """
-    inner = unwrap(model)  # type: ignore[arg-type]
+    inner = unwrap(model)
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
             return logits
     elif not hasattr(model, "config"):
         if _tensor(_run(model, "", sample)) is not None:
-            return Output("tensor", "", lambda outputs, inputs: _tensor(outputs))  # type: ignore[arg-type,return-value]
+            return Output("tensor", "", lambda outputs, inputs: cast(Tensor, _tensor(outputs)))
     return _checked(model, Output("mean_pooled_hidden_state", base, pooled), sample)
 
 

@@ -23,14 +23,13 @@ from tqdm.auto import tqdm
 from adarank_fast.allocation import allocate_ranks
 from adarank_fast.disagreement import check_metric, disagreement_sums, positions
 from adarank_fast.outputs import Batch, OutputChoice, choose_output, position_mask
-from adarank_fast.plan import RankPlan, Score
+from adarank_fast.plan import RankPlan, Score, describe_model
+from adarank_fast.quantised import plain_weight, unpacked
 from adarank_fast.replay import FOLDED, Forward, Replay, prepare_batches, take, undisturbed
 from adarank_fast.targets import (
     Target,
     TargetModules,
-    base_model_prefix,
     find_targets,
-    linear_shape,
     unwrap,
 )
 from adarank_kernels import philox_normal
@@ -93,6 +92,8 @@ def predict_ranks(
         raise ValueError(f"trials must be a positive integer, got {trials!r}")
     if not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
     inner = unwrap(model)
     targets = find_targets(inner, target_modules)
     sizes = {t.name: (t.in_features, t.out_features) for t in targets}
@@ -106,18 +107,14 @@ def predict_ranks(
     )
     allocate_ranks(dict.fromkeys(sizes, 1.0), sizes=sizes, **budget)  # say no before the work
     prepared = prepare_batches(inner, batches)
-    with undisturbed(inner):
+    with undisturbed(inner), unpacked(inner):
         chosen = choose_output(inner, output, take(prepared[0], 1))
         replay = Replay(inner, chosen, prepared, targets)
         found = probe(inner, replay, targets, trials, seed, metric, progress)
     scores = {t.name: Score.from_trials(found[t.name]) for t in targets}
     settings = {
-        "model_class": type(inner).__name__,
-        "model": getattr(getattr(inner, "config", None), "_name_or_path", "") or "",
-        "base_model_prefix": base_model_prefix(inner),
-        "target_modules": target_modules
-        if isinstance(target_modules, str)
-        else sorted(target_modules),
+        **describe_model(inner),
+        "target_modules": target_modules,
         "output": chosen.name,
         "metric": metric,
         "trials": trials,
@@ -185,7 +182,7 @@ def perturbation(
         (weight noise in the weight's own layout, bias noise or None), float32. Their standard
         deviation is that of the parameter: the population's, in float64.
     """
-    weight = _plain_weight(module)
+    weight = plain_weight(module)
     bias = getattr(module, "bias", None)
     return (
         _noise(weight, noise_key(seed, name, "weight", trial)),
@@ -202,18 +199,6 @@ def noise_key(seed: int, name: str, part: str, trial: int) -> int:
 def _noise(parameter: Tensor, key: int) -> Tensor:
     std = parameter.detach().double().std(correction=0).item()
     return philox_normal(parameter.shape, key, device=parameter.device).mul_(std)
-
-
-def _plain_weight(module: nn.Module) -> Tensor:
-    """The weight as numbers: a quantised one is dequantised, a copy."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    shape = linear_shape(module)
-    if weight.is_floating_point() and weight.numel() == shape[0] * shape[1]:  # type: ignore[index]
-        return weight
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(module)
 
 
 def _by_block(replay: Replay, targets: Sequence[Target]) -> dict[int, list[Target]]:

@@ -111,8 +111,8 @@ class _Trace:
             if self._last is not None:
                 before, tensor, version = self._last
                 leaves = tree_flatten((args, kwargs))[0]
-                passed_on = tensor is not None and any(leaf is tensor for leaf in leaves)
-                if not passed_on or tensor._version != version:  # type: ignore[union-attr]
+                passed_on = any(leaf is tensor for leaf in leaves)
+                if tensor is None or not passed_on or tensor._version != version:
                     self.breaks.add(before)
             self.order.append(path)
             output = original(*args, **kwargs)

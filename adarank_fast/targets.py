@@ -40,7 +40,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D":  # transformers': weight is [in, out]
-        return module.nx, module.nf  # type: ignore[return-value]
+        return cast(Any, module).nx, cast(Any, module).nf
     return None
 
 

@@ -19,7 +19,9 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-COUNTERS_PER_CHUNK = 1 << 14  # the int64 temporaries of a chunk stay in the second-level cache
+# On the CPU a chunk's temporaries stay in the second-level cache and its operations below the size
+# at which torch hands them to several threads: a barrier each would cost more than the work.
+COUNTERS_PER_CHUNK = 1 << 14
 
 
 def philox_words(seed: int, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,33 +35,26 @@ def philox_words(seed: int, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     c0, c1 = counters & WORD, counters >> 32
     c2 = c3 = torch.zeros_like(counters)
     for _ in range(ROUNDS):
-        # int64 products wrap modulo 2**64: their 64 bits are those of the unsigned product.
+        # int64 products wrap modulo 2**64: their 64 bits are those of the unsigned product. The
+        # odd words keep what lies above their 32 bits: the mask after the exclusive or drops it.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & WORD) ^ c1 ^ key0
-        c2 = ((product0 >> 32) & WORD) ^ c3 ^ key1
-        c1, c3 = product1 & WORD, product0 & WORD
+        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(key0).bitwise_and_(WORD)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(key1).bitwise_and_(WORD)
+        c1, c3 = product1, product0
         key0, key1 = (key0 + KEY_STEPS[0]) & WORD, (key1 + KEY_STEPS[1]) & WORD
-    return c0, c1, c2, c3
+    return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)
 
 
 def uniform_from_words(words: Tensor) -> Tensor:
     """Float32 in [0, 1) from 32-bit words held as int64, as `tl.uint_to_uniform_float`."""
     signed = words.to(torch.int32)  # wraps: two's complement
-    return torch.where(signed < 0, ~signed, signed).to(torch.float32) * 4.6566127342e-10
+    return (signed >> 31).bitwise_xor_(signed).to(torch.float32).mul_(4.6566127342e-10)
 
 
 def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    radius = torch.sqrt(-2.0 * torch.log(first.clamp_min(1e-7)))
-    angle = second * (2.0 * math.pi)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
-
-
-def _normals(seed: int, counters: Tensor) -> Tensor:
-    """[n] counters -> [n, 4] float32 normals."""
-    uniforms = [uniform_from_words(words) for words in philox_words(seed, counters)]
-    return torch.stack(
-        (*_box_muller(uniforms[0], uniforms[1]), *_box_muller(uniforms[2], uniforms[3])), dim=-1
-    )
+    radius = first.clamp_min_(1e-7).log_().mul_(-2.0).sqrt_()
+    angle = second.mul_(2.0 * math.pi)
+    return torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)
 
 
 def philox_normal(
@@ -88,12 +83,15 @@ def philox_normal(
     if any(size < 0 for size in shape):
         raise ValueError(f"shape must have no negative size, got {tuple(shape)}")
     total = math.prod(shape)
-    out = torch.empty(total, dtype=dtype, device=device)
-    for start in range(0, total, 4 * COUNTERS_PER_CHUNK):
-        stop = min(start + 4 * COUNTERS_PER_CHUNK, total)
-        counters = torch.arange(start // 4, (stop + 3) // 4, device=device)
-        out[start:stop] = _normals(seed, counters).view(-1)[: stop - start]
-    return out.view(tuple(shape))
+    out = torch.empty((total + 3) // 4, 4, dtype=dtype, device=device)
+    step = COUNTERS_PER_CHUNK if out.device.type == "cpu" else 256 * COUNTERS_PER_CHUNK
+    for start in range(0, len(out), step):
+        counters = torch.arange(start, min(start + step, len(out)), device=out.device)
+        words = [uniform_from_words(word) for word in philox_words(seed, counters)]
+        normals = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
+        for word, values in enumerate(normals):
+            out[start : start + step, word] = values
+    return out.view(-1)[:total].view(tuple(shape))
 
 
 def philox_normal_ref(

@@ -1,0 +1,368 @@
+"""A rank for every module: `RankPlan`, its JSON file, its table, and the PEFT config it becomes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import statistics
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from adarank_fast.allocation import allocate_ranks
+from adarank_fast.targets import TargetModules, find_targets, unwrap
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+FORMAT = "adarank-fast plan"
+SCHEMA = 1  # raise it whenever an older release would misread the file
+
+CONSTANT_SCALING = 2.0  # lora_alpha = 2 * rank
+PAPER_ALPHA = 8  # AdaRank's LoRA scale is 8 / rank
+RSLORA_ALPHA = 8  # scale 8 / sqrt(rank): the constant 2 at rank 16
+
+
+@dataclass(frozen=True)
+class Score:
+    """One module's disagreement over the trials.
+
+    Attributes:
+        mean: of the trials; what ranks are proportional to.
+        std: sample standard deviation (n - 1) of the trials; 0.0 for a single trial.
+        trials: the disagreement of each trial.
+    """
+
+    mean: float
+    std: float
+    trials: tuple[float, ...]
+
+    @classmethod
+    def from_trials(cls, trials: Sequence[float]) -> Score:
+        values = tuple(float(value) for value in trials)
+        if not values:
+            raise ValueError("trials is empty; a score needs at least one trial")
+        mean = statistics.fmean(values)
+        std = math.hypot(*(value - mean for value in values)) / math.sqrt(max(len(values) - 1, 1))
+        return cls(mean, std, values)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """How much rank each module gets, and why.
+
+    Attributes:
+        ranks: canonical module name (as in the bare base model) -> rank; 0: no adapter.
+        sizes: name -> (in_features, out_features).
+        scores: name -> `Score`; empty for plans that no probing made.
+        settings: everything needed to make the plan again. `"base_model_prefix"`, such as
+            "bert.", is what task models put in front of the names.
+    """
+
+    ranks: dict[str, int]
+    sizes: dict[str, tuple[int, int]]
+    scores: dict[str, Score] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            raise ValueError("ranks is empty; a plan needs at least one module")
+        if self.ranks.keys() != self.sizes.keys():
+            odd = sorted(self.ranks.keys() ^ self.sizes.keys())
+            raise ValueError(f"ranks and sizes name different modules, for example {odd[0]}")
+        if not self.scores.keys() <= self.ranks.keys():
+            odd = sorted(self.scores.keys() - self.ranks.keys())
+            raise ValueError(f"scores has a module that ranks lacks: {odd[0]}")
+        for name, rank in self.ranks.items():
+            if rank < 0:
+                raise ValueError(f"ranks must not be negative, got {rank} for {name}")
+
+    @property
+    def parameters(self) -> int:
+        """Adapter parameters the plan spends: the sum of rank * (in + out)."""
+        return sum(rank * sum(self.sizes[name]) for name, rank in self.ranks.items())
+
+    @classmethod
+    def uniform(
+        cls, model: nn.Module, rank: int = 8, target_modules: TargetModules = "attention"
+    ) -> RankPlan:
+        """The same rank for every target module: ordinary LoRA.
+
+        Raises:
+            ValueError: `rank` is below 1 or above what a module can hold; see also `find_targets`.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a positive integer, got {rank!r}")
+        if not isinstance(target_modules, str):
+            target_modules = sorted(target_modules)
+        sizes = {}
+        for target in find_targets(model, target_modules):
+            sizes[target.name] = (target.in_features, target.out_features)
+            if rank > min(sizes[target.name]):
+                raise ValueError(
+                    f"rank={rank} exceeds min(in, out) of {target.name} "
+                    f"{list(sizes[target.name])}; lower it or leave the module out"
+                )
+        settings = {
+            **describe_model(model),
+            "allocation": "uniform",
+            "average_rank": rank,
+            "target_modules": target_modules,
+            "versions": {"adarank-fast": version("adarank-fast")},
+        }
+        return cls(ranks=dict.fromkeys(sizes, rank), sizes=sizes, settings=settings)
+
+    def allocate(
+        self,
+        average_rank: float | None = None,
+        budget_parameters: int | None = None,
+        min_rank: int = 0,
+        max_rank: int | None = None,
+        rank_multiple: int = 1,
+        allocation: str = "exact",
+    ) -> RankPlan:
+        """A new plan that spends another budget on the same scores, without probing.
+
+        Args: see `allocate_ranks`.
+
+        Raises:
+            ValueError: the plan has no scores; or as `allocate_ranks`.
+        """
+        if not self.scores:
+            raise ValueError(
+                "this plan has no scores to allocate by (it was not made by probing); "
+                "run predict_ranks"
+            )
+        budget: dict[str, Any] = dict(
+            average_rank=average_rank,
+            budget_parameters=budget_parameters,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            rank_multiple=rank_multiple,
+            allocation=allocation,
+        )
+        means = {name: score.mean for name, score in self.scores.items()}
+        ranks = allocate_ranks(means, sizes=self.sizes, **budget)
+        return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget})
+
+    def to_lora_config(
+        self, scaling: str | float = "constant", **lora_config_kwargs: Any
+    ) -> LoraConfig:
+        """The plan as a `peft.LoraConfig`, for code that calls PEFT itself.
+
+        It fits the bare base model and, through `settings["base_model_prefix"]`, its task models.
+        `inject` resolves and checks the names against the model; prefer it where you can.
+
+        Args:
+            scaling: what lora_alpha / rank is: "constant" (2 for every module; a number sets
+                another constant), "paper" (8 / rank) or "rslora" (8 / sqrt(rank)).
+            lora_config_kwargs: other `LoraConfig` arguments, such as lora_dropout, bias, task_type,
+                modules_to_save. A plan for Conv1D modules (GPT-2) needs fan_in_fan_out=True.
+
+        Raises:
+            ValueError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
+        """
+        prefix = self.settings.get("base_model_prefix", "")
+        optional = f"(?:{re.escape(prefix)})?" if prefix else ""
+        patterns = {f"{optional}{re.escape(name)}": rank for name, rank in self.ranks.items()}
+        return lora_config(patterns, scaling, **lora_config_kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, modules in the plan's order; never a half-written file."""
+        content = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "ranks": self.ranks,
+            "sizes": self.sizes,
+            "scores": {
+                name: {"mean": score.mean, "std": score.std, "trials": score.trials}
+                for name, score in self.scores.items()
+            },
+            "settings": dict(sorted(self.settings.items())),
+        }
+        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RankPlan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it cannot be read, is not a plan, or a newer release wrote it.
+        """
+        remedy = "make the plan again with predict_ranks or `adarank predict`"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no plan file {str(path)!r}; {remedy}") from None
+        except OSError as error:
+            raise ValueError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
+        except ValueError as error:  # not UTF-8, not JSON
+            raise ValueError(f"plan {str(path)!r} is not a JSON file ({error}); {remedy}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
+        schema = content.get("schema")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ValueError(
+                f"plan {str(path)!r} has schema {schema}, this release reads up to {SCHEMA}; "
+                "upgrade adarank-fast"
+            )
+        try:
+            return cls(
+                ranks={str(name): int(rank) for name, rank in content["ranks"].items()},
+                sizes={str(name): (int(i), int(o)) for name, (i, o) in content["sizes"].items()},
+                scores={
+                    str(name): Score(
+                        float(score["mean"]),
+                        float(score["std"]),
+                        tuple(float(trial) for trial in score["trials"]),
+                    )
+                    for name, score in content["scores"].items()
+                },
+                settings=dict(content["settings"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"plan {str(path)!r} is damaged ({error!r}); {remedy}") from error
+
+    def table(self) -> str:
+        """The plan as fixed-width text, one line per module, without colours."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        rows = Table(box=box.SIMPLE, show_footer=True, pad_edge=False)
+        rows.add_column("module", f"{len(self.ranks)} modules", no_wrap=True)
+        rows.add_column("in x out", justify="right", no_wrap=True)
+        if self.scores:
+            rows.add_column("disagreement", justify="right", no_wrap=True)
+        rows.add_column("rank", str(sum(self.ranks.values())), justify="right", no_wrap=True)
+        rows.add_column("parameters", f"{self.parameters:,}", justify="right", no_wrap=True)
+        for name, rank in self.ranks.items():
+            fan_in, fan_out = self.sizes[name]
+            cells = [name, f"{fan_in} x {fan_out}"]
+            if self.scores:
+                cells.append(_said(self.scores[name]) if name in self.scores else "")
+            rows.add_row(*cells, str(rank), f"{rank * (fan_in + fan_out):,}")
+        text = io.StringIO()
+        console = Console(file=text, width=10_000, color_system=None, markup=False, emoji=False)
+        console.print(rows, highlight=False)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        return "\n".join(line for line in lines if line)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw disagreement by layer and the ranks; see `adarank_fast.plots.plot_plan`."""
+        from adarank_fast.plots import plot_plan
+
+        plot_plan(self, path)
+
+
+def describe_model(model: nn.Module) -> dict[str, str]:
+    """What a plan's settings say about the model it was made on."""
+    inner = unwrap(model)
+    prefix = getattr(inner, "base_model_prefix", "")
+    return {
+        "model_class": type(inner).__name__,
+        "model": getattr(getattr(inner, "config", None), "_name_or_path", "") or "",
+        "base_model_prefix": f"{prefix}." if prefix else "",
+    }
+
+
+DECIDED_BY_PLAN = {
+    "r": "ranks come from the plan (plan.allocate spends another budget)",
+    "rank_pattern": "ranks come from the plan (plan.allocate spends another budget)",
+    "target_modules": "the plan's modules with rank > 0 are the targets",
+    "target_parameters": "the plan's modules with rank > 0 are the targets",
+    "exclude_modules": "the plan's modules with rank > 0 are the targets",
+    "layers_to_transform": "the plan's modules with rank > 0 are the targets",
+    "layers_pattern": "the plan's modules with rank > 0 are the targets",
+    "layer_replication": "the plan's modules with rank > 0 are the targets",
+    "lora_alpha": "pass scaling=2.0 for lora_alpha = 2 * rank",
+    "alpha_pattern": "pass scaling=2.0 for lora_alpha = 2 * rank",
+    "use_rslora": 'pass scaling="rslora"',
+}
+
+
+def lora_config(
+    patterns: Mapping[str, int], scaling: str | float, **lora_config_kwargs: Any
+) -> LoraConfig:
+    """A LoraConfig with one anchored key per module.
+
+    PEFT reads rank_pattern keys as `(.*\\.)?(key)$`, first match wins, and sorts them when saving:
+    keys must be anchored at the start, so that `layers.0.q` is not `vision.layers.0.q`, and must
+    not overlap. target_modules is a regex for the full name, since PEFT matches the elements of a
+    list as suffixes.
+
+    Args:
+        patterns: regex for exactly one full module name -> rank; rank 0 is left out.
+        scaling, lora_config_kwargs: see `RankPlan.to_lora_config`.
+    """
+    from peft import LoraConfig
+
+    for argument, remedy in DECIDED_BY_PLAN.items():
+        if argument in lora_config_kwargs:
+            value = lora_config_kwargs[argument]
+            raise ValueError(f"{argument}={value!r} cannot be given with a plan: {remedy}")
+    alpha_of = alpha_rule(scaling)
+    ranks = {f"^{pattern}": rank for pattern, rank in patterns.items() if rank > 0}
+    if not ranks:
+        raise ValueError("every rank of the plan is 0, nothing gets an adapter; raise the budget")
+    largest = max(ranks.values())
+    return LoraConfig(
+        **{
+            **lora_config_kwargs,
+            "r": largest,  # for tools that size buffers by it; every module has its own key
+            "lora_alpha": alpha_of(largest),
+            "rank_pattern": ranks,
+            "alpha_pattern": {key: alpha_of(rank) for key, rank in ranks.items()},
+            "target_modules": "|".join(pattern for pattern, rank in patterns.items() if rank > 0),
+            "use_rslora": scaling == "rslora",
+        }
+    )
+
+
+def alpha_rule(scaling: str | float) -> Callable[[int], float]:
+    """rank -> lora_alpha under a scaling convention; see `RankPlan.to_lora_config`."""
+    if scaling == "paper":
+        return lambda rank: PAPER_ALPHA
+    if scaling == "rslora":
+        return lambda rank: RSLORA_ALPHA
+    constant = CONSTANT_SCALING if scaling == "constant" else scaling
+    if not isinstance(constant, (int, float)) or not 0 < constant < math.inf:
+        raise ValueError(
+            f'scaling must be "constant", "paper", "rslora" or a positive number, got {scaling!r}'
+        )
+
+    def proportional(rank: int) -> float:
+        alpha = constant * rank
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    return proportional
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends without an error."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {str(path)!r}: its folder does not exist")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _said(score: Score) -> str:
+    return f"{score.mean:.4g} ± {score.std:.2g}" if len(score.trials) > 1 else f"{score.mean:.4g}"

@@ -1,0 +1,59 @@
+"""Weights that are stored packed (bitsandbytes): as numbers, and safe to train through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from adarank_fast.targets import linear_shape
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """The weight as floating-point numbers in its own layout; a copy if it is quantised."""
+    weight = module.weight
+    shape = linear_shape(module)
+    assert isinstance(weight, Tensor) and shape is not None
+    if weight.is_floating_point() and weight.numel() == shape[0] * shape[1]:
+        return weight
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU, and undo it where it has.
+
+    On CPUs with AVX512-BF16, `Linear4bit` changes the layout of its weight in place at the first
+    forward in eval mode. After that its product has no gradient, without an error, so nothing
+    before the last quantised layer is trained, and dequantising gives wrong numbers (bitsandbytes
+    0.50.2). Unpacked layers compute the same function, slower. No-op for every other model.
+    """
+    module: Any
+    for module in _repacking(model):
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                weight.data, weight.quant_state
+            )
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """`keep_unpacked` for a while; afterwards bitsandbytes may pack again."""
+    repacking = _repacking(model)
+    try:
+        keep_unpacked(model)
+        yield
+    finally:
+        for module in repacking:
+            module.support_avx512bf16_for_cpu = True
+
+
+def _repacking(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
