@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adarank_fast.outputs import Batch, OutputChoice, accepted, choose_output
+from adarank_fast.padding import remove_padding
 from adarank_fast.prediction import NOISE_BYTES, folds_for
 from adarank_fast.replay import FOLDED, Replay, prepare_batches, take, undisturbed
 from adarank_fast.targets import TargetModules, find_targets, unwrap
@@ -49,7 +50,7 @@ def estimate_cost(
 ) -> CostEstimate:
     """Count the work of `predict_ranks` and time one forward, without probing anything.
 
-    Only the first batch is run: once clean, once folded, and small ones to settle the routes.
+    Only the largest batch is run: once clean, once folded, and small ones to settle the routes.
 
     Args:
         model, batches, target_modules, trials, output: as for `predict_ranks`.
@@ -62,9 +63,11 @@ def estimate_cost(
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner):
         chosen = choose_output(inner, output, take(prepared[0], 1))
-        replay = Replay(inner, chosen, prepared[:1], targets)
+        parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
+        parts.sort(key=_tokens, reverse=True)
+        replay = Replay(inner, chosen, parts[:1], targets)
         with FlopCounterMode(display=False) as counter:
-            replay.root(**accepted(replay.root, prepared[0]))
+            replay.root(**accepted(replay.root, parts[0]))
         folds = folds_for(replay, 0)
         start = time.perf_counter()
         replay.run(0, folds, {})
@@ -75,7 +78,7 @@ def estimate_cost(
     inside = f"{chosen.root}." if chosen.root else ""
     by_block = [by_module.get(f"{root}.{b.removeprefix(inside)}", 0) for b in replay.order]
     per_item = [sum(by_block[: replay.position(t.block)]) for t in targets]
-    sizes = [_tokens(batch) for batch in prepared]
+    sizes = [_tokens(batch) for batch in parts]
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
     noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
@@ -89,10 +92,10 @@ def estimate_cost(
         modules=len(targets),
         probes=len(targets) * trials * len(prepared),
         flops=flops,
-        naive_flops=int(forward * scale) * len(targets) * trials,
+        naive_flops=int(forward * sum(map(_tokens, prepared)) / sizes[0]) * len(targets) * trials,
         seconds=flops / rate * (1 + slow),
         memory_bytes=int(
-            min(NOISE_BYTES, noise_bytes) * 2 + activations + replay.clean[0].nbytes * len(prepared)
+            min(NOISE_BYTES, noise_bytes) * 2 + activations + replay.clean[0].nbytes * len(parts)
         ),
         blocks=len(replay.order),
         routes=dict(replay.routes),

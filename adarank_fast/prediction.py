@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from adarank_fast.allocation import allocate_ranks
 from adarank_fast.disagreement import check_metric, disagreement_sums, positions
 from adarank_fast.outputs import Batch, OutputChoice, choose_output, position_mask
+from adarank_fast.padding import remove_padding
 from adarank_fast.plan import RankPlan, Score, describe_model
 from adarank_fast.quantised import plain_weight, unpacked
 from adarank_fast.replay import FOLDED, Forward, Replay, prepare_batches, take, undisturbed
@@ -109,7 +110,8 @@ def predict_ranks(
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner), unpacked(inner):
         chosen = choose_output(inner, output, take(prepared[0], 1))
-        replay = Replay(inner, chosen, prepared, targets)
+        parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
+        replay = Replay(inner, chosen, parts, targets)
         found = probe(inner, replay, targets, trials, seed, metric, progress)
     scores = {t.name: Score.from_trials(found[t.name]) for t in targets}
     settings = {

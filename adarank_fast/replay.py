@@ -300,7 +300,7 @@ class Replay:
             for path in self.order:
                 pairs = list(zip(double.outputs[path], single.outputs[path], strict=True))
                 self._repeats[path] = [_is_twice(two, one) for two, one in pairs]
-                if not all(_is_twice(two, one) or _is_same(two, one) for two, one in pairs):
+                if not all(_is_twice(two, one) or is_same(two, one) for two, one in pairs):
                     reason = f"block {path} does not give a row per item"
         self.routes = {
             target.name: reason or self._why_not_folded(target.name, single, double) or FOLDED
@@ -371,7 +371,8 @@ def _placeholder(tree: Any) -> Any:
     return tree_map_only(Tensor, blank, tree)
 
 
-def _is_same(two: Tensor, one: Tensor) -> bool:
+def is_same(two: Tensor, one: Tensor) -> bool:
+    """True if the tensors agree up to rounding."""
     if two.shape != one.shape:
         return False
     if not one.is_floating_point():
@@ -383,7 +384,7 @@ def _is_same(two: Tensor, one: Tensor) -> bool:
 
 def _is_twice(two: Tensor, one: Tensor) -> bool:
     """True if `two` is `one` on top of `one`, up to rounding."""
-    return bool(one.dim()) and two.shape[0] == 2 * one.shape[0] and _is_same(two, _repeat(one, 2))
+    return bool(one.dim()) and two.shape[0] == 2 * one.shape[0] and is_same(two, _repeat(one, 2))
 
 
 def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:

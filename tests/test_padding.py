@@ -1,0 +1,59 @@
+import pytest
+import torch
+from torch import nn
+
+import adarank_fast as ada
+from adarank_fast.outputs import choose_output
+from adarank_fast.padding import remove_padding
+from adarank_fast.replay import prepare_batches, undisturbed
+from tests.models import batch, tiny
+
+
+def split(model, batches):
+    with undisturbed(model):
+        batches = prepare_batches(model, batches)
+        return remove_padding(model, choose_output(model, "auto", batches[0]), batches)
+
+
+def test_items_of_like_length_go_together_and_lose_their_padding():
+    parts = split(tiny("bert"), [batch("bert", lengths=(20, 3, 9, 12, 1), width=24)])
+    assert [p["attention_mask"].sum(1).tolist() for p in parts] == [[3, 1], [9, 12], [20]]
+    assert [p["input_ids"].shape[1] for p in parts] == [3, 12, 20]
+
+
+def test_what_cannot_be_trimmed_stays():
+    model = tiny("llama")
+    left = {k: v.flip(1) for k, v in batch("llama", lengths=(5, 3)).items()}
+    assert len(split(model, [left])) == 1
+    square = batch("bert", lengths=(5, 3))
+    square["position_ids"] = torch.arange(5)[None]
+    assert len(split(tiny("bert"), [square])) == 1
+
+
+class Average(nn.Module):
+    """Reads its padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, attention_mask):
+        return self.linear(x).mean(1)
+
+
+def test_a_model_that_reads_its_padding_keeps_it():
+    mask = (torch.arange(20) < torch.tensor([20, 5, 9])[:, None]).long()
+    inputs = {"x": torch.randn(3, 20, 4), "attention_mask": mask}
+    assert len(split(Average(), [inputs])) == 1
+
+
+@pytest.mark.parametrize("output", ["auto", "last_hidden_state", "pooler"])
+def test_the_plan_is_that_of_unpadded_items(output):
+    model, lengths = tiny("bert"), (20, 3, 9)
+    padded = batch("bert", lengths=lengths)
+    alone = [{k: v[i : i + 1, :n] for k, v in padded.items()} for i, n in enumerate(lengths)]
+    together = ada.predict_ranks(model, [padded], 8, output=output, trials=2, progress=False)
+    apart = ada.predict_ranks(model, alone, 8, output=output, trials=2, progress=False)
+    assert together.ranks == apart.ranks
+    for name, score in together.scores.items():
+        assert apart.scores[name].trials == pytest.approx(score.trials, rel=1e-5)
