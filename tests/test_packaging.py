@@ -1,0 +1,83 @@
+"""What is importable, from where, and what it costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, folder: Path, *path: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_name_kernels_is_left_alone(tmp_path):
+    """Hugging Face owns it; transformers breaks if this repository answers to it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
+    assert run(code, tmp_path) == "None"
+    # a bare folder on the path is at most a namespace, which transformers does not take for it
+    assert run(code, ROOT, str(ROOT)) == "None"
+    imports = "from transformers import LlamaForCausalLM; print('fine')"
+    assert run(imports, ROOT, str(ROOT), str(ROOT / "kernels")) == "fine"
+
+
+def test_the_kernels_need_torch_and_triton_only(tmp_path):
+    code = (
+        "import sys, adarank_kernels; "
+        "print([m for m in ('transformers', 'peft', 'adarank_fast') if m in sys.modules])"
+    )
+    assert run(code, tmp_path, str(ROOT / "kernels")) == "[]"
+
+
+def test_core_import_leaves_the_leaves_alone(tmp_path):
+    code = (
+        "import sys, adarank_fast; "
+        "print([m for m in ('matplotlib', 'typer', 'bitsandbytes', 'accelerate') "
+        "if m in sys.modules])"
+    )
+    assert run(code, tmp_path) == "[]"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy: building leaves files behind
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "adarank_fast", "kernels"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_both_packages_and_nothing_else(wheel):
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"adarank_fast", "adarank_kernels"}
+
+
+def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import adarank_fast as ada, adarank_kernels, torch; from torch import nn; "
+        "model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)); "
+        "plan = ada.predict_ranks(model, [{'input': torch.randn(5, 4)}], 1, "
+        "target_modules='all-linear', progress=False); "
+        "print(ada.__file__, adarank_kernels.__file__, plan.parameters > 0)"
+    )
+    out = run(code, empty, str(site)).split()
+    assert out[0].startswith(str(site)) and out[1].startswith(str(site)) and out[2] == "True"
