@@ -28,9 +28,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adarank_kernels._dropout import draw_seed, keep_mask, keep_scale
+from adarank_kernels._triton import HAS_TRITON, INTERPRETED, ready
+
+if HAS_TRITON:
+    from adarank_kernels import _grouped_lora_launch as launch
 
 # As in F.linear: a reader could not change an output in place (relu_, +=) if it were a view.
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 
 
 class _Spec(NamedTuple):
@@ -39,6 +44,24 @@ class _Spec(NamedTuple):
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]  # 1 / (1 - dropout) folded in
     dropout: float
+    kernels: frozenset[str]  # the Triton kernels that passed their check on this device
+
+    def starts(self, modules: Sequence[int]) -> list[int]:
+        """First columns of these modules' segments, packed side by side; then the total width."""
+        starts = [0]
+        for m in modules:
+            rank = self.ranks[m]
+            starts.append(starts[-1] + (launch.padded(rank) if self.kernels else rank))
+        return starts
+
+
+_KERNELS = ("shrink", "expand", "down", "drop", "fused")
+
+
+def _ready_kernels(x: Tensor) -> frozenset[str]:
+    if not INTERPRETED and (x.device.type != "cuda" or torch.compiler.is_compiling()):
+        return frozenset()
+    return frozenset(name for name in _KERNELS if ready(f"lora_{name}", x.device, x.dtype))
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -46,17 +69,39 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _pack(lora_As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Stack [r, in] to [sum r, in] in the compute dtype; a lone A of that dtype is not copied."""
-    packed = lora_As[0] if len(lora_As) == 1 else torch.cat(list(lora_As))
+def _pack(lora_As: Sequence[Tensor], starts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Stack [r, in] to [R, in] in the compute dtype; a lone A of that dtype is not copied."""
+    pieces: list[Tensor] = []
+    for A, start, end in zip(lora_As, starts, starts[1:], strict=False):
+        pieces.append(A)
+        if end - start > A.shape[0]:
+            pieces.append(A.new_zeros(()).expand(end - start - A.shape[0], A.shape[1]))
+    packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return packed.to(dtype)
 
 
-def _shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-    """S = drop(X) A^T, without the scale of the dropout."""
-    if seed is not None:
-        X = X * keep_mask(seed, X.shape[0], X.shape[1], dropout)
-    return torch.mm(X, A.t())
+def _drop(X: Tensor, seed: Tensor | None, spec: _Spec) -> Tensor:
+    """X with its dropped elements at zero; their scale is in spec.scalings."""
+    if seed is None:
+        return X
+    if "drop" in spec.kernels:
+        return launch.drop(X, seed, spec.dropout)
+    return X * keep_mask(seed, X.shape[0], X.shape[1], spec.dropout)
+
+
+def _add_dropped(total: Tensor | None, X: Tensor, seed: Tensor, spec: _Spec) -> Tensor:
+    """total + drop(X), in place where there is a total."""
+    if "drop" in spec.kernels:
+        return launch.drop(X, seed, spec.dropout, total)
+    X = X.mul_(keep_mask(seed, X.shape[0], X.shape[1], spec.dropout))
+    return X if total is None else total.add_(X)
+
+
+def _shrink(X: Tensor, A: Tensor, seed: Tensor | None, spec: _Spec) -> Tensor:
+    """S = drop(X) A^T."""
+    if "shrink" in spec.kernels:
+        return launch.shrink(X, A, seed, spec.dropout)
+    return torch.mm(_drop(X, seed, spec), A.t())
 
 
 def _expand(base: Tensor, S: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -85,33 +130,41 @@ class _GroupedLoraLinear(torch.autograd.Function):
         M = len(spec.ranks)
         weights, biases, lora_As, lora_Bs, bases = (tensors[i * M : i * M + M] for i in range(5))
         X = _rows(x)
+        adapted = [m for m in range(M) if spec.ranks[m]]
+        starts = spec.starts(adapted)
         S = None
-        if any(spec.ranks):
-            used = [
-                A for A, rank in zip(lora_As, spec.ranks, strict=True) if A is not None and rank
-            ]
-            S = _shrink(X, _pack(used, x.dtype), seed, spec.dropout)
+        if adapted:
+            A = _pack([lora_As[m] for m in adapted], starts, x.dtype)  # type: ignore[misc]
+            S = _shrink(X, A, seed, spec)
         outputs: list[Tensor] = []
         dirty: list[Tensor] = []
-        start = 0
-        for m, rank in enumerate(spec.ranks):
-            weight, base, B = weights[m], bases[m], lora_Bs[m]
-            overwrite = base is not None and rank > 0 and _may_overwrite(base)
-            if base is None:
-                assert weight is not None
-                Y = F.linear(X, weight, biases[m])
+        later: list[tuple[Tensor, int, Tensor, float]] = []  # for one launch of expand
+        for m, base in enumerate(bases):
+            weight, B, scaling = weights[m], lora_Bs[m], spec.scalings[m]
+            start = starts[adapted.index(m)] if spec.ranks[m] else 0
+            overwrite = base is not None and spec.ranks[m] > 0 and _may_overwrite(base)
+            if base is not None:
+                Y = _rows(base) if overwrite else _rows(base).clone(**_CONTIGUOUS)
+            elif S is not None and B is not None and spec.ranks[m] and "fused" in spec.kernels:
+                Y = launch.fused(X, weight, biases[m], S[:, start:], B, scaling)  # type: ignore[arg-type]
+                B = None
             else:
-                Y = _rows(base) if overwrite else _rows(base).clone()
-            if rank:
-                assert S is not None and B is not None
-                _expand(Y, S[:, start : start + rank], B, spec.scalings[m])
-                start += rank
+                Y = F.linear(X, weight, biases[m])  # type: ignore[arg-type]
+            if S is not None and B is not None and spec.ranks[m]:
+                if "expand" in spec.kernels and Y.dtype == S.dtype:
+                    later.append((Y, start, B, scaling))
+                else:
+                    _expand(Y, S[:, start : start + spec.ranks[m]], B, scaling)
             if overwrite:
                 assert base is not None
                 dirty.append(base)
                 outputs.append(base)
             else:
                 outputs.append(Y if x.dim() == 2 else _unsafe_view(Y, [*x.shape[:-1], Y.shape[-1]]))
+        if later:
+            assert S is not None
+            products, offsets, Bs, scalings = zip(*later, strict=True)
+            launch.expand(products, S, offsets, Bs, scalings)
         if dirty:
             ctx.mark_dirty(*dirty)
 
@@ -153,48 +206,74 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     dW, dbias, dA, dB, dbase = none[:], none[:], none[:], none[:], none[:]
     dX: Tensor | None = None
     X = None if x is None else _rows(x)
-    # Modules whose output was used: their gradients, and their columns of S.
-    live: list[tuple[int, Tensor, int, int]] = []
-    stop = 0
+    adapted = [m for m in range(M) if spec.ranks[m]]
+    S_starts = dict(zip(adapted, spec.starts(adapted), strict=False))
+    flat: dict[int, Tensor] = {}  # of the outputs that were used
+
     for m, dY in enumerate(dYs):
-        start, stop = stop, stop + spec.ranks[m]
-        if dY is not None:
-            if need_base[m]:
-                dbase[m] = dY
-            live.append((m, _rows(dY), start, stop))
-
-    for m, dY, start, stop in live:
+        if dY is None:
+            continue
+        flat[m] = dY2 = _rows(dY)
+        if need_base[m]:
+            dbase[m] = dY
         if need_W[m]:
-            dW[m] = torch.mm(dY.t(), X)  # type: ignore[arg-type]
+            dW[m] = torch.mm(dY2.t(), X)  # type: ignore[arg-type]
         if need_bias[m]:
-            dbias[m] = dY.sum(0)
-        if need_B[m] and stop > start:
-            dB[m] = _dB(S[:, start:stop], dY.to(ctx.dtype), spec.scalings[m], ctx.B_dtypes[m])
+            dbias[m] = dY2.sum(0)
         if need_x and weights[m] is not None:
-            dX = torch.mm(dY, weights[m]) if dX is None else dX.addmm_(dY, weights[m])
+            dX = torch.mm(dY2, weights[m]) if dX is None else dX.addmm_(dY2, weights[m])
 
-    low_rank = [each for each in live if spec.ranks[each[0]] and (need_x or need_A[each[0]])]
+    # The low-rank part: dS of the modules that need it, side by side, and dB on the way.
+    low_rank = [m for m in adapted if m in flat and (need_x or need_A[m])]
+    dS_starts = spec.starts(low_rank)
+    low = {m: flat[m].to(ctx.dtype) for m in adapted if m in flat}
+    dS = None
     if low_rank:
-        dS = _dS(low_rank, lora_Bs, spec, ctx.dtype)
-        keep = None
+        dS = _new_dS(low[low_rank[0]], dS_starts[-1], spec)
+        done: list[int] = []
+        if "down" in spec.kernels:
+            done = [m for m in low_rank if need_B[m] and spec.ranks[m] <= launch.DOWN_MAX_RANK]
+            found = launch.down(
+                [low[m] for m in done],
+                S,
+                [S_starts[m] for m in done],
+                [lora_Bs[m] for m in done],
+                [spec.scalings[m] for m in done],
+                dS,
+                [dS_starts[low_rank.index(m)] for m in done],
+            )
+            for m, dB_m in zip(done, found, strict=True):
+                dB[m] = dB_m.to(ctx.B_dtypes[m])
+        for m, start in zip(low_rank, dS_starts, strict=False):
+            if m not in done:
+                part = dS[:, start : start + spec.ranks[m]]
+                part.addmm_(low[m], lora_Bs[m].to(ctx.dtype), beta=0.0, alpha=spec.scalings[m])
+    for m, dY2 in low.items():
+        if need_B[m] and dB[m] is None:
+            S_m = S[:, S_starts[m] : S_starts[m] + spec.ranks[m]]
+            dB[m] = _dB(S_m, dY2, spec.scalings[m], ctx.B_dtypes[m])
+
+    if dS is not None and need_x:
+        A = _pack([lora_As[m] for m in low_rank], dS_starts, ctx.dtype)
         if seed is not None:
-            keep = keep_mask(seed, dS.shape[0], ctx.x_shape[-1], spec.dropout)
-        if need_x:
-            A = _pack([lora_As[m] for m, *_ in low_rank], ctx.dtype)
-            if keep is None:
-                dX = torch.mm(dS, A) if dX is None else dX.addmm_(dS, A)
-            else:
-                dropped = torch.mm(dS, A).mul_(keep)
-                dX = dropped if dX is None else dX.add_(dropped)
-        if any(need_A[m] for m, *_ in low_rank):
-            assert X is not None
-            packed = torch.mm(dS.t(), X if keep is None else X * keep)
-            rows = packed.split([spec.ranks[m] for m, *_ in low_rank])
-            for (m, *_), dA_m in zip(low_rank, rows, strict=True):
-                dA[m] = dA_m.to(ctx.A_dtypes[m]) if need_A[m] else None
+            dX = _add_dropped(dX, torch.mm(dS, A), seed, spec)
+        else:
+            dX = torch.mm(dS, A) if dX is None else dX.addmm_(dS, A)
+    if dS is not None and any(need_A[m] for m in low_rank):
+        assert X is not None
+        packed = torch.mm(dS.t(), _drop(X, seed, spec))
+        for m, start in zip(low_rank, dS_starts, strict=False):
+            if need_A[m]:
+                dA[m] = packed[start : start + spec.ranks[m]].to(ctx.A_dtypes[m])
     if dX is not None:
         dX = dX.view(ctx.x_shape)
     return (None, dX, None, *dW, *dbias, *dA, *dB, *dbase)
+
+
+def _new_dS(like: Tensor, width: int, spec: _Spec) -> Tensor:
+    """[N, width]; zeros where padding, or a compiler, would otherwise read what nobody wrote."""
+    fill = like.new_zeros if spec.kernels or torch.compiler.is_compiling() else like.new_empty
+    return fill(like.shape[0], width)
 
 
 def _scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -207,26 +286,6 @@ def _dB(S: Tensor, dY: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """scaling dY^T S, transposed and cast in one pass into the parameter's own layout."""
     dBt = _scaled_mm(S.t(), dY, scaling)
     return torch.empty(dBt.shape[::-1], dtype=dtype, device=dBt.device).copy_(dBt.t())
-
-
-def _dS(
-    modules: list[tuple[int, Tensor, int, int]],
-    lora_Bs: Sequence[Tensor],
-    spec: _Spec,
-    dtype: torch.dtype,
-) -> Tensor:
-    """scaling dY B of each module side by side, [N, sum r]."""
-    Bs = [lora_Bs[m].to(dtype) for m, *_ in modules]
-    scalings = [spec.scalings[m] for m, *_ in modules]
-    dYs = [dY.to(dtype) for _, dY, *_ in modules]
-    if torch.compiler.is_compiling():
-        return torch.cat([_scaled_mm(*part) for part in zip(dYs, Bs, scalings, strict=True)], dim=1)
-    dS = dYs[0].new_empty(dYs[0].shape[0], sum(B.shape[1] for B in Bs))
-    for part, dY, B, s in zip(
-        dS.split([B.shape[1] for B in Bs], 1), dYs, Bs, scalings, strict=True
-    ):
-        part.addmm_(dY, B, beta=0.0, alpha=s)
-    return dS
 
 
 def grouped_lora_linear(
@@ -293,6 +352,7 @@ def grouped_lora_linear(
         tuple(0 if A is None else A.shape[0] for A in lora_As),
         tuple(float(s) * scale for s in scalings),
         float(dropout),
+        _ready_kernels(x),
     )
     if dropout == 0.0 or not any(spec.ranks):
         seed = None
