@@ -22,7 +22,7 @@ PADDING = 16  # the smallest K of a tensor-core product
 DOWN_MAX_RANK = 32
 
 # One known-good configuration each; BLOCK_R follows the rank, in these steps.
-SHRINK = {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+SHRINK = {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 SHRINK_BLOCKS_R = (16, 32, 64, 128)
 EXPAND = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2}
 DOWN = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
@@ -42,6 +42,11 @@ FUSED = {
 def padded(rank: int) -> int:
     """The width of a rank's segment in the packed layout."""
     return cdiv(rank, PADDING) * PADDING
+
+
+def rows_aligned(X: Tensor) -> bool:
+    """Whether rows of X start at 16 elements: else shrink and fused would spill."""
+    return X.shape[-1] % 16 == 0 and (X.stride(-1) != 1 or X.stride(0) % 16 == 0)
 
 
 def _precision(dtype: torch.dtype) -> str:

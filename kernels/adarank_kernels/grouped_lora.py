@@ -55,13 +55,15 @@ class _Spec(NamedTuple):
         return starts
 
 
-_KERNELS = ("shrink", "expand", "down", "drop", "fused")
+_ANY_WIDTH = ("expand", "down", "drop")
+_KERNELS = (*_ANY_WIDTH, "shrink", "fused")
 
 
 def _ready_kernels(x: Tensor) -> frozenset[str]:
     if not INTERPRETED and (x.device.type != "cuda" or torch.compiler.is_compiling()):
         return frozenset()
-    return frozenset(name for name in _KERNELS if ready(f"lora_{name}", x.device, x.dtype))
+    names = _KERNELS if launch.rows_aligned(_rows(x)) else _ANY_WIDTH
+    return frozenset(name for name in names if ready(f"lora_{name}", x.device, x.dtype))
 
 
 def _rows(tensor: Tensor) -> Tensor:
