@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint format bench wheel clean
+.PHONY: demo test lint format bench kernels-report wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/adarank demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -24,6 +25,10 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench
+
+# Compiles the Triton kernels for GPUs that need not be here; nothing is timed.
+kernels-report: $(VENV)/.installed
+	$(BIN)/python bench/kernels_report.py
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel

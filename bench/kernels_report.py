@@ -1,0 +1,427 @@
+"""Compile every Triton kernel for GPUs that are not here and report what the compilers made of it.
+
+    python bench/kernels_report.py            writes bench/results/kernels.csv and docs/kernels.md
+
+A stub driver stands in for the GPU, so kernels go through Triton's real launch specialisation
+(alignment of pointers and sizes) down to cubin / hsaco. Exit status 1 if an offered configuration
+breaks a rule on sm_80 or sm_90: register spills, no tensor-core instruction in a GEMM kernel (wgmma
+on sm_90), shared memory over the limit, narrow stores although rows are aligned. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+from adarank_kernels import _grouped_lora_kernels as lora
+from adarank_kernels import _grouped_lora_launch as launch
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+STRICT = ("sm_80", "sm_90")
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_PER_SM = {"sm_80": 167936, "sm_90": 233472, "sm_100": 233472, "gfx942": 65536}
+# Dense 16-bit FLOPs per SM and clock, from the vendors' peak rates.
+MMA_FLOPS_PER_CLOCK = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
+TENSOR_CORE = {
+    "sm_80": r"^HMMA",
+    "sm_90": r"^[HQ]GMMA",
+    "sm_100": r"^UTC\w*MMA|^[HQ]G?MMA",
+    "gfx942": r"^v_mfma",
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COLUMNS = (
+    "target kernel config dtype warps stages registers spill_store_bytes stack_bytes shared_bytes"
+    " occupancy tensor_core loads_16B loads stores_16B stores issue_clocks mma_clocks broken"
+).split()
+
+
+class StubDriver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, name: str) -> None:
+        self.index, self.target = list(TARGETS).index(name), TARGETS[name]
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index  # compiled kernels are cached per device: one each
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass
+class Case:
+    kernel: str
+    config: str
+    dtype: str
+    function: Any
+    args: list[Any]
+    options: dict[str, Any]
+    flops_per_step: int = 0  # of one block and one iteration of the hot loop; 0: no GEMM
+    aligned: bool = True  # every stored row starts at 16 bytes: stores must be wide
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel x configuration x dtype that the launchers can ask for."""
+    int32, int64, fp32 = (MockTensor(t) for t in (torch.int32, torch.int64, torch.float32))
+    precision = {"PRECISION": "tf32"}
+    for name, dtype in DTYPES.items():
+        t = MockTensor(dtype)
+        for R, even, dropout in itertools.product(
+            launch.SHRINK_BLOCKS_R, (True, False), (False, True)
+        ):
+            K = 4096 if even else 4112
+            options = launch.SHRINK | precision
+            options |= {"BLOCK_R": R, "EVEN_K": even, "DROPOUT": dropout}
+            yield Case(
+                "shrink",
+                f"R={R}{'' if even else ' ragged'}{' dropout' if dropout else ''}",
+                name,
+                lora.shrink_kernel,
+                [t, t, t, int64, 8192, K, R, K, 6554],
+                options,
+                2 * launch.SHRINK["BLOCK_M"] * launch.SHRINK["BLOCK_K"] * R,
+            )
+        for b, aligned in itertools.product((t, fp32), (True, False)):
+            suffix = (" B fp32" if b is fp32 else "") + ("" if aligned else " ragged")
+            M, N, R = (launch.EXPAND[f"BLOCK_{axis}"] for axis in "MNR")
+            yield Case(
+                "expand",
+                f"{M}x{N}{suffix}",
+                name,
+                lora.expand_kernel,
+                [t, *[t] * 4, *[b] * 4, fp32, int32, 8192, 48],
+                launch.EXPAND | precision | {"ALIGNED": aligned},
+                2 * M * N * R,
+                aligned,
+            )
+            for R in launch.DOWN_BLOCKS_R:
+                yield Case(
+                    "down",
+                    f"R={R}{suffix}",
+                    name,
+                    lora.down_kernel,
+                    [t, t, *[t] * 4, *[b] * 4, fp32, fp32, int32, 8192, 48, 48, 98304],
+                    launch.DOWN | precision | {"BLOCK_R": R, "ALIGNED": aligned},
+                    4 * launch.DOWN["BLOCK_M"] * launch.DOWN["BLOCK_N"] * R,
+                    aligned,
+                )
+        for add in (True, False):
+            yield Case(
+                "drop",
+                "add" if add else "copy",
+                name,
+                lora.drop_kernel,
+                [t, t, int64, 8192, 4096, 4096, 6554],
+                launch.DROP | {"ADD": add},
+            )
+        for even, bias, conv1d in itertools.product((True, False), repeat=3):
+            K, out = (4096 if even else 4112), 4096
+            M, N, step = (launch.FUSED[f"BLOCK_{axis}"] for axis in "MNK")
+            yield Case(
+                "fused",
+                ("even" if even else "ragged")
+                + (" bias" if bias else "")
+                + (" W [in, out]" if conv1d else ""),
+                name,
+                lora.fused_kernel,
+                [t, t, t, t, t, t, 8192, K, out, 8, 2.0, K, *((1, out) if conv1d else (K, 1)), 48],
+                launch.FUSED | precision | {"EVEN_K": even, "HAS_BIAS": bias},
+                2 * M * N * step,
+            )
+
+
+# Reading what the compilers made
+
+SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\* 0x[0-9a-f]{16} \*/")
+PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+
+
+def _tool(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def _sass(path: str) -> list[tuple[int, str, str]]:
+    """(address, operation, text) of every instruction."""
+    found = map(SASS_LINE.match, _tool(knobs.nvidia.cuobjdump.path, "-sass", path).splitlines())
+    texts = [(int(m[1], 16), PREDICATE.sub("", m[2].strip())) for m in found if m]
+    return [(address, text.split()[0], text) for address, text in texts]
+
+
+def _hot_loop(code: list[tuple[int, str, str]], tensor_core: str) -> list[str]:
+    """Operations of the innermost loop with the most tensor-core instructions."""
+    best: tuple[int, int, list[str]] = (0, 0, [])
+    for address, op, text in code:
+        target = re.search(r"0x[0-9a-f]+", text) if op.startswith("BRA") else None
+        if target and int(target[0], 16) < address:
+            body = [o for a, o, _ in code if int(target[0], 16) <= a <= address]
+            best = max(best, (_count(body, tensor_core), -len(body), body))
+    return best[2]
+
+
+def _count(ops: list[str], pattern: str) -> int:
+    return sum(bool(re.match(pattern, op)) for op in ops)
+
+
+def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
+    """(spill store bytes, stack bytes) as ptxas reports them."""
+    newer = getattr(knobs.nvidia, "ptxas_blackwell", None) if arch >= 100 else None
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(ptx)
+        file.flush()
+        name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        log = _tool((newer or knobs.nvidia.ptxas).path, "-v", name, file.name, "-o", os.devnull)
+    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    assert found, log
+    return int(found[2]), int(found[1])
+
+
+def read_cuda(compiled: Any, target: str, case: Case) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = re.search(r"REG:(\d+)", _tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name))
+        code = _sass(file.name)
+    assert usage
+    registers, ops = int(usage[1]), [op for _, op, _ in code]
+    spill, stack = _ptxas(compiled.asm["ptx"], TARGETS[target].arch)
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    blocks = min(
+        65536 // 4 // (math.ceil(registers * 32 / 256) * 256) * 4 // warps,
+        SHARED_PER_SM[target] // (math.ceil(shared / 128) * 128 + 1024),
+        64 // warps,
+        32,
+    )
+    figures = {
+        "registers": registers,
+        "spill_store_bytes": spill,
+        "stack_bytes": stack,
+        "shared_bytes": shared,
+        "occupancy": round(blocks * warps / 64, 3),
+        "tensor_core": _count(ops, TENSOR_CORE[target]),
+        "loads_16B": _count(ops, r"^LDG\.\S*128|^LDGSTS\.\S*128|^UTMALDG"),
+        "loads": _count(ops, r"^LDG|^UTMALDG"),
+        "stores_16B": _count(ops, r"^STG\.\S*128|^UTMASTG"),
+        "stores": _count(ops, r"^STG|^UTMASTG"),
+    }
+    loop = _hot_loop(code, TENSOR_CORE[target]) if case.flops_per_step else []
+    if loop:  # four schedulers issue one instruction each per clock, for all warps of a block
+        figures["issue_clocks"] = round(len(loop) * warps / 4)
+        figures["mma_clocks"] = round(case.flops_per_step / MMA_FLOPS_PER_CLOCK[target])
+    return figures
+
+
+def read_amd(compiled: Any, target: str, case: Case) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(key + r"\s*(\d+)", text)
+        assert found, key
+        return int(found[1])
+
+    ops = re.findall(r"^\s+((?:[vs]|buffer|global|flat|ds|scratch)_\w+)", text, re.MULTILINE)
+    registers, shared = number(r"\.vgpr_count:"), compiled.metadata.shared
+    blocks = min(8, 512 // max(8, math.ceil(registers / 8) * 8)) * 4 // compiled.metadata.num_warps
+    if shared:
+        blocks = min(blocks, SHARED_PER_SM[target] // shared)
+    return {
+        "registers": registers,
+        "spill_store_bytes": 4 * number(r"\.vgpr_spill_count:"),
+        "stack_bytes": number(r"\.private_segment_fixed_size:"),
+        "shared_bytes": shared,
+        "occupancy": round(blocks * compiled.metadata.num_warps / 32, 3),
+        "tensor_core": _count(ops, TENSOR_CORE[target]),
+        "loads_16B": _count(ops, r"^(buffer|global)_load_dwordx4"),
+        "loads": _count(ops, r"^(buffer|global|flat)_load"),
+        "stores_16B": _count(ops, r"^(buffer|global)_store_dwordx4"),
+        "stores": _count(ops, r"^(buffer|global|flat)_store"),
+    }
+
+
+def broken_rules(case: Case, target: str, figures: dict[str, Any]) -> list[str]:
+    """Why an offered configuration must not be offered on this target."""
+    broken = []
+    if figures["spill_store_bytes"]:
+        broken.append(f"spills {figures['spill_store_bytes']} bytes")
+    if case.flops_per_step and not figures["tensor_core"]:
+        broken.append("no tensor-core instruction")
+    if figures["shared_bytes"] > SHARED_LIMIT[target]:
+        broken.append(f"{figures['shared_bytes']} bytes of shared memory")
+    if case.aligned and not figures["stores_16B"]:
+        broken.append("narrow stores although rows are aligned")
+    return broken
+
+
+def measure(target: str, case: Case) -> dict[str, Any]:
+    """Compile a case for a target; its figures, or the error."""
+    triton.runtime.driver.set_active(StubDriver(target))
+    row: dict[str, Any] = {
+        "target": target,
+        "kernel": case.kernel,
+        "config": case.config,
+        "dtype": case.dtype,
+        "warps": case.options["num_warps"],
+        "stages": case.options["num_stages"],
+    }
+    try:
+        compiled = case.function.warmup(*case.args, grid=(1,), **case.options)
+        read = read_amd if target.startswith("gfx") else read_cuda
+        row |= read(compiled, target, case)
+        row["broken"] = "; ".join(broken_rules(case, target, row))
+    except Exception as error:  # a compiler's failure is a row of the report
+        row["broken"] = f"does not compile: {type(error).__name__}: {str(error).strip()[-160:]}"
+    return row
+
+
+def _measure_nth(target: str, index: int) -> dict[str, Any]:
+    return measure(target, next(itertools.islice(cases(), index, None)))
+
+
+TRAFFIC = """## Bytes and FLOPs per step
+
+Passes over activations beyond the frozen base's own products, in 16-bit elements, no dropout. X:
+one pass over [tokens, in]; Y: one pass over [tokens, sum of outputs]; M modules share the input;
+bytes = passes x tokens x in x 2. The counts of the others come from reading their code. Counts, not
+times.
+
+| | forward | backward | q/k/v: M = 3, Y = 1.5 X | gate/up: M = 2, Y = 7 X |
+|---|---|---|---|---|
+"""
+# Coefficients of (M X, X, Y), forward and backward.
+PASSES = {
+    "PEFT, adapters in bf16": ((1, 0, 6), (5, 0, 4)),
+    "Unsloth": ((1, 0, 2), (4, 0, 3)),
+    "LoRAFusion": ((1, 0, 0), (1, 0, 1)),
+    "here, vendor GEMMs": ((0, 1, 2), (0, 3, 2)),
+    "here, checked kernels, r <= 32": ((0, 1, 2), (0, 3, 1)),
+    "here, with the opt-in fused GEMM": ((0, 1, 0), (0, 3, 1)),
+    "floor with S stored": ((0, 1, 0), (0, 1, 1)),
+}
+
+
+def traffic() -> str:
+    def text(counts: tuple[int, int, int]) -> str:
+        units = zip(counts, ("M·X", "X", "Y"), strict=True)
+        return " + ".join(f"{n if n > 1 else ''}{unit}" for n, unit in units if n)
+
+    lines = []
+    for name, (forward, backward) in PASSES.items():
+        mx, x, y = (sum(pair) for pair in zip(forward, backward, strict=True))
+        qkv, gate = (mx * M + x + y * Y for M, Y in ((3, 1.5), (2, 7)))
+        lines.append(f"| {name} | {text(forward)} | {text(backward)} | {qkv:g} X | {gate:g} X |")
+    return "\n".join(lines) + (
+        "\n\nFLOPs are the same for all: 6·tokens·sum r_m·(in + out_m), beside the frozen base's"
+        " 4·tokens·in·sum out_m. `down` also writes and reads its partial sums of dB: about r/64 Y"
+        " each way.\n"
+    )
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/kernels.md."""
+    out = [
+        "# The Triton kernels, as compiled\n",
+        f"Written by `make kernels-report` with triton {triton.__version__}; the same rows are in"
+        " `bench/results/kernels.csv`. No GPU was involved: these are compilers' figures, **not"
+        " speeds**. What each kernel computes is said in"
+        " `kernels/adarank_kernels/_grouped_lora_kernels.py`; its numbers are proved under the"
+        " interpreter (`tests/interpreter`) and again, once, on each device before first use.\n",
+        "Registers per thread; spill stores and stack in bytes; shared memory in bytes a block;"
+        " occupancy: share of the warps an SM can hold; TC: tensor-core instructions; 16-byte loads"
+        " (asynchronous copies included) and all plain ones; 16-byte stores of all. Issue / MMA:"
+        " clocks per iteration of one block's hot loop that four schedulers need to issue it, and"
+        " that the tensor cores need at peak. Where issue is far above MMA, the tensor cores idle;"
+        " a skinny product is bound by memory before either.\n",
+    ]
+    for target in dict.fromkeys(r["target"] for r in rows):
+        rules = "rules enforced" if target in STRICT else "figures only"
+        out.append(f"## {target} ({rules})\n")
+        out.append(
+            "| kernel | configuration | dtype | registers | spill | stack | shared | occupancy | TC"
+            " | 16-byte / plain loads | 16-byte stores | issue / MMA | note |\n|" + "---|" * 13
+        )
+        for r in rows:
+            if r["target"] != target:
+                continue
+            cells = [r["kernel"], r["config"], r["dtype"]]
+            if "registers" in r:
+                cells += [r["registers"], r["spill_store_bytes"], r["stack_bytes"]]
+                cells += [f"{r['shared_bytes']:,}", r["occupancy"], r["tensor_core"]]
+                cells += [f"{r['loads_16B']} / {r['loads']}", f"{r['stores_16B']} of {r['stores']}"]
+                bound = f"{r['issue_clocks']} / {r['mma_clocks']}" if "issue_clocks" in r else ""
+                cells += [bound, r["broken"]]
+            else:
+                cells += [""] * 9 + [r["broken"].replace("|", "/").replace("\n", " ")]
+            out.append("| " + " | ".join(map(str, cells)) + " |")
+        out.append("")
+    return "\n".join(out) + "\n" + TRAFFIC + traffic()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--kernels", nargs="+", help="only these; prints, writes nothing")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    chosen = [
+        (target, i)
+        for i, case in enumerate(cases())
+        if not arguments.kernels or case.kernel in arguments.kernels
+        for target in arguments.targets
+    ]
+    rows = []
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for row in pool.map(_measure_nth, *zip(*chosen, strict=True)):
+            rows.append(row)
+            print(*(str(v) for v in row.values()), file=sys.stderr, flush=True)
+    rows.sort(key=lambda r: list(TARGETS).index(r["target"]))
+    if not (arguments.dry_run or arguments.kernels):
+        with (ROOT / "bench" / "results" / "kernels.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        (ROOT / "docs" / "kernels.md").write_text(page(rows))
+    failures = [
+        r
+        for r in rows
+        if r["broken"] and (r["target"] in STRICT or "does not compile" in r["broken"])
+    ]
+    for r in failures:
+        print("FAIL", r["target"], r["kernel"], r["config"], r["dtype"], r["broken"])
+    print(f"{len(rows)} compiled, {len(failures)} break a rule")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

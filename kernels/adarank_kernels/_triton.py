@@ -1,0 +1,109 @@
+"""Which Triton kernels may run on which device: only those that have proved their numbers there.
+
+A kernel registers a check. The first call that wants the kernel on a device runs the check (once;
+it synchronises); a wrong number, a launch error or a missing compiler keeps the vendor's path.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+try:
+    import triton
+    from triton import knobs
+
+    HAS_TRITON = True
+except ImportError:  # Windows, macOS
+    HAS_TRITON = False
+
+logger = logging.getLogger(__name__)
+
+INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
+DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
+
+_checks: dict[str, Callable[[torch.device], None]] = {}
+_opt_in: dict[str, bool] = {}  # kernels that wait for `enable`
+_status: dict[tuple[str, str], str] = {}
+
+
+def register(name: str, check: Callable[[torch.device], None], opt_in: bool = False) -> None:
+    """Make a kernel known; `check(device)` raises where its numbers are wrong."""
+    _checks[name] = check
+    if opt_in:
+        _opt_in[name] = False
+
+
+def enable(name: str, on: bool = True) -> None:
+    """Switch an opt-in kernel on or off for the process."""
+    if name not in _opt_in:
+        raise ValueError(f"name must be one of {sorted(_opt_in)}, got {name!r}")
+    _opt_in[name] = on
+
+
+def ready(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernel `name` may run on tensors of `device` and `dtype`; checks it if need be."""
+    if INTERPRETED:
+        return _opt_in.get(name, True) and dtype != torch.float64
+    if not HAS_TRITON or device.type != "cuda" or dtype not in DTYPES:
+        return False
+    if not _opt_in.get(name, True) or torch.compiler.is_compiling():
+        return False  # in a graph, inductor fuses the plain torch form
+    key = (name, str(device))
+    if key not in _status:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # the check synchronises
+        try:
+            with torch.cuda.device(device), torch.no_grad():
+                _checks[name](device)
+            _status[key] = "passed"
+        except Exception as error:  # any failure means: not on this device
+            _status[key] = f"failed: {type(error).__name__}: {error}"
+            logger.warning("Triton kernel %s is not used on %s: %s", name, device, _status[key])
+    return _status[key] == "passed"
+
+
+def kernel_status(device: torch.device | str = "cuda") -> dict[str, str]:
+    """Per kernel: "passed", "failed: why", "not checked yet", "off" (opt-in) or "no Triton"."""
+    if not HAS_TRITON:
+        return dict.fromkeys(_checks, "no Triton")
+    return {
+        name: _status.get((name, str(device)), "not checked yet")
+        if _opt_in.get(name, True)
+        else "off"
+        for name in _checks
+    }
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_block(size: int, blocks: tuple[int, ...]) -> int:
+    """The smallest block that covers `size`, else the largest."""
+    return next((block for block in blocks if block >= size), blocks[-1])
+
+
+def check_close(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Raise unless the error against `exact` (float64) is at most twice torch's plus 1e-6."""
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (torchs.double() - exact).abs().max().item() + 1e-6
+    if not error <= allowed:
+        raise ArithmeticError(f"error {error:.3g} above {allowed:.3g}")
+
+
+__all__ = [
+    "DTYPES",
+    "HAS_TRITON",
+    "INTERPRETED",
+    "cdiv",
+    "check_close",
+    "enable",
+    "kernel_status",
+    "next_block",
+    "ready",
+    "register",
+    "triton",
+]

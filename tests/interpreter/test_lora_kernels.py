@@ -1,0 +1,170 @@
+"""The Triton kernels of the LoRA ops under the interpreter, against float64 and torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from adarank_kernels import _grouped_lora_launch as launch
+from adarank_kernels import _triton, grouped_lora_linear, grouped_lora_linear_ref
+from adarank_kernels._dropout import keep_mask
+from adarank_kernels._triton import check_close
+from tests.kernels.lora_cases import assert_as_good_as_torch, make_group
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RANKS, OUTS = (0, 1, 3, 8, 24, 64), (40, 7, 129, 33, 64, 200)
+
+
+def guarded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers inside a buffer of NaN: reading past an edge shows."""
+    rows, columns = tensor.shape
+    buffer = torch.full((rows + 2, columns), float("nan"), dtype=dtype)
+    buffer[1:-1] = tensor
+    return buffer[1:-1]
+
+
+def randn(*size: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(size))
+    return torch.randn(*size, generator=generator).mul(scale).bfloat16().float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K", "R"), [(150, 200, 48), (1, 64, 16), (130, 72, 144)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_shrink(dtype: torch.dtype, N: int, K: int, R: int, dropout: float) -> None:
+    X, A = guarded(randn(N, K), dtype), guarded(randn(R, K, scale=K**-0.5), dtype)
+    seed = torch.tensor([2**62 + 99]) if dropout else None
+    kept = X * keep_mask(seed, N, K, dropout) if seed is not None else X
+    exact = kept.double() @ A.double().t()
+    S = launch.shrink(X, A, seed, dropout)
+    check_close(S, kept @ A.t(), exact)
+    assert torch.equal(S, launch.shrink(X, A, seed, dropout))
+    columns_first = X.t().contiguous().t()
+    assert torch.equal(S, launch.shrink(columns_first, A, seed, dropout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapters", [None, torch.float32])
+@pytest.mark.parametrize("N", [1, 131])
+def test_expand(dtype: torch.dtype, adapters: torch.dtype | None, N: int) -> None:
+    used = [(r, out) for r, out in zip(RANKS, OUTS, strict=True) if r]
+    offsets, total = [], 0
+    for rank, _ in used:
+        offsets.append(total)
+        total += launch.padded(rank)
+    S = guarded(randn(N, total), dtype)
+    Bs = [randn(out, rank, scale=rank**-0.5).to(adapters or dtype) for rank, out in used]
+    Ys = [randn(N, out).to(dtype) for _, out in used]
+    scalings = [0.5, 1.0, 2.0, 1.5, 0.75]
+    ours = [Y.clone() for Y in Ys]
+    launch.expand(ours, S, offsets, Bs, scalings)
+    for y, Y, B, s, offset in zip(ours, Ys, Bs, scalings, offsets, strict=True):
+        part, low = S[:, offset : offset + B.shape[1]], B.to(dtype)
+        exact = Y.double() + s * (part.double() @ B.double().t())
+        check_close(y, Y + s * (part @ low.t()), exact)
+
+
+def test_expand_tiles_skip_rank_zero() -> None:
+    tiles = launch.expand_tiles([0, 0, 16], [0, 3, 17], [300, 130, 128], 128)
+    assert tiles == ((1, 0, 3, 16, 0, 130), (1, 0, 3, 16, 128, 130), (2, 16, 17, 32, 0, 128))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [1, 300])
+def test_down(dtype: torch.dtype, N: int) -> None:
+    ranks, outs = (1, 3, 24, 16, 32), (96, 7, 129, 64, 30)  # two launches
+    offsets, total = [], 0
+    for rank in ranks:
+        offsets.append(total)
+        total += launch.padded(rank)
+    S = guarded(randn(N, total), dtype)
+    Bs = [randn(o, r, scale=r**-0.5).to(dtype) for o, r in zip(outs, ranks, strict=True)]
+    dYs = [guarded(randn(N, out), dtype) for out in outs]
+    scalings = [0.5, 1.0, 2.0, 1.5, 0.75]
+    dS, dS_again = (torch.full_like(S, float("nan")) for _ in range(2))
+    dBs = launch.down(dYs, S, offsets, Bs, scalings, dS, offsets)
+    again = launch.down(dYs, S, offsets, Bs, scalings, dS_again, offsets)
+    assert torch.equal(dS, dS_again) and all(map(torch.equal, dBs, again))
+    for m, (dY, B, s, offset) in enumerate(zip(dYs, Bs, scalings, offsets, strict=True)):
+        part = S[:, offset : offset + B.shape[1]]
+        ours = dS[:, offset : offset + B.shape[1]]
+        check_close(ours, (dY @ B) * s, (dY.double() @ B.double()) * s)
+        check_close(dBs[m], (dY.t() @ part) * s, (dY.double().t() @ part.double()) * s)
+        assert not dS[:, offset + B.shape[1] : offset + launch.padded(B.shape[1])].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drop_draws_the_bits_of_torch(dtype: torch.dtype) -> None:
+    X, seed = guarded(randn(40, 333), dtype), torch.tensor([-(2**60) - 17])
+    expected = X * keep_mask(seed, 40, 333, 0.4)
+    assert torch.equal(launch.drop(X, seed, 0.4), expected)
+    added = launch.drop(X, seed, 0.4, X.clone())
+    assert torch.equal(added, X + expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused(dtype: torch.dtype, bias: bool, transposed: bool) -> None:
+    N, K, out, rank = 140, 200, 150, 19
+    X, W = guarded(randn(N, K), dtype), guarded(randn(out, K, scale=K**-0.5), dtype)
+    weight = W.t().contiguous().t() if transposed else W
+    S, B = guarded(randn(N, 32), dtype), randn(out, rank, scale=rank**-0.5).to(dtype)
+    b = randn(1, out)[0].to(dtype) if bias else None
+    part = S[:, :rank]
+    exact = X.double() @ W.double().t() + 1.5 * (part.double() @ B.double().t())
+    exact = exact + (b.double() if b is not None else 0.0)
+    torchs = torch.nn.functional.linear(X, W, b) + 1.5 * (part @ B.t())
+    check_close(launch.fused(X, weight, b, S, B, 1.5), torchs, exact)
+
+
+@pytest.mark.parametrize("name", ["shrink", "expand", "down", "drop", "fused"])
+def test_self_checks_pass(name: str) -> None:
+    _triton._checks[f"lora_{name}"](torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("fused", [False, True])
+def test_op_through_the_kernels(dtype: torch.dtype, dropout: float, fused: bool) -> None:
+    group = make_group((2, 70), train_base=True, dropout=dropout, seed=torch.tensor([41]))
+    exact = group.results(grouped_lora_linear_ref)  # float64
+    torchs = group.to(dtype).results(grouped_lora_linear_ref)
+    _triton.enable("lora_fused", fused)
+    try:
+        ours = group.to(dtype).results(grouped_lora_linear)
+        again = group.to(dtype).results(grouped_lora_linear)
+    finally:
+        _triton.enable("lora_fused", False)
+    assert_as_good_as_torch(ours, torchs, exact)
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_op_through_the_kernels_with_float32_adapters_and_foreign_base() -> None:
+    group = make_group((33,), bias=False)
+    exact = group.results(grouped_lora_linear_ref)
+    torchs = group.to(torch.bfloat16, torch.float32).results(grouped_lora_linear_ref)
+
+    def op(x: Tensor, weights: list, lora_As: list, lora_Bs: list, s: list, _: list) -> list:
+        bases = [torch.nn.functional.linear(x, weight) for weight in weights]
+        return grouped_lora_linear(x, None, lora_As, lora_Bs, s, base_outputs=bases)
+
+    ours = group.to(torch.bfloat16, torch.float32).results(op)
+    assert_as_good_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("used", [[2], [1, 5], [0]])
+def test_only_some_outputs_and_gradients(used: list[int]) -> None:
+    group = make_group((40,)).to(torch.float32)
+    leaves = [group.x, group.lora_As[2], group.lora_Bs[5]]
+
+    def grads(op: object) -> tuple:
+        outputs = group.run(op)
+        chosen, dYs = [outputs[m] for m in used], [group.dYs[m] for m in used]
+        return torch.autograd.grad(chosen, leaves, dYs, allow_unused=True)
+
+    for ours, refs in zip(grads(grouped_lora_linear), grads(grouped_lora_linear_ref), strict=True):
+        assert (ours is None) == (refs is None)
+        if refs is not None:
+            torch.testing.assert_close(ours, refs, atol=1e-5, rtol=1e-5)
