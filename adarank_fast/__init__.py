@@ -8,6 +8,7 @@ from importlib.metadata import version as _version
 from adarank_fast.adapters import inject
 from adarank_fast.allocation import allocate_ranks
 from adarank_fast.cost import CostEstimate, estimate_cost
+from adarank_fast.fused import FusionReport, accelerate, fusion_report, restore
 from adarank_fast.plan import RankPlan, Score
 from adarank_fast.prediction import perturbation, predict_ranks
 from adarank_fast.targets import Target, find_targets
@@ -15,6 +16,10 @@ from adarank_fast.targets import Target, find_targets
 __version__ = _version("adarank-fast")
 
 __all__ = [
+    "FusionReport",
+    "accelerate",
+    "fusion_report",
+    "restore",
     "CostEstimate",
     "RankPlan",
     "Score",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adarank_fast.fused import accelerate
 from adarank_fast.plan import RankPlan, alpha_rule, lora_config
 from adarank_fast.quantised import keep_unpacked
 from adarank_fast.targets import canonical_name, linear_shape, unwrap
@@ -25,13 +26,14 @@ def inject(
     model: nn.Module,
     plan: RankPlan,
     scaling: str | float = "constant",
+    example: Mapping[str, Any] | None = None,
     adapter_name: str = "default",
     **lora_config_kwargs: Any,
 ) -> PeftModel:
     """Give every module of the plan a LoRA adapter of its rank.
 
-    The layers are PEFT's own: saving, loading with `PeftModel.from_pretrained`, merging and the
-    trainers work as ever. Ranks of 0 get no adapter.
+    The layers are PEFT's own, fused by `accelerate`: saving, loading with
+    `PeftModel.from_pretrained`, merging and the trainers work as ever. Ranks of 0 get no adapter.
 
     Args:
         model: the model the plan was made on, or one that holds the same modules under one prefix
@@ -40,6 +42,8 @@ def inject(
         plan: see `predict_ranks` and `RankPlan.uniform`.
         scaling: what lora_alpha / rank is: "constant" (2 for every module; a number sets another
             constant), "paper" (8 / rank) or "rslora" (8 / sqrt(rank)).
+        example: keyword inputs for one forward that shows which layers share an input; without it
+            the first forward does. See `accelerate`.
         adapter_name: PEFT's name for the adapter.
         lora_config_kwargs: other `peft.LoraConfig` arguments, such as lora_dropout, bias,
             task_type, modules_to_save.
@@ -76,6 +80,7 @@ def inject(
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _verify(model, planned, scaling, adapter_name)
     keep_unpacked(model)
+    accelerate(peft_model, example)
     return peft_model
 
 

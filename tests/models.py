@@ -34,7 +34,7 @@ def spread(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def tiny(kind: str, layers: int = 3) -> PreTrainedModel:
+def tiny(kind: str, layers: int = 3, width: int = 32) -> PreTrainedModel:
     set_seed(0)
     common = dict(vocab_size=VOCABULARY)
     if kind == "bert":
@@ -50,11 +50,11 @@ def tiny(kind: str, layers: int = 3) -> PreTrainedModel:
     elif kind == "llama":
         model = LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=32,
+                hidden_size=width,
                 num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                intermediate_size=56,
+                intermediate_size=2 * width,
                 **common,
             )
         )

@@ -1,0 +1,293 @@
+"""PEFT's LoRA layers at nearly the speed of the frozen base: swap their class, keep all else.
+
+`accelerate` gives each plain `peft.tuners.lora.Linear` (and bitsandbytes') a class whose `forward`
+runs one fused node, for all layers that share an input. Parameters, names, state dict, merging and
+adapter switching stay PEFT's. Whatever the fused node does not cover goes through PEFT's own
+forward, counted and with its reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from adarank_fast.groups import Group, Owner, owner_path
+from adarank_kernels import grouped_lora_linear
+
+Layer = Any  # a PEFT layer of a class in _FUSED
+
+
+class _State:
+    """What a fused layer knows beyond PEFT's attributes."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.group: Group | None = None
+        self.place = 0
+        self.fused = 0
+        self.fallbacks: Counter[str] = Counter()
+
+
+class _Fused:
+    """Mixed in before a PEFT layer's class; overrides nothing but `forward`."""
+
+    _adarank: _State
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state, counting = self._adarank, not torch.compiler.is_compiling()
+        reason = "extra arguments" if args or kwargs else why_not(self, x)
+        if reason:
+            if counting:
+                state.fallbacks[reason] += 1
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if counting:
+            state.fused += 1
+            if not state.owner.settled:
+                state.owner.saw(self, x)  # type: ignore[arg-type]
+        group = state.group
+        if group is not None and group.whole and (state.place or _all_fusable(group.members, x)):
+            output = group.call(state.place, x, _compute)
+            if output is not None:
+                return output
+        return _compute([self], x)[0]
+
+
+class FusedLinear(_Fused, lora.Linear):
+    """`peft.tuners.lora.Linear` with a fused forward."""
+
+
+_FUSED: dict[type, type] = {lora.Linear: FusedLinear}
+
+
+def _fused_classes() -> dict[type, type]:
+    """PEFT class -> fused class; bitsandbytes' only where it is installed."""
+    from peft.tuners.lora import bnb
+
+    for name in ("Linear4bit", "Linear8bitLt"):
+        plain = getattr(bnb, name, None)
+        if plain is not None and plain not in _FUSED:
+            fused = type(f"Fused{name}", (_Fused, plain), {"__module__": __name__})
+            globals()[fused.__name__] = fused  # where pickle looks it up
+            _FUSED[plain] = fused
+    return _FUSED
+
+
+def _all_fusable(members: Sequence[Layer], x: Tensor) -> bool:
+    return not any(why_not(member, x) for member in members)
+
+
+def why_not(layer: Layer, x: Tensor) -> str:
+    """Why this call must go through PEFT's own forward; "" if it need not."""
+    if layer.disable_adapters:
+        return "adapters disabled"
+    if layer.merged:
+        return "merged"
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1:
+        return "several active adapters" if names else "no active adapter here"
+    name = names[0]
+    if name in layer.lora_variant:
+        return f"a LoRA variant ({type(layer.lora_variant[name]).__name__})"
+    base, lora_A, lora_B = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    if lora_B.bias is not None:
+        return "lora_bias"
+    if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+        return f"dropout is a {type(layer.lora_dropout[name]).__name__}"
+    for module in (base, lora_A, lora_B):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return "hooks inside the layer"
+        if hasattr(module, "_hf_hook"):
+            return "offloaded"
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return f"lora_A is a {type(lora_A).__name__}"
+    if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)):
+        return f"its parameters are {type(lora_A.weight).__name__}"
+    if not isinstance(base, nn.Linear) and type(base).__name__ != "Conv1D":
+        return f"base layer is a {type(base).__name__}"
+    if type(base.weight).__name__ == "DTensor":
+        return "its parameters are DTensor"
+    if _has_plain_base(layer) and base.weight.dtype != x.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            return "input and weight differ in dtype"
+    return "" if x.is_floating_point() else "integer input"
+
+
+def _has_plain_base(layer: Layer) -> bool:
+    """A weight to multiply with; otherwise (quantised) the base layer computes its own product."""
+    base = layer.base_layer
+    plain_class = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+    return plain_class and _is_plain(base.weight)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """No DTensor, no quantised subclass."""
+    return type(parameter) in (nn.Parameter, Tensor)
+
+
+def _compute(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
+    """All outputs of layers that share the input x, in one node."""
+    weights, biases = [], []
+    lora_As, lora_Bs, scalings = [], [], []
+    bases: list[Tensor | None] = []
+    dropout = 0.0
+    for layer in layers:
+        name = next(n for n in layer.active_adapters if n in layer.lora_A)
+        base = layer.base_layer
+        if _has_plain_base(layer):
+            weights.append(base.weight if type(base) is nn.Linear else base.weight.t())
+            biases.append(base.bias)
+            bases.append(None)
+        else:
+            weights.append(None)
+            biases.append(None)
+            bases.append(base(x))
+        lora_As.append(layer.lora_A[name].weight)
+        lora_Bs.append(layer.lora_B[name].weight)
+        scalings.append(layer.scaling[name])
+        drop = layer.lora_dropout[name]
+        if type(drop) is nn.Dropout and drop.training:
+            dropout = drop.p
+    return grouped_lora_linear(
+        x, weights, lora_As, lora_Bs, scalings, biases, dropout=dropout, base_outputs=bases
+    )
+
+
+def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) -> nn.Module:
+    """Fuse the LoRA layers of a PEFT model, in place; a second call changes nothing.
+
+    Layers that share an input are found in the first eager forward, or now from `example`.
+
+    Args:
+        peft_model: a `peft.PeftModel`, of uniform or mixed ranks, or any module with PEFT layers.
+        example: keyword inputs for one forward in eval mode without gradients.
+
+    Returns:
+        `peft_model`.
+
+    Raises:
+        ValueError: there is no layer to fuse.
+    """
+    classes = _fused_classes()
+    found = {path: m for path, m in peft_model.named_modules() if type(m) in classes}
+    owners: dict[str, Owner] = {}
+    for path, layer in found.items():
+        where = owner_path(peft_model, path)
+        if where not in owners:
+            owners[where] = Owner(peft_model.get_submodule(where))
+        layer._adarank = _State(owners[where])
+        layer.__class__ = classes[type(layer)]
+    if not found and not any(_fused_layers(peft_model)):
+        raise ValueError(
+            f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
+            "adarank_fast.inject or peft.get_peft_model first"
+        )
+    if example is not None:
+        _watch(peft_model, example)
+    return peft_model
+
+
+def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(**example)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    for owner in _owners(model):
+        if not owner.settled:
+            owner.settle()
+
+
+def restore(peft_model: nn.Module) -> nn.Module:
+    """Plain PEFT again: the same weights, classes and hooks as before `accelerate`."""
+    plain = {fused: cls for cls, fused in _FUSED.items()}
+    for owner in _owners(peft_model):
+        owner.remove()
+    for _, layer in list(_fused_layers(peft_model)):
+        layer.__class__ = plain[type(layer)]
+        del layer._adarank
+    return peft_model
+
+
+def _fused_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    return ((path, m) for path, m in model.named_modules() if isinstance(m, _Fused))
+
+
+def _owners(model: nn.Module) -> list[Owner]:
+    owners = {id(layer._adarank.owner): layer._adarank.owner for _, layer in _fused_layers(model)}
+    return list(owners.values())
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: what its forwards did since `accelerate` (compiled ones are not counted).
+
+    Attributes:
+        fused: False if its last reason to fall back holds for every call so far.
+        group: names of the layers computed together with it, itself included.
+        fused_calls, fallback_calls: eager forwards that took each path.
+        reasons: why calls fell back -> how many.
+    """
+
+    fused: bool
+    group: tuple[str, ...]
+    fused_calls: int
+    fallback_calls: int
+    reasons: dict[str, int]
+
+
+class FusionReport(dict[str, LayerReport]):
+    """Layer path -> `LayerReport`; prints as a summary."""
+
+    @property
+    def fused_share(self) -> float:
+        """Share of the calls so far that took the fused path; 1.0 before any call."""
+        fused = sum(layer.fused_calls for layer in self.values())
+        calls = fused + sum(layer.fallback_calls for layer in self.values())
+        return fused / calls if calls else 1.0
+
+    def __str__(self) -> str:
+        groups = {layer.group for layer in self.values() if len(layer.group) > 1}
+        reasons: Counter[str] = Counter()
+        for layer in self.values():
+            reasons.update(layer.reasons)
+        lines = [
+            f"{sum(layer.fused for layer in self.values())} of {len(self)} LoRA layers fused, "
+            f"{len(groups)} groups, {100 * self.fused_share:.1f}% of calls fused"
+        ]
+        lines += [f"  {count} calls through PEFT: {why}" for why, count in reasons.most_common()]
+        return "\n".join(lines)
+
+
+def fusion_report(peft_model: nn.Module) -> FusionReport:
+    """What is fused, with what, and why not.
+
+    Raises:
+        ValueError: `accelerate` was not called.
+    """
+    layers = dict(_fused_layers(peft_model))
+    if not layers:
+        raise ValueError("nothing is fused: call adarank_fast.accelerate(peft_model) first")
+    names = {id(layer): path for path, layer in layers.items()}
+    report = FusionReport()
+    for path, layer in layers.items():
+        state: _State = layer._adarank
+        group = state.group
+        members = group.members if group is not None and group.whole else [layer]
+        fallbacks = sum(state.fallbacks.values())
+        report[path] = LayerReport(
+            fused=state.fused > 0 or not fallbacks,
+            group=tuple(names.get(id(member), "") for member in members),
+            fused_calls=state.fused,
+            fallback_calls=fallbacks,
+            reasons=dict(state.fallbacks),
+        )
+    return report
