@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint format bench kernels-report wheel clean
+.PHONY: demo test lint format bench bench-lora kernels-report wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/adarank demo
@@ -25,6 +25,9 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench
+
+bench-lora: $(VENV)/.installed
+	$(BIN)/python -m pytest bench/bench_lora.py
 
 # Compiles the Triton kernels for GPUs that need not be here; nothing is timed.
 kernels-report: $(VENV)/.installed

@@ -1,33 +1,58 @@
 """adarank-fast: predict a LoRA rank for every module, inject adapters of those ranks, compare.
 
-The method is AdaRank, arXiv 2408.09015.
+The method is AdaRank, arXiv 2408.09015. Names are imported when they are first used: `import
+adarank_fast` alone loads neither torch nor peft.
 """
 
+from importlib import import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
 
-from adarank_fast.adapters import inject
-from adarank_fast.allocation import allocate_ranks
-from adarank_fast.cost import CostEstimate, estimate_cost
-from adarank_fast.fused import FusionReport, accelerate, fusion_report, restore
-from adarank_fast.plan import RankPlan, Score
-from adarank_fast.prediction import perturbation, predict_ranks
-from adarank_fast.targets import Target, find_targets
+if TYPE_CHECKING:
+    from adarank_fast.adapters import inject
+    from adarank_fast.allocation import allocate_ranks
+    from adarank_fast.cost import CostEstimate, estimate_cost
+    from adarank_fast.fused import FusionReport, accelerate, fusion_report, restore
+    from adarank_fast.plan import RankPlan, Score
+    from adarank_fast.prediction import perturbation, predict_ranks
+    from adarank_fast.targets import Target, find_targets
 
 __version__ = _version("adarank-fast")
 
 __all__ = [
-    "FusionReport",
-    "accelerate",
-    "fusion_report",
-    "restore",
     "CostEstimate",
+    "FusionReport",
     "RankPlan",
     "Score",
     "Target",
+    "accelerate",
     "allocate_ranks",
     "estimate_cost",
     "find_targets",
+    "fusion_report",
     "inject",
     "perturbation",
     "predict_ranks",
+    "restore",
 ]
+
+_MODULES = {
+    "adapters": ["inject"],
+    "allocation": ["allocate_ranks"],
+    "cost": ["CostEstimate", "estimate_cost"],
+    "fused": ["FusionReport", "accelerate", "fusion_report", "restore"],
+    "plan": ["RankPlan", "Score"],
+    "prediction": ["perturbation", "predict_ranks"],
+    "targets": ["Target", "find_targets"],
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adarank_fast' has no attribute {name!r}")
+    return getattr(import_module(f"adarank_fast.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

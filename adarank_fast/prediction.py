@@ -36,7 +36,7 @@ from adarank_fast.targets import (
 from adarank_kernels import philox_normal
 
 NOISE_BYTES = 512 * 2**20  # noise matrices held at a time
-FOLDED_TOKENS = {"cpu": 4096, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
+FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
 OUTPUT_BYTES = 512 * 2**20  # a folded output, logits above all
 
 
