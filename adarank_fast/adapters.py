@@ -79,8 +79,8 @@ def inject(
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _verify(model, planned, scaling, adapter_name)
+        accelerate(peft_model, example)
     keep_unpacked(model)
-    accelerate(peft_model, example)
     return peft_model
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adarank_fast.outputs import Batch, OutputChoice, accepted, choose_output
 from adarank_fast.padding import remove_padding
 from adarank_fast.prediction import NOISE_BYTES, folds_for
+from adarank_fast.quantised import unpacked
 from adarank_fast.replay import FOLDED, Replay, prepare_batches, take, undisturbed
 from adarank_fast.targets import TargetModules, find_targets, unwrap
 
@@ -61,7 +62,7 @@ def estimate_cost(
     inner = unwrap(model)
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)
-    with undisturbed(inner):
+    with undisturbed(inner), unpacked(inner):
         chosen = choose_output(inner, output, take(prepared[0], 1))
         parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
         parts.sort(key=_tokens, reverse=True)

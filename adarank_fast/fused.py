@@ -8,6 +8,7 @@ forward, counted and with its reason.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,13 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from adarank_fast.groups import Group, Owner, owner_path
+from adarank_fast.groups import Group, Owner, owner_path, remove_hooks
 from adarank_kernels import grouped_lora_linear
+
+COMPILED_EARLY = (
+    "compiled before its groups are known: each LoRA layer is fused by itself; "
+    "run one forward first, or pass accelerate(peft_model, example=batch)"
+)
 
 Layer = Any  # a PEFT layer of a class in _FUSED
 
@@ -50,6 +56,8 @@ class _Fused:
             state.fused += 1
             if not state.owner.settled:
                 state.owner.saw(self, x)  # type: ignore[arg-type]
+        elif not state.owner.settled:
+            warnings.warn(COMPILED_EARLY, stacklevel=2)
         group = state.group
         if group is not None and group.whole and (state.place or _all_fusable(group.members, x)):
             output = group.call(state.place, x, _compute)
@@ -79,13 +87,30 @@ def _fused_classes() -> dict[type, type]:
 
 
 def _all_fusable(members: Sequence[Layer], x: Tensor) -> bool:
-    return not any(why_not(member, x) for member in members)
+    """Whether the first member, itself fusable, may compute the others too: one mask for all."""
+    if any(why_not(member, x) for member in members[1:]):
+        return False
+    return all(_dropout(member) == _dropout(members[0]) for member in members[1:])
+
+
+def _dropout(layer: Layer) -> float:
+    """The probability in force now."""
+    module = layer.lora_dropout[_active(layer)]
+    return module.p if type(module) is nn.Dropout and module.training else 0.0
+
+
+def _active(layer: Layer) -> str:
+    return next(name for name in layer.active_adapters if name in layer.lora_A)
 
 
 def why_not(layer: Layer, x: Tensor) -> str:
     """Why this call must go through PEFT's own forward; "" if it need not."""
     if layer.disable_adapters:
         return "adapters disabled"
+    if getattr(layer, "_is_replica", False):
+        return "a replica of DataParallel"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "inside a torch.func transform"
     if layer.merged:
         return "merged"
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -100,10 +125,14 @@ def why_not(layer: Layer, x: Tensor) -> str:
     if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
         return f"dropout is a {type(layer.lora_dropout[name]).__name__}"
     for module in (base, lora_A, lora_B):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "hooks inside the layer"
+        if module._backward_hooks or module._backward_pre_hooks:
             return "hooks inside the layer"
         if hasattr(module, "_hf_hook"):
             return "offloaded"
+        if "forward" in module.__dict__:
+            return "a forward replaced inside the layer"
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"lora_A is a {type(lora_A).__name__}"
     if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)):
@@ -135,9 +164,8 @@ def _compute(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     weights, biases = [], []
     lora_As, lora_Bs, scalings = [], [], []
     bases: list[Tensor | None] = []
-    dropout = 0.0
     for layer in layers:
-        name = next(n for n in layer.active_adapters if n in layer.lora_A)
+        name = _active(layer)
         base = layer.base_layer
         if _has_plain_base(layer):
             weights.append(base.weight if type(base) is nn.Linear else base.weight.t())
@@ -150,11 +178,15 @@ def _compute(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
         lora_As.append(layer.lora_A[name].weight)
         lora_Bs.append(layer.lora_B[name].weight)
         scalings.append(layer.scaling[name])
-        drop = layer.lora_dropout[name]
-        if type(drop) is nn.Dropout and drop.training:
-            dropout = drop.p
     return grouped_lora_linear(
-        x, weights, lora_As, lora_Bs, scalings, biases, dropout=dropout, base_outputs=bases
+        x,
+        weights,
+        lora_As,
+        lora_Bs,
+        scalings,
+        biases,
+        dropout=_dropout(layers[0]),
+        base_outputs=bases,
     )
 
 
@@ -209,8 +241,7 @@ def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
 def restore(peft_model: nn.Module) -> nn.Module:
     """Plain PEFT again: the same weights, classes and hooks as before `accelerate`."""
     plain = {fused: cls for cls, fused in _FUSED.items()}
-    for owner in _owners(peft_model):
-        owner.remove()
+    remove_hooks(peft_model)
     for _, layer in list(_fused_layers(peft_model)):
         layer.__class__ = plain[type(layer)]
         del layer._adarank

@@ -24,18 +24,21 @@ class Group:
         self.members = list(members)
         self.whole = True  # False: a member stayed away once; computed one by one since
         self._input: Tensor | None = None
-        self._version = 0
+        self._mode: tuple[Any, ...] = ()
         self._outputs: dict[int, Tensor] = {}  # place -> what that member will hand out
 
     def call(self, place: int, x: Tensor, compute: Compute) -> Tensor | None:
         """The output of the member at `place`; None if the group cannot answer for it."""
+        mode = _mode(x)
         if place == 0:
             self.clear()
+            if mode is None:
+                return None
             outputs = compute(self.members, x)
-            self._input, self._version = x, _version(x)
+            self._input, self._mode = x, mode
             self._outputs = dict(enumerate(outputs[1:], start=1))
             return outputs[0]
-        if self._input is not x or self._version != _version(x):
+        if self._input is not x or self._mode != mode:
             return None
         output = self._outputs.pop(place, None)
         if not self._outputs:
@@ -59,39 +62,43 @@ class Owner:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.groups: list[Group] = []
         self.settled = False
-        self._seen: list[tuple[nn.Module, ref[Tensor]]] = []
-        self._hooks: list[Any] = []
+        self._seen: list[tuple[nn.Module, ref[Tensor], int]] = []
+        self._forwards = self._recomputations = 0
+        self._checkpointed = False
 
-    def saw(self, layer: nn.Module, x: Tensor) -> bool:
-        """Note a call; True once the groups are settled, at the first layer's second call.
+    def saw(self, layer: nn.Module, x: Tensor) -> None:
+        """Note a call; settle the groups when a new forward begins.
 
-        Checkpointing calls a layer again within the backward pass: it must then compute what it
-        computed in the forward pass, so that is too early.
+        Checkpointing calls the layers again in the backward pass, and they must then compute what
+        they computed in the forward pass: not before every forward so far has been recomputed.
         """
-        if not any(layer is seen for seen, _ in self._seen):
-            self._seen.append((layer, ref(x)))
-        elif torch._C._current_graph_task_id() == -1:  # not in a backward pass
+        if not any(layer is seen for seen, _, _ in self._seen):
+            self._seen.append((layer, ref(x), _version(x)))
+            self._checkpointed |= _may_be_recomputed(layer)
+        if layer is not self._seen[0][0]:
+            return
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+            self._recomputations += 1
+        elif self._forwards and not (self._checkpointed and self._recomputations < self._forwards):
             self.settle()
-        return self.settled
+        else:
+            self._forwards += 1
 
     def settle(self) -> None:
         """Group consecutive calls that got the same tensor."""
         runs: list[list[nn.Module]] = []
-        last: ref[Tensor] | None = None
-        for layer, x in self._seen:
-            if last is not None and x is last:  # one weakref object per tensor
+        last: tuple[ref[Tensor], int] | None = None
+        for layer, x, version in self._seen:
+            if last == (x, version) and last[0] is x:  # one weakref object per tensor
                 runs[-1].append(layer)
             else:
                 runs.append([layer])
-            last = x
+            last = x, version
         for members in runs:
             if len(members) > 1:
                 group = Group(members)
-                self.groups.append(group)
-                hook = self.module.register_forward_hook(group.owner_returned, always_call=True)
-                self._hooks.append(hook)
+                self.module.register_forward_hook(group.owner_returned, always_call=True)
                 for place, layer in enumerate(members):
                     state: Any = layer._adarank
                     state.group, state.place = group, place
@@ -101,10 +108,14 @@ class Owner:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": []}  # weak references are not saved
 
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self.groups = [], []
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take every group's hook away, also of groups whose layers are gone."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Group):
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def owner_path(model: nn.Module, path: str) -> str:
@@ -117,8 +128,21 @@ def owner_path(model: nn.Module, path: str) -> str:
     return parent
 
 
+def _mode(x: Tensor) -> tuple[Any, ...] | None:
+    """What must still hold when a member hands out its output; None: it cannot be told."""
+    if not torch.compiler.is_compiling() and x.is_inference():  # changes in place leave no trace
+        return None
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), autocast, _version(x)
+
+
 def _version(x: Tensor) -> int:
-    """Changes made in place; unknown to a compiler, which sees them itself."""
-    if torch.compiler.is_compiling() or x.is_inference():
-        return 0
-    return x._version
+    """Changes made in place. A compiler has none; a group is not made where any were seen."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _may_be_recomputed(layer: nn.Module) -> bool:
+    """Whether this call may be inside `torch.utils.checkpoint`, of either kind."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None or (layer.training and not torch.is_grad_enabled())

@@ -43,8 +43,7 @@ def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 def position_mask(model: nn.Module, inputs: Batch) -> Tensor | None:
     """[B, T], non-zero where a position of the output counts; None if all do."""
-    config = getattr(model, "config", None)
-    decoder = getattr(config, "is_encoder_decoder", False)
+    decoder = "decoder_input_ids" in inspect.signature(type(model).forward).parameters
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -132,8 +131,9 @@ def _checked(model: nn.Module, output: Output, sample: Batch) -> Output:
     except AttributeError as error:
         outputs = _run(model, output.root, sample)
         has = ", ".join(outputs.keys()) if hasattr(outputs, "keys") else type(outputs).__name__
+        wanted = error.args[0].split()[-1].strip("'")
         raise ValueError(
-            f"the model has no output {error.args[0].split()[-1]!r} (it returns: {has}); "
+            f"the model has no output {wanted!r} (it returns: {has}); "
             "choose another output= or pass a callable that takes the outputs"
         ) from None
     if untrained:

@@ -32,9 +32,12 @@ def remove_padding(model: nn.Module, output: Output, batches: Sequence[Batch]) -
     def read(batch: Batch) -> Tensor:
         return output.read(root(**accepted(root, batch)), batch)
 
-    padded = max(batches, key=lambda b: b["attention_mask"].shape[1] if _trimmable(b) else 0)
-    item = int(padded["attention_mask"].sum(1).argmin())
-    single = _items(padded, torch.tensor([item]), padded["attention_mask"].shape[1])
+    def padding(batch: Batch) -> Tensor:
+        return (batch["attention_mask"] == 0).sum(1)  # of each item
+
+    padded = max(filter(_trimmable, batches), key=lambda batch: int(padding(batch).max()))
+    item = padding(padded).argmax()[None]
+    single = _items(padded, item, padded["attention_mask"].shape[1])
     whole, trimmed = read(single), read(_split(single)[0])
     if trimmed.dim() > 2 and whole.dim() > 2:
         whole = whole[:, : trimmed.shape[1]]
@@ -67,10 +70,11 @@ def _items(batch: Batch, rows: Tensor, length: int) -> Batch:
     """Some items, their positions cut to `length`."""
     size, width = batch["attention_mask"].shape
 
-    def cut(value: object) -> object:
+    def cut(key: str, value: object) -> object:
         if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
             return value
         value = value[rows]
-        return value[:, :length] if value.shape[1:2] == (width,) else value
+        of_the_encoder = value.shape[1:2] == (width,) and not key.startswith("decoder_")
+        return value[:, :length] if of_the_encoder else value
 
-    return {key: cut(value) for key, value in batch.items()}
+    return {key: cut(key, value) for key, value in batch.items()}

@@ -111,7 +111,7 @@ def predict_ranks(
     with undisturbed(inner), unpacked(inner):
         chosen = choose_output(inner, output, take(prepared[0], 1))
         parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
-        replay = Replay(inner, chosen, parts, targets)
+        replay = Replay(inner, chosen, parts, targets, everything=callable(output))
         found = probe(inner, replay, targets, trials, seed, metric, progress)
     scores = {t.name: Score.from_trials(found[t.name]) for t in targets}
     settings = {
@@ -243,22 +243,17 @@ def _probe_batch(
     for start in range(0, len(chunk), step):
         some = slice(start, start + step)
 
-        def run(some: slice = some) -> Tensor:
+        outputs = _run_variants(replay, index, chunk[some], noise[some])
+        if outputs.isnan().any() and not clean.isnan().any() and replay.keep_everything():
             outputs = _run_variants(replay, index, chunk[some], noise[some])
-            return disagreement_sums(outputs, clean, mask, metric).sum(1)
-
-        found = run()
-        if found.isnan().any() and not clean.isnan().any() and replay.keep_everything():
-            found = run()
-        parts.append(found)
+        parts.append(disagreement_sums(outputs, clean, mask, metric).sum(1))
     return torch.cat(parts)
 
 
 def folds_for(replay: Replay, index: int) -> int:
     """How many variants to fold into batch `index`."""
-    clean, batch = replay.clean[index], replay.batches[index]
-    tokens = max(value.shape[:2].numel() for value in batch.values() if isinstance(value, Tensor))
-    by_tokens = FOLDED_TOKENS.get(clean.device.type, 65536) // max(tokens, 1)
+    clean = replay.clean[index]
+    by_tokens = FOLDED_TOKENS.get(clean.device.type, 65536) // max(replay.tokens(index), 1)
     return max(1, min(by_tokens, OUTPUT_BYTES // max(clean.nbytes, 1)))
 
 
@@ -313,9 +308,9 @@ def _perturbed_forward(
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x.shape[0] != rows:
-            raise RuntimeError(
-                f"{target.name} got {x.shape[0]} rows in a folded batch where {rows} were due: "
-                "what it computes for one variant depends on the others; leave it out"
+            raise ValueError(
+                f"target_modules: {target.name} got {x.shape[0]} rows in a folded batch where "
+                f"{rows} were due (inputs routed by their content?); leave it out"
             )
         y = original(x, *args, **kwargs).contiguous()
         moved = torch.bmm(

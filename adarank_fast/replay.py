@@ -86,7 +86,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -103,6 +103,7 @@ class _Trace:
         self.outputs: dict[str, list[Tensor]] = {}  # block -> tensors of its output (if keep)
         self.inputs: dict[str, list[Tensor]] = {}  # target -> the input of each call (if keep)
         self.rows: dict[str, list[int]] = {}  # target -> rows of each call
+        self.tokens = 0  # most vectors that a target got in one call
         self.breaks: set[str] = set()  # blocks whose output is not simply the next one's input
         self._last: tuple[str, Tensor | None, int] | None = None
 
@@ -128,6 +129,7 @@ class _Trace:
     def target(self, name: str, original: Forward) -> Forward:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.rows.setdefault(name, []).append(x.shape[0])
+            self.tokens = max(self.tokens, x.numel() // max(x.shape[-1], 1))
             if self.keep:
                 self.inputs.setdefault(name, []).append(x.clone())
             return original(x, *args, **kwargs)
@@ -148,13 +150,19 @@ class Replay:
         output: what to read off it.
         batches: as `prepare_batches` returns them.
         targets: the modules that will be perturbed.
+        everything: see `keep_everything`; for outputs that could hide a NaN.
 
     Raises:
         ValueError: the model rejects the batches, or a target lies outside what the output reads.
     """
 
     def __init__(
-        self, model: nn.Module, output: Output, batches: Sequence[Batch], targets: Sequence[Target]
+        self,
+        model: nn.Module,
+        output: Output,
+        batches: Sequence[Batch],
+        targets: Sequence[Target],
+        everything: bool = False,
     ) -> None:
         self.output = output
         self.batches = batches
@@ -168,7 +176,7 @@ class Replay:
                 )
         self._modules = {path: model.get_submodule(path) for path in find_blocks(model)}
         self._targets = targets
-        self._everything = False
+        self._everything = everything
         self._boundary = 0
         self._record: list[dict[str, Any]] = [{} for _ in batches]
         self._record_clean_passes()
@@ -227,6 +235,7 @@ class Replay:
             else:
                 outputs = self.root(**arguments)
         value = self.output.read(outputs, inputs)
+        value = value[:, None] if value.dim() == 1 else value
         return value.reshape(folds, -1, *value.shape[1:])
 
     def keep_everything(self) -> bool:
@@ -247,6 +256,10 @@ class Replay:
         """Rows that a folded target gets for batch `index` in a clean pass."""
         return self._rows[index][name][0]
 
+    def tokens(self, index: int) -> int:
+        """Vectors that a target gets at most for batch `index` in a clean pass."""
+        return self._tokens[index]
+
     def _trace(self, batch: Batch, keep: bool = False) -> tuple[_Trace, Tensor]:
         trace = _Trace(keep)
         forwards = {t.module: trace.target(t.name, t.module.forward) for t in self._targets}
@@ -265,16 +278,18 @@ class Replay:
                 f"output {self.output.name!r} must have a row per item "
                 f"({batch_size(batch)}), got shape {tuple(value.shape)}"
             )
-        return trace, value
+        return trace, value[:, None] if value.dim() == 1 else value
 
     def _record_clean_passes(self) -> None:
         self.clean: list[Tensor] = []
         self._rows: list[dict[str, list[int]]] = []
+        self._tokens: list[int] = []
         orders, breaks = [], set()
         for batch in self.batches:
             trace, value = self._trace(batch)
             self.clean.append(value)
             self._rows.append(trace.rows)
+            self._tokens.append(trace.tokens or batch_size(batch))
             orders.append(trace.order)
             breaks |= trace.breaks
         once = len(set(orders[0])) == len(orders[0])

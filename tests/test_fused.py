@@ -149,6 +149,24 @@ def test_checkpointing_replays_dropout():
     assert loss_of(fused, "llama").item() == loss_of(fused, "llama").item()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_forwards_before_a_backward_under_checkpointing(reentrant):
+    plain = mixed("llama")
+    fused = ada.accelerate(copy.deepcopy(plain))
+    fused.enable_input_require_grads()
+    fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(3):
+        grads = []
+        for model in (plain, fused):
+            model.zero_grad()
+            (loss_of(model, "llama", 1) + loss_of(model, "llama", 2)).backward()
+            grads.append(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            )
+        assert_equal((1.0, grads[1]), (1.0, grads[0]))
+    assert any(m._adarank.group for m in fusable(fused))
+
+
 def fusable(model):
     return [m for m in model.modules() if hasattr(m, "_adarank")]
 
@@ -226,6 +244,68 @@ def test_other_orders_members_and_inputs(order, copies):
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
 
 
+@pytest.mark.parametrize("mode", ["no_grad", "autocast", "inference"])
+def test_an_output_is_not_handed_out_in_another_mode(mode):
+    torch.manual_seed(0)
+    plain = get_peft_model(Odd(), LoraConfig(r=2, target_modules=["a", "b", "c"]))
+    x = torch.randn(4, 6)
+    fused = ada.accelerate(copy.deepcopy(plain), example={"x": x})
+    for model in (plain, fused):
+        inner = model.base_model.model
+        if mode == "no_grad":
+            with torch.no_grad():
+                inner.a(x)
+            assert inner.b(x).requires_grad
+        elif mode == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                assert inner.a(x).dtype == torch.bfloat16
+            assert inner.b(x).dtype == torch.float32
+        else:
+            with torch.inference_mode():
+                y = x.clone()
+                inner.a(y)
+                y.add_(1)
+                torch.testing.assert_close(inner.b(y), inner.b(x + 1))
+
+
+def test_members_with_dropouts_of_their_own():
+    fused = get_peft_model(Odd(), LoraConfig(r=2, target_modules=["a", "b", "c"], lora_dropout=0.5))
+    for name, parameter in fused.named_parameters():
+        nn.init.normal_(parameter) if "lora_B" in name else None
+    x = torch.randn(4, 6)
+    ada.accelerate(fused, example={"x": x})
+    fused.train()
+    inner = fused.base_model.model
+    inner.b.eval()
+    inner.order = "b"
+    expected = fused(x)
+    inner.a(x)
+    assert torch.equal(inner.b(x), expected)
+    assert not torch.equal(inner.c(x), inner.c(x))
+
+
+def test_a_replaced_forward_and_torch_func():
+    fused = accelerated().eval()
+    layer = fusable(fused)[0]
+    before, x = layer.base_layer.forward, torch.randn(2, 3, 32)
+    layer.base_layer.forward = lambda x: before(x) + 100
+    assert layer(x).mean() > 50 and reasons(fused) == {"a forward replaced inside the layer"}
+    del layer.base_layer.forward
+    gradient = torch.func.grad(lambda x: layer(x).sum())(x)
+    y = x.clone().requires_grad_()
+    layer(y).sum().backward()
+    torch.testing.assert_close(gradient, y.grad)
+
+
+def test_prediction_beneath_fused_layers_still_folds():
+    plain, fused = mixed("llama").eval(), accelerated().eval()
+    plans = [
+        ada.predict_ranks(m, [batch("llama")], 4, trials=1, progress=False) for m in (plain, fused)
+    ]
+    assert plans[0].settings["routes"] == plans[1].settings["routes"]
+    assert plans[0].ranks == plans[1].ranks
+
+
 def accelerated(**kwargs):
     return ada.accelerate(mixed("llama", **kwargs), example=batch("llama"))
 
@@ -259,6 +339,8 @@ def test_peft_features_fall_back_with_their_reason():
     assert "several active adapters" in reasons(fused)
     merged = fused.merge_and_unload()
     assert not fusable(merged)
+    ada.restore(merged)
+    assert not any(module._forward_hooks for module in merged.modules())
     assert logits(merged).isfinite().all()
 
 
@@ -339,6 +421,16 @@ def test_compiles_into_one_graph(kind):
         grads = {n: p.grad for n, p in fused.named_parameters() if n in expected[1]}
         assert_equal((loss.item(), grads), expected)
     assert len(graphs) == 1
+
+
+def test_compiling_before_groups_are_known_warns():
+    plain = mixed("bert").eval()
+    fused = ada.accelerate(copy.deepcopy(plain))
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match="before its groups are known"):
+        hidden = compiled(**batch("bert")).last_hidden_state
+    torch.testing.assert_close(hidden, plain(**batch("bert")).last_hidden_state)
 
 
 def test_bfloat16_base_with_float32_adapters():

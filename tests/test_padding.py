@@ -57,3 +57,21 @@ def test_the_plan_is_that_of_unpadded_items(output):
     assert together.ranks == apart.ranks
     for name, score in together.scores.items():
         assert apart.scores[name].trials == pytest.approx(score.trials, rel=1e-5)
+
+
+def test_the_item_with_the_most_padding_is_tried():
+    wide = {"x": torch.randn(2, 20, 4), "attention_mask": torch.ones(2, 20).long()}
+    mask = (torch.arange(16) < torch.tensor([2, 16])[:, None]).long()
+    narrow = {"x": torch.randn(2, 16, 4), "attention_mask": mask}
+    assert len(split(Average(), [wide, narrow])) == 2
+
+
+def test_a_decoder_keeps_its_positions():
+    model, inputs = tiny("t5"), batch("t5", lengths=(9, 3, 4, 9))
+    inputs["decoder_input_ids"] = batch("t5", seed=4)["input_ids"]  # as wide as the encoder's
+    together = ada.predict_ranks(model, [inputs], 8, trials=1, progress=False)
+    whole = ada.predict_ranks(
+        model, [inputs], 8, output=lambda o: o.logits, trials=1, progress=False
+    )
+    for name, score in whole.scores.items():
+        assert together.scores[name].mean == pytest.approx(score.mean, rel=1e-5)

@@ -164,6 +164,31 @@ def test_unusual_modules(kind):
         )
 
 
+def test_argmax_does_not_hide_what_is_missing():
+    torch.manual_seed(0)
+    model, inputs = spread(Unet()), {"x": torch.randn(30, 5, 6)}
+    plan = ada.predict_ranks(
+        model, [inputs], 2, target_modules="all-linear", metric="argmax", progress=False
+    )
+    asked = ada.predict_ranks(
+        model, [inputs], 2, target_modules="all-linear", output=lambda o: o.argmax(-1).float()
+    )
+    target = find_targets(model, "all-linear")[-1]
+    with torch.no_grad():
+        clean = model(**inputs).argmax(-1)
+        target.module.weight += ada.perturbation(target.module, target.name, 0)[0]
+        target.module.bias += ada.perturbation(target.module, target.name, 0)[1]
+        moved = model(**inputs).argmax(-1)
+    assert plan.scores[target.name].trials[0] == (moved != clean).double().mean()
+    assert asked.scores[target.name].trials[0] == (moved - clean).abs().double().mean()
+
+
+def test_inside_inference_mode():
+    with torch.inference_mode():
+        inside = predict()
+    assert inside.scores == predict().scores
+
+
 def test_torch_transformer_encoder():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
