@@ -21,11 +21,6 @@ from torch import Tensor, nn
 from adarank_fast.groups import Group, Owner, owner_path, remove_hooks
 from adarank_kernels import grouped_lora_linear
 
-COMPILED_EARLY = (
-    "compiled before its groups are known: each LoRA layer is fused by itself; "
-    "run one forward first, or pass accelerate(peft_model, example=batch)"
-)
-
 Layer = Any  # a PEFT layer of a class in _FUSED
 
 
@@ -57,13 +52,26 @@ class _Fused:
             if not state.owner.settled:
                 state.owner.saw(self, x)  # type: ignore[arg-type]
         elif not state.owner.settled:
-            warnings.warn(COMPILED_EARLY, stacklevel=2)
+            _warn_compiled_early()
         group = state.group
         if group is not None and group.whole and (state.place or _all_fusable(group.members, x)):
             output = group.call(state.place, x, _compute)
             if output is not None:
                 return output
         return _compute([self], x)[0]
+
+
+def _warn_compiled_early() -> bool:
+    warnings.warn(
+        "compiled before its groups are known: each LoRA layer is fused by itself; run one forward "
+        "first, or pass accelerate(peft_model, example=batch)",
+        stacklevel=2,
+    )
+    return True
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: run when traced.
+_warn_compiled_early._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class FusedLinear(_Fused, lora.Linear):
