@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.batches import batch_size
 from adarank_fast.outputs import Batch, Output, accepted
-from adarank_fast.replay import batch_size, is_same
+from adarank_fast.replay import is_same
 
 LENGTH_STEP = 8  # items whose lengths agree up to this go together
 

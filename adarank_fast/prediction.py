@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from adarank_fast.allocation import allocate_ranks
+from adarank_fast.batches import prepare_batches, take
 from adarank_fast.disagreement import check_metric, disagreement_sums, positions
 from adarank_fast.outputs import Batch, OutputChoice, choose_output, position_mask
 from adarank_fast.padding import remove_padding
 from adarank_fast.plan import RankPlan, Score, describe_model
 from adarank_fast.quantised import plain_weight, unpacked
-from adarank_fast.replay import FOLDED, Forward, Replay, prepare_batches, take, undisturbed
+from adarank_fast.replay import FOLDED, Forward, Replay, undisturbed
 from adarank_fast.targets import (
     Target,
     TargetModules,

@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 import adarank_fast as ada
+from adarank_fast.batches import prepare_batches
 from adarank_fast.outputs import choose_output
 from adarank_fast.padding import remove_padding
-from adarank_fast.replay import prepare_batches, undisturbed
+from adarank_fast.replay import undisturbed
 from tests.models import batch, tiny
 
 
