@@ -306,7 +306,8 @@ def test_conv1d_is_set_up_without_warnings():
 
 
 def test_four_bit_base(tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
+
     config = LlamaConfig(  # on CPUs with AVX512-BF16 bitsandbytes needs multiples of 64
         hidden_size=64,
         intermediate_size=128,

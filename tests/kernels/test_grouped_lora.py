@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 
@@ -175,8 +176,8 @@ def test_gradcheck(dropout: float) -> None:
 
 def test_against_peft() -> None:
     """The reference against PEFT's own layer."""
-    peft_lora = pytest.importorskip("peft.tuners.lora")
     from peft import LoraConfig
+    from peft.tuners import lora as peft_lora
 
     base = torch.nn.Linear(24, 40)
     config = LoraConfig(r=5, lora_alpha=10, init_lora_weights=False)
@@ -226,7 +227,9 @@ def test_base_outputs_of_another_dtype_keep_it() -> None:
     base = torch.randn(5, 8)
     y = lora_linear(x, None, A, B, 2.0, base_output=base.clone())
     assert y.dtype == torch.float32
-    torch.testing.assert_close(y, base + 2 * (x.float() @ A.t() @ B.t()), atol=0.2, rtol=0.02)
+    exact = base.double() + 2 * (x.double() @ A.double().t() @ B.double().t())
+    torchs = base + 2 * (x @ A.bfloat16().t() @ B.bfloat16().t())
+    assert (y - exact).norm() <= 2 * (torchs - exact).norm() + 1e-6
 
 
 def test_base_outputs_are_added_into_in_place() -> None:
@@ -347,14 +350,13 @@ def test_compiles_to_one_graph_without_recompiling(backend: str, dropout: float)
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = Block((3, 8, 1), dropout)
-    try:
-        compiled = torch.compile(block, fullgraph=True, backend=backend)
-        x = torch.randn(2, 5, 24, requires_grad=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compiled(x).square().sum().backward()
-    except torch._inductor.exc.InductorError as error:
-        pytest.skip(f"no C++ compiler: {error}")
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler, and this machine has none")
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled(x).square().sum().backward()
     torch._dynamo.utils.counters.clear()
     if not dropout:
         ours = torch.autograd.grad(compiled(x).square().sum(), [x, *block.As, *block.Bs])
