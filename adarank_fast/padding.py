@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adarank_fast.batches import batch_size
 from adarank_fast.outputs import Batch, Output, accepted
-from adarank_fast.replay import is_same
+from adarank_fast.replay import is_same, rounding
 
 # What a batch more costs, in positions: below it, padding some items is cheaper. On two cores a
 # forward of a block takes 250 tokens' time more than its tokens do, for 20 variants folded.
@@ -41,7 +41,8 @@ def remove_padding(model: nn.Module, output: Output, batches: Sequence[Batch]) -
     whole, trimmed = read(single), read(_sorted_by_length([single])[0])
     if trimmed.dim() > 2 and whole.dim() > 2:
         whole = whole[:, : trimmed.shape[1]]
-    return _sorted_by_length(batches) if is_same(trimmed, whole) else list(batches)
+    same = is_same(trimmed, whole, rounding(root))
+    return _sorted_by_length(batches) if same else list(batches)
 
 
 def _padding(batch: Batch) -> Tensor:

@@ -26,6 +26,7 @@ FOLDED = "folded"
 NEVER_CALLED = "its forward is never called"
 BY_CONTENT = "its rows depend on what the inputs hold"
 OF_EXPERTS = "a parameter of experts, not a module"
+NARROW = 3e-2  # what 16-bit numbers that should be the same may differ by, as a share of their norm
 Wrap = Callable[[Forward], Forward]
 
 
@@ -344,7 +345,7 @@ class Replay:
         except Exception as error:  # whatever a model says to a batch it cannot take
             reason = f"the model rejects a folded batch ({type(error).__name__})"
         else:
-            if not _is_twice(folded_value, value):
+            if not _is_twice(folded_value, value, rounding(self.root)):
                 reason = "a folded batch gives another output"
             elif double.order != single.order:
                 reason = "a folded batch runs other blocks"
@@ -437,16 +438,27 @@ def _placeholder(tree: Any) -> Any:
 
 
 def is_same(two: Tensor, one: Tensor, within: float = 1e-3) -> bool:
-    """True if the tensors agree up to rounding: `within` of the norm in float32."""
+    """True if the tensors agree up to rounding: `within` of the norm, 16-bit ones more loosely."""
     if two.shape != one.shape:
         return False
     if not one.is_floating_point():
         return torch.equal(two, one)
-    tolerance = within if two.dtype in (torch.float32, torch.float64) else max(within, 3e-2)
+    tolerance = within if two.element_size() >= 4 else max(within, NARROW)
     one, two = one.double().nan_to_num(), two.double().nan_to_num()
     return bool((two - one).norm() <= tolerance * one.norm() + 1e-12)
 
 
-def _is_twice(two: Tensor, one: Tensor) -> bool:
+def _is_twice(two: Tensor, one: Tensor, within: float = 1e-3) -> bool:
     """True if `two` is `one` on top of `one`, up to rounding."""
-    return bool(one.dim()) and two.shape[0] == 2 * one.shape[0] and is_same(two, repeat(one, 2))
+    if not one.dim() or two.shape[0] != 2 * one.shape[0]:
+        return False
+    return is_same(two, repeat(one, 2), within)
+
+
+def rounding(model: nn.Module) -> float:
+    """How far outputs that should be the same may differ, as a share of their norm.
+
+    The outputs' own type does not tell: those of a 16-bit model may be read in float32.
+    """
+    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
+    return NARROW if min(sizes, default=4) < 4 else 1e-3

@@ -31,6 +31,12 @@ def test_items_of_like_length_go_together_and_lose_their_padding(monkeypatch, co
     assert sorted(ids) == sorted(given)
 
 
+def test_a_16_bit_model_loses_its_padding_too():
+    """Its pooled output is read in float32, with 16 bits' rounding."""
+    inputs = [batch("bert", lengths=(20, 3, 9, 3), width=24)]
+    assert len(split(tiny("bert").bfloat16(), inputs)) == len(split(tiny("bert"), inputs)) > 1
+
+
 def items(inputs):
     return inputs["input_ids"], inputs["attention_mask"]
 

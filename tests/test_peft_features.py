@@ -240,6 +240,8 @@ def test_add_weighted_adapter(combination, tmp_path):
     loaded = PeftModel.from_pretrained(tiny("llama", layers=2), tmp_path / "uniform")
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
     if combination in ("svd", "cat"):
+        for parameter in fused.parameters():  # PEFT 0.18 cannot save what its svd leaves strided
+            parameter.data = parameter.data.contiguous()
         fused.save_pretrained(tmp_path, selected_adapters=["both"])
         loaded = PeftModel.from_pretrained(tiny("llama", layers=2), tmp_path / "both")
         torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)

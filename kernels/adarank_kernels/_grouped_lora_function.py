@@ -39,7 +39,7 @@ class Spec(NamedTuple):
         """First columns of these modules' segments, packed side by side; then the total width."""
         starts = [0]
         for m in modules:
-            rank = self.ranks[m] + (m in ones)
+            rank = self.ranks[m] + int(m in ones)
             starts.append(starts[-1] + (launch.padded(rank) if self.kernels else rank))
         return starts
 
@@ -184,8 +184,10 @@ class GroupedLoraLinear(torch.autograd.Function):
                     if m in spec.ones:
                         B = torch.cat([B, biases[m].unsqueeze(1)], 1)  # type: ignore[union-attr]
                     _expand(Y2, S.narrow(1, first[m], B.shape[1]), B, spec.alpha(m))
-            if Y is None:
-                Y = Y2 if x.dim() == 2 else _unsafe_view(Y2, [*x.shape[:-1], Y2.shape[-1]])
+            if Y is None and x.dim() == 2 and not torch.compiler.is_compiling():
+                Y = Y2
+            elif Y is None:  # torch.compile of torch 2.11 loses the gradient of what addmm_ changed
+                Y = _unsafe_view(Y2, [*x.shape[:-1], Y2.shape[-1]])
             outputs.append(Y)
         if later:
             assert S is not None

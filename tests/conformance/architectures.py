@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.dinov2 import modeling_dinov2
 
 from adarank_fast.outputs import OutputChoice
 
@@ -112,6 +113,12 @@ def _encoder_layers() -> nn.Module:
 ENCODER, CAUSAL, SEQ2SEQ = "AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 GATED = "q_proj+k_proj+v_proj gate_proj+up_proj"
 GATED_LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+
+DINOV2_ATTENTION, DINOV2_GROUP = (  # renamed after transformers 5.17
+    ("query key value dense", "key+value+query")
+    if hasattr(modeling_dinov2, "Dinov2SelfAttention")
+    else ("q_proj k_proj v_proj o_proj", "q_proj+k_proj+v_proj")
+)
 
 ARCHITECTURES = {
     "BERT": Architecture(
@@ -332,9 +339,9 @@ ARCHITECTURES = {
     "DINOv2": Architecture(
         hub(ENCODER, "dinov2", **SIZES, **IMAGES, mlp_ratio=2),
         images,
-        ("q_proj k_proj v_proj o_proj", 8),
-        ("q_proj k_proj v_proj o_proj fc1 fc2", 12),
-        "q_proj+k_proj+v_proj",
+        (DINOV2_ATTENTION, 8),
+        (f"{DINOV2_ATTENTION} fc1 fc2", 12),
+        DINOV2_GROUP,
     ),
     "Mamba": Architecture(
         hub(CAUSAL, "mamba", **SIZES, state_size=4, time_step_rank=4),

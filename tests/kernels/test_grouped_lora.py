@@ -344,6 +344,19 @@ class Block(torch.nn.Module):
         return torch.cat([torch.relu_(y) for y in outputs], dim=-1)
 
 
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)])
+def test_compiled_gradients_whatever_the_dimensions(shape: tuple[int, ...]) -> None:
+    """torch.compile of torch 2.11 loses gradients of outputs that an autograd node changed."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = Block((3, 8, 1), 0.0)
+    x = torch.randn(shape, requires_grad=True)
+    parameters = [x, *block.As, *block.Bs]
+    expected = torch.autograd.grad(block(x).square().sum(), parameters)
+    found = torch.autograd.grad(torch.compile(block, backend="eager")(x).square().sum(), parameters)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_compiles_to_one_graph_without_recompiling(backend: str, dropout: float) -> None:
