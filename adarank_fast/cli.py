@@ -189,6 +189,9 @@ def predict(
     max_seconds: Annotated[
         float | None, typer.Option(help="Begin no probes after this time.")
     ] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(help="GB that probing may hold beside the model.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show modules and cost; predict and write nothing.")
@@ -246,6 +249,7 @@ def predict(
             dtype=None if probe_dtype is None else getattr(import_module("torch"), probe_dtype),
             checkpoint=checkpoint,
             max_seconds=max_seconds,
+            max_memory=None if max_memory is None else int(max_memory * 1e9),
             progress=sys.stderr.isatty(),
         )
     if processes.rank:

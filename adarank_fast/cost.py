@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from adarank_fast.batches import prepare_batches, take
 from adarank_fast.disagreement import disagreement_sums
 from adarank_fast.groups import find_groups
+from adarank_fast.memory import default_memory, tokens
 from adarank_fast.outputs import Batch, OutputChoice, accepted, choose_output
 from adarank_fast.padding import remove_padding
-from adarank_fast.probing import NOISE_BYTES, folds_for
+from adarank_fast.probing import folds_for, noise_bytes
 from adarank_fast.quantised import unpacked
 from adarank_fast.replay import FOLDED, Replay, undisturbed
 from adarank_fast.targets import TargetModules, find_targets, unwrap
@@ -31,7 +32,8 @@ class CostEstimate:
         flops: floating-point operations of all probes.
         naive_flops: those of one full forward per probe.
         seconds: at the rate of one folded forward, timed here.
-        memory_bytes: noise, activations of a folded block and clean outputs; the model not counted.
+        memory_bytes: noise, activations of a folded forward and clean outputs; the model not
+            counted, nor what blocks return.
         blocks: blocks that can answer from a record.
         routes: module name -> "folded", or why its variants run one by one.
         groups: names of the modules that read the very same tensor, computed together in training.
@@ -73,14 +75,15 @@ def estimate_cost(
     with undisturbed(inner), unpacked(inner):
         chosen = choose_output(inner, output, take(prepared[0], 1))
         parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
-        parts.sort(key=_tokens, reverse=True)
+        parts.sort(key=tokens, reverse=True)
         replay = Replay(inner, chosen, parts[:1], targets)
         with FlopCounterMode(display=False) as counter:
             replay.root(**accepted(replay.root, parts[0]))
         linears = {t.name: t.path for t in targets if not t.parameter}
         small = accepted(inner, take(parts[0], 1))
         groups = find_groups(inner, linears, lambda: inner(**small))
-        folds = folds_for(replay, 0)
+        memory = default_memory(inner, parts[:1], replay.live, prepared)
+        folds = folds_for(replay, 0, memory)
         start = time.perf_counter()
         outputs = replay.run(0, folds, {})
         disagreement_sums(outputs, replay.clean[0], None, "l1", replay.head)
@@ -91,30 +94,26 @@ def estimate_cost(
     inside = f"{chosen.root}." if chosen.root else ""
     by_block = [by_module.get(f"{root}.{b.removeprefix(inside)}", 0) for b in replay.order]
     per_item = [sum(by_block[: replay.position(t.block)]) for t in targets]
-    sizes = [_tokens(batch) for batch in parts]
+    sizes = [tokens(batch) for batch in parts]
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
     noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
     flops = int((suffixes * trials + forward) * scale)
     slow = sum(replay.routes[t.name] != FOLDED for t in targets) / len(targets)
     rate = forward * folds / elapsed
-    widest = max(max(t.in_features, t.out_features) for t in targets)
-    noise_bytes = 4 * trials * max(t.in_features * t.out_features for t in targets) * len(targets)
-    activations = 4 * 8 * folds * sizes[0] * widest
+    in_blocks: dict[str | None, int] = {}
+    for target in targets:
+        in_blocks.setdefault(target.block, 0)
+        in_blocks[target.block] += trials * noise_bytes(target)
+    probing = min(max(in_blocks.values()), memory.noise) + folds * replay.live[0]
     return CostEstimate(
         modules=len(targets),
         probes=len(targets) * trials * len(prepared),
         flops=flops,
-        naive_flops=int(forward * sum(map(_tokens, prepared)) / sizes[0]) * len(targets) * trials,
+        naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * trials,
         seconds=flops / rate * (1 + slow),
-        memory_bytes=int(
-            min(NOISE_BYTES, noise_bytes) * 2 + activations + replay.clean[0].nbytes * len(parts)
-        ),
+        memory_bytes=probing + int(replay.clean[0].nbytes * scale),
         blocks=len(replay.order),
         routes=dict(replay.routes),
         groups=groups,
     )
-
-
-def _tokens(batch: Batch) -> int:
-    return max(v.shape[:2].numel() for v in batch.values() if hasattr(v, "shape") and v.dim())

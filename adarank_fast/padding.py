@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.agreement import is_same, rounding
 from adarank_fast.batches import batch_size
 from adarank_fast.outputs import Batch, Output, accepted
-from adarank_fast.replay import is_same, rounding
 
 # What a batch more costs, in positions: below it, padding some items is cheaper. On two cores a
 # forward of a block takes 250 tokens' time more than its tokens do, for 20 variants folded.

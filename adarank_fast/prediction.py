@@ -27,6 +27,7 @@ from adarank_fast.allocation import Budget, allocate_ranks
 from adarank_fast.batches import in_dtype, prepare_batches, take
 from adarank_fast.checkpoint import Checkpoint, Found
 from adarank_fast.disagreement import check_metric
+from adarank_fast.memory import Memory, default_memory
 from adarank_fast.outputs import Batch, OutputChoice, choose_output
 from adarank_fast.padding import remove_padding
 from adarank_fast.plan import RankPlan, Score, describe_model
@@ -56,6 +57,7 @@ def predict_ranks(
     dtype: torch.dtype | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     max_seconds: float | None = None,
+    max_memory: int | None = None,
     progress: bool = True,
 ) -> RankPlan:
     """Predict a LoRA rank for every target module, before training and without labels.
@@ -82,6 +84,10 @@ def predict_ranks(
         checkpoint: a file that finished probes are written to and read from: after a kill, the
             same call goes on where it was.
         max_seconds: begin no further probes after this time; every module needs one trial.
+        max_memory: bytes of tensors that probing may hold beside the model, its outputs and the
+            activations it resumes from; at least one variant is probed at a time. None: what keeps
+            all within 1.5 times the model and one forward over the largest batch. It changes how
+            fast ranks are found and, beyond rounding, not which.
         progress: show a bar on stderr.
 
     Returns:
@@ -93,7 +99,7 @@ def predict_ranks(
     """
     start = time.monotonic()
     check_metric(metric)
-    _check_arguments(trials, seed, dtype, max_seconds)
+    _check_arguments(trials, seed, dtype, max_seconds, max_memory)
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
     inner = unwrap(model)
@@ -131,7 +137,11 @@ def predict_ranks(
         processes.same("models or batches", identity)
         parts = prepared if callable(output) else remove_padding(probed, chosen, prepared)
         replay = Replay(probed, chosen, parts, targets, everything=callable(output))
-        prober = Prober(probed, replay, seed, metric, stds)
+        if max_memory is None:
+            memory = default_memory(probed, parts, replay.live, prepared)
+        else:
+            memory = Memory(max_memory)
+        prober = Prober(probed, replay, seed, metric, stds, memory)
         journal = checkpoint and Checkpoint(checkpoint, identity, processes.rank)
         with journal or nullcontext() as file:
             found = _sample(
@@ -243,7 +253,11 @@ def _by_module(targets: Sequence[Target], found: Found) -> dict[str, list[float]
 
 
 def _check_arguments(
-    trials: object, seed: object, dtype: object, max_seconds: float | None
+    trials: object,
+    seed: object,
+    dtype: object,
+    max_seconds: float | None,
+    max_memory: int | None,
 ) -> None:
     if not isinstance(trials, AdaptiveTrials) and (
         isinstance(trials, bool) or not isinstance(trials, int) or trials < 1
@@ -255,6 +269,8 @@ def _check_arguments(
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"max_seconds must be positive, got {max_seconds!r}")
+    if max_memory is not None and not max_memory > 0:
+        raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from adarank_fast.disagreement import disagreement_sums, positions
+from adarank_fast.memory import Memory
 from adarank_fast.outputs import position_mask
 from adarank_fast.quantised import is_packed, plain_weight
 from adarank_fast.replay import BY_CONTENT, FOLDED, NEVER_CALLED, Replay
@@ -25,9 +26,7 @@ from adarank_fast.reuse import Forward
 from adarank_fast.targets import Target, linear_shape
 from adarank_kernels import philox_normal
 
-NOISE_BYTES = 512 * 2**20  # noise matrices held at a time
 FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
-OUTPUT_BYTES = 512 * 2**20  # a folded output
 
 Stds = Mapping[str, tuple[float, float]]  # target name -> of its weight, of its bias
 
@@ -56,12 +55,20 @@ class Prober:
         seed: of the noise.
         metric: see `disagreement_sums`.
         stds: as `measure_stds` returns them.
+        memory: what may be held. One variant is probed at a time at least, whatever it takes.
     """
 
     def __init__(
-        self, model: nn.Module, replay: Replay, seed: int, metric: str, stds: Stds
+        self,
+        model: nn.Module,
+        replay: Replay,
+        seed: int,
+        metric: str,
+        stds: Stds,
+        memory: Memory,
     ) -> None:
         self._replay = replay
+        self._memory = memory
         self._stds = stds
         self._seed = seed
         self._metric = metric
@@ -97,7 +104,7 @@ class Prober:
                 for chunk in self._chunks(group):
                     if time.monotonic() > deadline:
                         return
-                    replay.advance(position)
+                    replay.advance(position, self._memory.record)
                     values = self._probe(chunk)
                     for variant, value in zip(chunk, values, strict=True):
                         self._check(variant, value)
@@ -124,8 +131,8 @@ class Prober:
         held = 0
         for variant in sorted(variants, key=lambda v: routes[v.target.name] != FOLDED):
             folded = routes[variant.target.name] == FOLDED
-            size = 4 * variant.target.in_features * variant.target.out_features
-            if chunk and (held + size > NOISE_BYTES or not folded):
+            size = noise_bytes(variant.target, folded)
+            if chunk and (held + size > self._memory.noise or not folded):
                 yield chunk
                 chunk, held = [], 0
             chunk.append(variant)
@@ -156,7 +163,7 @@ class Prober:
         replay = self._replay
         clean = replay.clean[index]
         parts = []
-        step = folds_for(replay, index)
+        step = folds_for(replay, index, self._memory)
         for start in range(0, len(chunk), step):
             some = range(start, min(start + step, len(chunk)))
             outputs = self._outputs(index, chunk, noise, some)
@@ -186,11 +193,19 @@ class Prober:
         return replay.run(index, len(some), wraps)
 
 
-def folds_for(replay: Replay, index: int) -> int:
+def folds_for(replay: Replay, index: int, memory: Memory) -> int:
     """How many variants to fold into batch `index`."""
-    clean = replay.clean[index]
-    by_tokens = FOLDED_TOKENS.get(clean.device.type, 65536) // max(replay.tokens(index), 1)
-    return max(1, min(by_tokens, OUTPUT_BYTES // max(clean.nbytes, 1)))
+    device_type = replay.clean[index].device.type
+    by_tokens = FOLDED_TOKENS.get(device_type, 65536) // max(replay.tokens(index), 1)
+    return max(1, min(by_tokens, memory.activations // max(replay.live[index], 1)))
+
+
+def noise_bytes(target: Target, folded: bool = True) -> int:
+    """The noise of one variant's weight."""
+    weight = target.weight
+    narrow = folded and isinstance(weight, Tensor) and weight.is_floating_point()
+    size = weight.element_size() if narrow else 4
+    return size * target.in_features * target.out_features
 
 
 class _Noise:

@@ -8,6 +8,7 @@ under variant k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,18 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
-from adarank_fast.batches import batch_size, fold, repeat, take
+from adarank_fast.agreement import is_same, is_twice, rounding
+from adarank_fast.batches import batch_size, fold, take
+from adarank_fast.memory import LiveBytes
 from adarank_fast.outputs import Batch, Output, accepted
+from adarank_fast.record import Recorded, answer
 from adarank_fast.reuse import Forward, LinearRecord, plain_linears
 from adarank_fast.targets import Target, find_blocks
+from adarank_fast.trace import Trace
 
 FOLDED = "folded"
 NEVER_CALLED = "its forward is never called"
 BY_CONTENT = "its rows depend on what the inputs hold"
 OF_EXPERTS = "a parameter of experts, not a module"
-NARROW = 3e-2  # what 16-bit numbers that should be the same may differ by, as a share of their norm
 Wrap = Callable[[Forward], Forward]
 
 
@@ -70,49 +74,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Trace:
-    """What one pass shows: the order of the blocks, how they hang together, the targets' inputs."""
-
-    def __init__(self, keep: bool = False) -> None:
-        self.keep = keep
-        self.order: list[str] = []
-        self.outputs: dict[str, list[Tensor]] = {}  # block -> tensors of its output (if keep)
-        self.inputs: dict[str, list[Tensor]] = {}  # target -> the input of each call (if keep)
-        self.rows: dict[str, list[int]] = {}  # target -> rows of each call
-        self.tokens = 0  # most vectors that a target got in one call
-        self.breaks: set[str] = set()  # blocks whose output is not simply the next one's input
-        self._last: tuple[str, Tensor | None, int] | None = None
-
-    def block(self, path: str, original: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._last is not None:
-                before, tensor, version = self._last
-                leaves = tree_flatten((args, kwargs))[0]
-                passed_on = any(leaf is tensor for leaf in leaves)
-                if tensor is None or not passed_on or tensor._version != version:
-                    self.breaks.add(before)
-            self.order.append(path)
-            output = original(*args, **kwargs)
-            tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-            if self.keep:
-                self.outputs[path] = [tensor.clone() for tensor in tensors]
-            first = tensors[0] if tensors else None
-            self._last = path, first, 0 if first is None else first._version
-            return output
-
-        return forward
-
-    def target(self, name: str, original: Forward) -> Forward:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.rows.setdefault(name, []).append(x.shape[0])
-            self.tokens = max(self.tokens, x.numel() // max(x.shape[-1], 1))
-            if self.keep:
-                self.inputs.setdefault(name, []).append(x.clone())
-            return original(x, *args, **kwargs)
-
-        return forward
-
-
 class Replay:
     """A model, its batches and a record of the clean pass, open at one block at a time.
 
@@ -120,6 +81,7 @@ class Replay:
         head: the language-model head, if the output is exactly what it returns. Then it is never
             run: what `clean` and `run` hold is its input, hidden states [B, T, D].
         clean: per batch, the output of the clean pass, [B, ...].
+        live: per batch, the most bytes that the clean pass held at one time.
         order: paths of the blocks that can answer from the record, in the order of execution.
         routes: target name -> "folded", or why its variants must run one by one.
 
@@ -171,8 +133,15 @@ class Replay:
         """Where a block stands in `order`; 0, the whole forward, if it cannot be replayed."""
         return self.order.index(block) if block in self.order else 0
 
-    def advance(self, position: int) -> None:
-        """Open the record at `order[position]`: the blocks before it answer, the rest runs."""
+    def advance(self, position: int, most: float = math.inf) -> None:
+        """Open the record at `order[position]`: the blocks before it answer, the rest runs.
+
+        Args:
+            position: of the block, in `order`.
+            most: bytes to keep on the device: of what blocks return (beyond it, in host memory),
+                and of what the open block's linear layers read and return (beyond it, they
+                compute it again).
+        """
         if position < self._boundary:
             self._forget()
         if position == self._opened or not self.order:
@@ -181,20 +150,23 @@ class Replay:
         stale = self.order[self._boundary - 1] if self._boundary and new else None
         opened = self._modules[self.order[position]]
         self._linears = [LinearRecord() for _ in self.batches]
+        reusable = most
         for batch, record, linears in zip(self.batches, self._record, self._linears, strict=True):
             forwards = self._answers(record, 1)
-            forwards |= {self._modules[path]: self._recorder(path, record) for path in new}
-            forwards |= {m: linears.recorder(m, m.forward) for m in plain_linears(opened)}
+            offload = self._device_bytes() > most
+            forwards |= {self._modules[path]: self._recorder(path, record, offload) for path in new}
+            if reusable > 0:
+                forwards |= {m: linears.recorder(m, m.forward) for m in plain_linears(opened)}
             forwards[opened] = _stop_after(forwards.get(opened, opened.forward))
             try:
                 with patched(forwards):
                     self.root(**accepted(self.root, batch))
             except _Reached:
                 pass
-            linears.close()
+            reusable -= linears.close()
             for path in [stale, *new[:-1]]:
                 if path is not None and not (self._everything or path in self._needed):
-                    record[path] = _placeholder(record[path])
+                    record[path] = tree_map_only(Recorded, Recorded.blank, record[path])
         self._boundary = self._opened = position
 
     def _forget(self) -> None:
@@ -295,8 +267,8 @@ class Replay:
         same = len(calls) == 1 and calls[0].shape == logits.shape and torch.equal(calls[0], logits)
         return head if same else None
 
-    def _trace(self, batch: Batch, keep: bool = False) -> tuple[_Trace, Tensor]:
-        trace = _Trace(keep)
+    def _trace(self, batch: Batch, keep: bool = False) -> tuple[Trace, Tensor]:
+        trace = Trace(keep)
         forwards = {t.module: trace.target(t.name, t.module.forward) for t in self._targets}
         for path, module in self._modules.items():  # a block may itself be a target
             forwards[module] = trace.block(path, forwards.get(module, module.forward))
@@ -317,9 +289,12 @@ class Replay:
         self.clean: list[Tensor] = []
         self._rows: list[dict[str, list[int]]] = []
         self._tokens: list[int] = []
+        self.live: list[int] = []
         orders, breaks = [], set()
         for batch in self.batches:
-            trace, value = self._trace(batch)
+            with LiveBytes() as live:
+                trace, value = self._trace(batch)
+            self.live.append(live.peak)
             self.clean.append(value)
             self._rows.append(trace.rows)
             self._tokens.append(trace.tokens or batch_size(batch))
@@ -345,7 +320,7 @@ class Replay:
         except Exception as error:  # whatever a model says to a batch it cannot take
             reason = f"the model rejects a folded batch ({type(error).__name__})"
         else:
-            if not _is_twice(folded_value, value, rounding(self.root)):
+            if not is_twice(folded_value, value, rounding(self.root)):
                 reason = "a folded batch gives another output"
             elif double.order != single.order:
                 reason = "a folded batch runs other blocks"
@@ -353,8 +328,8 @@ class Replay:
         if not reason:
             for path in self.order:
                 pairs = list(zip(double.outputs[path], single.outputs[path], strict=True))
-                self._repeats[path] = [_is_twice(two, one) for two, one in pairs]
-                if not all(_is_twice(two, one) or is_same(two, one) for two, one in pairs):
+                self._repeats[path] = [is_twice(two, one) for two, one in pairs]
+                if not all(is_twice(two, one) or is_same(two, one) for two, one in pairs):
                     reason = f"block {path} does not give a row per item"
         traces = first, single, double
         self.routes = {
@@ -363,7 +338,7 @@ class Replay:
         }
 
     def _why_not_folded(
-        self, name: str, items: int, first: _Trace, single: _Trace, double: _Trace
+        self, name: str, items: int, first: Trace, single: Trace, double: Trace
     ) -> str:
         if any(target.name == name and target.parameter for target in self._targets):
             return OF_EXPERTS
@@ -373,7 +348,7 @@ class Replay:
         calls = zip(first.rows.get(name, []), single.rows.get(name, []), strict=False)
         if any(both not in (alone, items * alone) for alone, both in calls):
             return BY_CONTENT
-        if len(ones) != len(twos) or not all(map(_is_twice, twos, ones)):
+        if len(ones) != len(twos) or not all(map(is_twice, twos, ones)):
             return "the batch is not the first dimension of its input"
         if any(len(set(rows.get(name, ()))) != 1 for rows in self._rows):
             return "its calls differ in size"
@@ -381,20 +356,24 @@ class Replay:
 
     def _answers(self, record: dict[str, Any], folds: int) -> dict[nn.Module, Forward]:
         return {
-            self._modules[path]: _answer(record[path], self._repeats.get(path), folds)
+            self._modules[path]: answer(record[path], self._repeats.get(path), folds)
             for path in self.order[: self._boundary]
         }
 
-    def _recorder(self, path: str, record: dict[str, Any]) -> Forward:
+    def _recorder(self, path: str, record: dict[str, Any], offload: bool) -> Forward:
         original = self._modules[path].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            # A copy: the model may go on to change its own in place.
-            record[path] = tree_map_only(Tensor, torch.clone, output)
+            record[path] = tree_map_only(Tensor, lambda t: Recorded.of(t, offload), output)
             return output
 
         return forward
+
+    def _device_bytes(self) -> int:
+        """Of what blocks returned, held where they returned it."""
+        leaves = tree_flatten(self._record)[0]
+        return sum(x.nbytes for x in leaves if isinstance(x, Recorded) and not x.offloaded)
 
 
 def _stop_after(original: Forward) -> Forward:
@@ -403,62 +382,3 @@ def _stop_after(original: Forward) -> Forward:
         raise _Reached
 
     return forward
-
-
-def _answer(tree: Any, repeats: list[bool] | None, folds: int) -> Forward:
-    """A forward that returns a recorded output, folded; always a copy, as models write in place."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten(tree)
-        flags = iter(repeats or ())
-        out = []
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor):
-                out.append(leaf)
-            elif not next(flags, True) or folds == 1:
-                out.append(leaf.clone())
-            elif leaf.dim() and not any(leaf.stride()):  # a placeholder
-                out.append(leaf.as_strided((folds * leaf.shape[0], *leaf.shape[1:]), leaf.stride()))
-            else:
-                out.append(repeat(leaf, folds))
-        return tree_unflatten(out, spec)
-
-    return forward
-
-
-def _placeholder(tree: Any) -> Any:
-    """The tree with floating-point tensors replaced by NaN of the same shape and no storage."""
-
-    def blank(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        return tensor.new_full((), float("nan")).expand(tensor.shape)
-
-    return tree_map_only(Tensor, blank, tree)
-
-
-def is_same(two: Tensor, one: Tensor, within: float = 1e-3) -> bool:
-    """True if the tensors agree up to rounding: `within` of the norm, 16-bit ones more loosely."""
-    if two.shape != one.shape:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(two, one)
-    tolerance = within if two.element_size() >= 4 else max(within, NARROW)
-    one, two = one.double().nan_to_num(), two.double().nan_to_num()
-    return bool((two - one).norm() <= tolerance * one.norm() + 1e-12)
-
-
-def _is_twice(two: Tensor, one: Tensor, within: float = 1e-3) -> bool:
-    """True if `two` is `one` on top of `one`, up to rounding."""
-    if not one.dim() or two.shape[0] != 2 * one.shape[0]:
-        return False
-    return is_same(two, repeat(one, 2), within)
-
-
-def rounding(model: nn.Module) -> float:
-    """How far outputs that should be the same may differ, as a share of their norm.
-
-    The outputs' own type does not tell: those of a 16-bit model may be read in float32.
-    """
-    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
-    return NARROW if min(sizes, default=4) < 4 else 1e-3

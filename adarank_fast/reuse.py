@@ -53,10 +53,12 @@ class LinearRecord:
             self._last = x, x._version, x.clone()
         return self._last[2]
 
-    def close(self) -> None:
-        """Let go of what only recording needs."""
+    def close(self) -> int:
+        """Let go of what only recording needs; the bytes of the rest."""
         self._last = None
         self._calls = {module: calls for module, calls in self._calls.items() if len(calls) == 1}
+        kept = {t for calls in self._calls.values() for call in calls for t in call}
+        return sum(tensor.nbytes for tensor in kept)
 
     def forwards(self, folds: int) -> dict[nn.Module, Forward]:
         """Module -> a forward for the batch folded `folds` times."""

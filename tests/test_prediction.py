@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import adarank_fast as ada
+from adarank_fast.memory import Memory
 from adarank_fast.outputs import mean_pool
 from adarank_fast.probing import Prober, Variant, measure_stds
 from adarank_fast.replay import FOLDED, Replay
@@ -212,8 +213,8 @@ def test_the_plan_does_not_depend_on_batches_or_folds(kind, monkeypatch):
     wide = {k: nn.functional.pad(v, (0, 3)) for k, v in wide.items()}
     assert_same(reference, ada.predict_ranks(model, [wide], 8, trials=2, progress=False))
     monkeypatch.setattr("adarank_fast.probing.FOLDED_TOKENS", {"cpu": 100})
-    monkeypatch.setattr("adarank_fast.probing.NOISE_BYTES", 3 * 4 * 32 * 32)
-    assert_same(reference, ada.predict_ranks(model, iter([full]), 8, trials=2, progress=False))
+    few = ada.predict_ranks(model, iter([full]), 8, trials=2, max_memory=50_000, progress=False)
+    assert_same(reference, few)
 
 
 def assert_same(first, second):
@@ -439,7 +440,7 @@ def test_replay_says_when_an_earlier_output_was_needed():
         assert replay.run(0, 2, {}).isnan().all()
         assert replay.keep_everything() and not replay.keep_everything()
         torch.testing.assert_close(replay.run(0, 2, {})[1], replay.clean[0])
-        prober = Prober(model, replay, 0, "l1", measure_stds(targets))
+        prober = Prober(model, replay, 0, "l1", measure_stds(targets), Memory(2**30))
         assert [len(chunk) for chunk in prober.run([Variant(targets[-1], 0)])] == [1]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import adarank_fast as ada
 from adarank_fast.checkpoint import Checkpoint
+from adarank_fast.memory import Memory
 from adarank_fast.outputs import choose_output
 from adarank_fast.probing import Prober, Variant, measure_stds
 from adarank_fast.replay import BY_CONTENT, FOLDED, Replay, undisturbed
@@ -57,7 +58,7 @@ def test_products_that_no_perturbation_reached_are_not_computed_again(monkeypatc
     with undisturbed(model):
         model, targets, replay = opened("bert", "attention", 2)
         block = [t for t in targets if t.block == "encoder.layer.2"]
-        prober = Prober(model, replay, 0, "l1", measure_stds(targets))
+        prober = Prober(model, replay, 0, "l1", measure_stds(targets), Memory(2**30))
         monkeypatch.setattr(nn.functional, "linear", counting)
         list(prober.run([Variant(target, 0) for target in block]))
     # variants: query, key, value, output; two items each; after attention all four differ
