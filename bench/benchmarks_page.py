@@ -277,7 +277,7 @@ BENCHMARKS = (
         "no replay can avoid, and against the naive loop of full forwards, which is extrapolated "
         "from a sample of its probes. Attention modules of MiniLM and MPNet-base on 64 TREC "
         "questions, five trials; all linears of SmolLM2-135M on 2,048 tokens, one trial. Noise: "
-        "share of the prediction spent drawing it. About 3: 2.5 or more.",
+        "share of the prediction spent drawing it. About 3 is reached from 2.5 on.",
         prediction,
     ),
     Benchmark(
