@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test suite test-oldest test-newest lint format bench bench-lora bench-step
-.PHONY: kernels-report compatibility wheel clean
+.PHONY: demo test suite test-oldest test-newest lint format kernels-report compatibility wheel clean
+.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step benchmarks-page
 
 demo: $(VENV)/.installed
 	$(BIN)/adarank demo
@@ -39,14 +39,30 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Every benchmark renews docs/benchmarks.md, which a test compares with bench/results.
 bench: $(VENV)/.installed bench-lora bench-step
 	$(BIN)/python -m pytest bench
+	$(MAKE) benchmarks-page
+
+bench-prediction: $(VENV)/.installed
+	$(BIN)/python -m pytest bench/bench_prediction.py -s
+	$(MAKE) benchmarks-page
+
+bench-disagreement: $(VENV)/.installed
+	$(BIN)/python -m pytest bench/bench_disagreement.py -s
+	$(MAKE) benchmarks-page
 
 bench-lora: $(VENV)/.installed
 	$(BIN)/python -m bench.bench_lora
+	$(MAKE) benchmarks-page
 
 bench-step: $(VENV)/.installed
 	$(BIN)/python -m bench.bench_step
+	$(MAKE) benchmarks-page
+
+# docs/benchmarks.md, of the figures in bench/results; nothing is timed.
+benchmarks-page: $(VENV)/.installed
+	$(BIN)/python -m bench.benchmarks_page
 
 # Compiles the Triton kernels for GPUs that need not be here; nothing is timed.
 kernels-report: $(VENV)/.installed

@@ -207,7 +207,7 @@ def show_report(report: Comparison, folder: Path, as_json: bool) -> None:
     for table in rich_tables(report.results):
         show(table)
     for line in reading(report.results):
-        print(line)
+        show(line)
     print(f"wrote {folder / 'report.html'}", file=sys.stderr)
 
 

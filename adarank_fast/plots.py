@@ -16,6 +16,14 @@ from adarank_fast.plan import RankPlan, replacing
 CELL = 0.34  # inches: a heat map cell with a three-digit number
 UNSURE = 0.5  # chance of another rank that is worth a mark
 MARKERS = "osD^vPX*<>"
+DPI = 130
+UNITS = {  # of a disagreement by its metric
+    "l1": "mean |change of an output|",
+    "tv": "total variation distance",
+    "kl": "KL divergence, nats",
+    "js": "Jensen-Shannon divergence, nats",
+    "argmax": "share of changed predictions",
+}
 GRID = {"color": "0.9", "linewidth": 0.8}
 
 Place = tuple[int | None, str]  # layer, label of the module type
@@ -75,17 +83,29 @@ def plot_training(
     path: str | os.PathLike[str],
     ylabel: str,
     xlabel: str = "step",
+    ticks: Sequence[float] | None = None,
+    order: Sequence[str] | None = None,
 ) -> None:
-    """One line per entry of `curves`: label -> (step, value) pairs."""
+    """One line per entry of `curves`: label -> (step, value) pairs.
+
+    Args:
+        order: of all labels, also those not here: one keeps its colour from picture to picture.
+        ticks: the only places marked on a logarithmic x axis. None: the axis is linear.
+    """
     if not curves:
         raise ValueError("curves is empty; give at least one line")
-    figure = _figure(7.5, 4.2)
+    figure = _figure(5.5, 3.4)
     axes = figure.subplots()
-    for index, (label, points) in enumerate(curves.items()):
-        style = _style(index, marker=len(points) <= 40)
+    order = order or list(curves)
+    for label, points in curves.items():
+        style = _style(order.index(label), marker=len(points) <= 40)
         axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _clean(axes)
+    if ticks is not None:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     axes.legend(frameon=False)
     _write(figure, path)
 
@@ -95,24 +115,27 @@ def plot_intervals(
     path: str | os.PathLike[str],
     xlabel: str,
     zero: bool = False,
+    order: Sequence[str] | None = None,
 ) -> None:
     """One line per entry of `rows`: label -> (values, low, high): each value, mean and interval.
 
     Args:
         rows: an interval of None is not drawn.
         zero: mark 0, for differences.
+        order: see `plot_training`.
     """
-    figure = _figure(7.5, 0.9 + 0.5 * len(rows))
+    figure = _figure(5.5, 0.9 + 0.4 * len(rows))
     axes = figure.subplots()
-    for row, (values, low, high) in enumerate(rows.values()):
-        color = f"C{row % 10}"
+    order = order or list(rows)
+    for row, (label, (values, low, high)) in enumerate(rows.items()):
+        color = f"C{order.index(label) % 10}"
         if low is not None and high is not None:
             axes.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
         axes.plot(values, [row] * len(values), "o", color=color, alpha=0.45, markersize=5)
         if values:
             axes.plot([statistics.fmean(values)], [row], "D", color=color, markersize=7)
     if zero:
-        axes.axvline(0, color="0.4", linewidth=1, linestyle=":")
+        axes.axvline(0, color="0.2", linewidth=1.5, linestyle="--")
     axes.set_yticks(range(len(rows)), labels=list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(xlabel)
@@ -200,7 +223,8 @@ def _draw_disagreement(axes: Any, plan: RankPlan, places: Mapping[str, Place]) -
                     label=label if points is line or not line else None,
                     **options,
                 )
-    axes.set_ylabel("disagreement")
+    unit = UNITS.get(plan.settings.get("metric", ""))
+    axes.set_ylabel(f"disagreement:\n{unit}" if unit else "disagreement")
     axes.set_ylim(bottom=0)
     trials = {len(score.trials) for score in plan.scores.values()}
     spread = f", mean ± std of {_range(trials)} trials" if max(trials) > 1 else ""
@@ -300,7 +324,7 @@ def _figure(width: float, height: float) -> Any:
         raise ImportError(
             "plots need matplotlib: pip install 'adarank-fast[demo]'", name=error.name
         ) from error
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def _write(figure: Any, path: str | os.PathLike[str]) -> None:

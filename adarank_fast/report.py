@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ def say(results: Mapping[str, Any], value: float | None, difference: bool = Fals
         return NONE
     if results["settings"]["metric"] == "accuracy":
         return f"{100 * value:+.2f} points" if difference else f"{value:.1%}"
-    return f"{value:+.4g}" if difference else f"{value:.4g}"
+    return f"{value:+.3g}" if difference else f"{value:.4g}"
 
 
 def say_interval(
@@ -67,58 +68,84 @@ def say_interval(
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """What is told of each arm: quality, and cost."""
-    metric, baseline = results["settings"]["metric"], results["baseline"]
+    settings, baseline = results["settings"], results["baseline"]
+    metric = settings["metric"]
     quality, cost = [], []
     for arm, numbers in results["arms"].items():
         difference = results["differences"].get(arm)
         seeds = len(numbers["by_seed"])
+        value = f"{len(numbers['diverged'])} of {seeds} diverged"
         if numbers["value"]:
-            value = say(results, numbers["value"]["mean"])
-        else:
-            value = f"{len(numbers['diverged'])} of {seeds} diverged"
+            value = _with_interval(results, numbers["value"])
         disagree = [
             f"{value:.1%}" if kind == "argmax" else f"{value:.3f}"
             for kind, value in numbers["seeds_disagree"].items()
         ]
         change = difference and difference["seeds"]
-        p_value = change and change["p_value"]
         quality.append(
             (
                 arm,
                 value,
-                say_interval(results, numbers["value"]),
-                say(results, change["mean"], True) if change else NONE,
-                say_interval(results, change, True),
-                NONE if p_value is None else f"{p_value:.3f}",
+                _with_interval(results, change, True) if change else NONE,
+                _say_p(change["p_value"]) if change else NONE,
                 " / ".join(disagree) or NONE,
             )
         )
         seconds, memory = numbers["prediction_seconds"], numbers["peak_memory_bytes"]
+        low, high = numbers["lowest_rank"], numbers["highest_rank"]
         cost.append(
             (
                 arm,
-                f"{numbers['lowest_rank']} to {numbers['highest_rank']}",
+                str(low) if low == high else f"{low} to {high}",
                 f"{numbers['parameters']:,}",
                 f"{numbers['learning_rate']:g}",
                 f"{numbers['step_seconds']:.3f}",
                 f"{numbers['tokens_per_second']:,.0f}",
-                NONE if seconds is None else f"{seconds:.1f} s",
-                NONE if memory is None else f"{memory / 2**20:,.0f} MiB",
+                NONE if seconds is None else f"{seconds:.1f}",
+                NONE if memory is None else f"{memory / 2**20:,.0f}",
             )
         )
-    interval_name = "95% interval"
-    header = ("arm", metric, interval_name, f"less {baseline}'s", interval_name, "p")
+    better = "" if settings["greater_is_better"] else " (lower is better)"
+    unit = ", points" if metric == "accuracy" else ""
+    header = (
+        *("arm", f"{metric} (95% interval)", f"less {baseline}'s{unit} (95% interval)"),
+        *("p", "seeds disagree"),
+    )
     return [
-        (f"Held-out {metric}, over seeds", (*header, "seeds disagree"), quality),
+        (f"Held-out {metric}{better}, mean over seeds", header, quality),
         (
             "Cost",
             (
-                *("arm", "ranks", "parameters", "learning rate", "s a step", "tokens a s"),
-                *("prediction", "peak memory"),
+                *(
+                    "arm",
+                    "ranks",
+                    "parameters",
+                    "learning rate",
+                    "s/step",
+                    "tokens/s",
+                ),
+                *("prediction, s", "peak memory, MiB"),
             ),
             cost,
         ),
     ]
+
+
+def _with_interval(
+    results: Mapping[str, Any], found: Mapping[str, Any], difference: bool = False
+) -> str:
+    """83.4% (81.9 to 85.0); of a difference -1.07 (-2.48 to 0.35), its unit is in the header."""
+    text = say(results, found["mean"], difference).removesuffix(" points")
+    if found["low"] is None:
+        return text
+    around = say_interval(results, found, difference).removesuffix(" points").removesuffix("%")
+    return f"{text} ({around.replace('+', '')})"
+
+
+def _say_p(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def detail_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -152,23 +179,38 @@ def detail_tables(results: Mapping[str, Any]) -> list[Table]:
 
 def reading(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say and what they do not, a sentence or two a line."""
+    return [*(" ".join(pair) for pair in verdicts(results)), *remarks(results)]
+
+
+def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of each arm that is compared: what may be claimed, and the figures behind it."""
+    return [
+        (
+            _claim(results, arm, Interval(**found["seeds"]), found["items"]),
+            _figures(results, arm, Interval(**found["seeds"]), found),
+        )
+        for arm, found in results["differences"].items()
+        if found is not None
+    ]
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What else a reader must know."""
     settings, baseline = results["settings"], results["baseline"]
     lines = [
         f"{arm}, seed {seed}, diverged: {reason}. Its arm has no mean and is not compared."
         for arm, numbers in results["arms"].items()
         for seed, reason in numbers["diverged"].items()
     ]
-    for arm, difference in results["differences"].items():
-        if difference is not None:
-            lines.append(_verdict(results, f"{arm} less {baseline}", difference))
+    compared = [found for found in results["differences"].values() if found is not None]
     seeds = len(settings["seeds"])
     if seeds == 1:
         lines.append("One seed gives no interval over seeds and no test; run at least 2.")
-    elif seeds == 2 and any(results["differences"].values()):
+    elif seeds == 2 and compared:
         lines.append("Two seeds give very wide intervals (12.7 standard errors either way).")
-    if len(results["differences"]) > 1:
+    if len(compared) > 1:
         lines.append(
-            f"{len(results['differences'])} arms are compared with {baseline}; intervals and p are "
+            f"{len(compared)} arms are compared with {baseline}; intervals and p are "
             "not corrected for their number."
         )
     edge = [arm for arm, numbers in results["arms"].items() if numbers["rate_at_the_edge"]]
@@ -185,32 +227,47 @@ def reading(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _verdict(results: Mapping[str, Any], name: str, difference: Mapping[str, Any]) -> str:
-    seeds = Interval(**difference["seeds"])
-    items = Interval(**difference["items"]) if difference["items"] else None
-    line = f"{name}: {say(results, seeds.mean, True)}"
+def _claim(
+    results: Mapping[str, Any], arm: str, seeds: Interval, by_item: Mapping[str, Any] | None
+) -> str:
+    settings, baseline = results["settings"], results["baseline"]
+    metric = settings["metric"]
+    items = Interval(**by_item) if by_item else None
+    if seeds.low is None:
+        return f"More seeds are needed to tell {arm} from {baseline} in {metric}."
+    if not seeds.excludes_zero:
+        claim = f"No evidence of a difference in {metric} between {arm} and {baseline}"
+        if items is not None and items.excludes_zero:
+            claim += ": other seeds may undo what these items show"
+        return f"{claim}."
+    better = (seeds.mean > 0) == settings["greater_is_better"]
+    claim = f"{arm} is {'better' if better else 'worse'} in {metric} than {baseline}"
+    if items is None:
+        return f"{claim}, by more than chance over seeds; other items were not looked at."
+    if items.excludes_zero and (items.mean > 0) == (seeds.mean > 0):
+        return f"{claim}, by more than chance explains."
+    return f"{claim} over seeds, on these items; other items may say otherwise."
+
+
+def _figures(
+    results: Mapping[str, Any], arm: str, seeds: Interval, difference: Mapping[str, Any]
+) -> str:
+    settings = results["settings"]
+    line = f"{arm} less {results['baseline']}: {say(results, seeds.mean, True)}"
+    if not settings["greater_is_better"]:
+        line += " (below 0 is better)"
     if seeds.low is not None:
         line += f", 95% interval {say_interval(results, difference['seeds'], True)}"
         line += f" over {seeds.count} seeds (paired t test, p = {seeds.p_value:.2g})"
     elif seeds.count > 1:
         line += f", the same at all {seeds.count} seeds, so that there is no interval over them"
-    if items is not None and items.low is not None:
-        unit = results["items_are"]
-        what = difference["items"]
-        if unit == results["settings"]["metric"]:
-            said = say_interval(results, what, True)
-        else:
-            said = f"{what['low']:+.4g} to {what['high']:+.4g} ({unit})"
-        line += f"; {said} over {items.count:,} held-out items"
-    if seeds.low is None:
-        return f"{line}. More seeds are needed to tell."
-    if not seeds.excludes_zero:
-        return f"{line}. No evidence of a difference."
-    if items is None:
-        return f"{line}. More than chance over seeds; other items were not looked at."
-    if items.excludes_zero and (items.mean > 0) == (seeds.mean > 0):
-        return f"{line}. More than chance explains."
-    return f"{line}. It holds over seeds on these items, not over items: others may say otherwise."
+    items = difference["items"]
+    if items is not None and items["low"] is not None:
+        said = f"{items['low']:+.4g} to {items['high']:+.4g} ({results['items_are']})"
+        if results["items_are"] == settings["metric"]:
+            said = say_interval(results, items, True)
+        line += f"; {said} over {items['count']:,} held-out items"
+    return f"{line}."
 
 
 def rich_tables(results: Mapping[str, Any]) -> list[Any]:
@@ -220,9 +277,17 @@ def rich_tables(results: Mapping[str, Any]) -> list[Any]:
 
     made = []
     for title, header, rows in tables(results):
-        one = RichTable(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
-        for column in header:
-            one.add_column(column, justify="left" if column == "arm" else "right")
+        one = RichTable(
+            box=box.SIMPLE, title=title, title_justify="left", pad_edge=False, collapse_padding=True
+        )
+        for column, cells in zip(header, zip(*rows, strict=True), strict=True):
+            parts = column.replace(" (", "\n(").split("\n")
+            width = max(map(len, (*cells, *column.split(" "))))
+            name = "\n".join(textwrap.fill(part, width) for part in parts)
+            if column == "arm":  # which gives way where the terminal is narrow
+                one.add_column(name, overflow="fold")
+            else:
+                one.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             one.add_row(*row)
         made.append(one)

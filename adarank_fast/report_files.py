@@ -6,24 +6,56 @@ import base64
 import html
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from adarank_fast.plan import RankPlan, replacing
-from adarank_fast.report import detail_tables, reading, tables
+from adarank_fast.report import detail_tables, remarks, tables, verdicts
 
-Picture = tuple[str, str]  # caption, file name
+RANKS = "Ranks"
 STYLE = """
+:root { color-scheme: light dark; --page: #fff; --text: #222; --faint: #595959; --line: #ddd;
+  --mark: #2b6cb0; --band: #f2f6fa }
+@media (prefers-color-scheme: dark) { :root { --page: #16191d; --text: #e4e4e4; --faint: #a8a8a8;
+  --line: #3a3f45; --mark: #63a4e0; --band: #1f262e } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222 }
-h1 { line-height: 1.2 } h2 { margin-top: 2.2rem } img { max-width: 100% }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .93em }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888 }
-figure { margin: 1.2rem 0 } figcaption, .small { color: #555; font-size: .9em }
+  background: var(--page); color: var(--text); overflow-wrap: anywhere }
+p, ul, figcaption { max-width: 54rem }
+h1 { line-height: 1.2; font-size: 1.7rem } h2 { margin-top: 2.4rem; font-size: 1.25rem }
+.verdict { border-left: 5px solid var(--mark); background: var(--band); padding: .7rem 1rem;
+  margin: 1rem 0 } .verdict strong { display: block; font-size: 1.15rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .93em }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--page); min-width: 5rem; max-width: 11rem; white-space: normal }
+th { border-bottom: 2px solid var(--faint); vertical-align: bottom; white-space: normal;
+  overflow-wrap: normal }
+figure { margin: 1.4rem 0 } .wide img { max-width: none }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px }
+figcaption { color: var(--faint); font-size: .9em }
 """
+
+
+class Picture(NamedTuple):
+    """A file of the report's folder and the section that shows it."""
+
+    section: str
+    caption: str
+    name: str
+
+
+class Section(NamedTuple):
+    """A heading, its tables as (header, rows), and its pictures."""
+
+    title: str
+    tables: list[tuple[Sequence[str], Sequence[Sequence[str]]]]
+    pictures: list[Picture]
 
 
 def save(
@@ -48,8 +80,8 @@ def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path
     """The pictures, written into `folder`."""
     from adarank_fast import plots
 
-    metric, baseline = results["settings"]["metric"], results["baseline"]
-    points = metric == "accuracy"
+    settings, baseline = results["settings"], results["baseline"]
+    metric, points = settings["metric"], settings["metric"] == "accuracy"
     scale = 100 if points else 1
     values, changes = {}, {}
     for arm, numbers in results["arms"].items():
@@ -58,36 +90,61 @@ def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path
         if difference := results["differences"].get(arm):
             changes[arm] = _scaled(difference["by_seed"].values(), difference["seeds"], scale)
     curves = _curves(results)
+    quality, order = tables(results)[0][0], list(results["arms"])
     made: list[Picture] = []
+    each = "Dots: seeds; diamond and line: their mean and its 95% interval"
     if values:
         unit = f"held-out {metric}" + (", %" if points else "")
-        plots.plot_intervals(values, folder / "metric.png", unit)
-        made.append((f"Held-out {metric} of each seed, mean and 95% interval", "metric.png"))
+        plots.plot_intervals(values, folder / "metric.png", unit, order=order)
+        made.append(Picture(quality, f"Held-out {metric}. {each}.", "metric.png"))
     if changes:
-        unit = f"{metric} less {baseline}'s" + (", points" if points else "")
-        plots.plot_intervals(changes, folder / "differences.png", unit, zero=True)
-        made.append(("Paired differences of each seed, mean and 95% interval", "differences.png"))
-    if curves:
-        plots.plot_training(curves, folder / "training.png", "training loss")
-        made.append(("Training loss, mean of the seeds", "training.png"))
-    rates: dict[str, list[tuple[float, float]]] = {}
-    for cell in results["sweep"]:
-        if cell["value"] is not None:
-            rates.setdefault(cell["arm"], []).append((cell["learning_rate"], cell["value"]))
-    if rates:
-        ylabel = f"validation {metric}"
-        plots.plot_training(rates, folder / "rates.png", ylabel, "learning rate")
-        made.append(("The sweep: validation after one epoch", "rates.png"))
+        better = "above" if settings["greater_is_better"] else "below"
+        unit = f"{metric} less {baseline}'s{', points' if points else ''} ({better} 0 is better)"
+        plots.plot_intervals(changes, folder / "differences.png", unit, True, order)
+        caption = f"Difference from {baseline}, paired by seed. {each}."
+        made.append(Picture(quality, caption, "differences.png"))
     for arm, plan in plans.items():
         if len(set(plan.ranks.values())) > 1:
             name = f"ranks-{arm}.png"
             plots.plot_ranks(plan, folder / name)
-            made.append((f"Ranks of {arm}", name))
+            made.append(Picture(RANKS, f"Ranks of {arm}", name))
         if plan.scores:
             name = f"disagreement-{arm}.png"
             plots.plot_disagreement(plan, folder / name)
-            made.append(("How far the output moves when a module is perturbed", name))
+            caption = f"{arm}: how far the model's output moves when a module is perturbed"
+            made.append(Picture(RANKS, caption, name))
+    if curves:
+        plots.plot_training(curves, folder / "training.png", "training loss", order=order)
+        made.append(Picture("Training", "Training loss, mean of the seeds", "training.png"))
+    rates: dict[str, list[tuple[float, float]]] = {}
+    for cell in results["sweep"]:
+        if cell["value"] is not None:
+            point = (cell["learning_rate"], scale * cell["value"])
+            rates.setdefault(cell["arm"], []).append(point)
+    if rates:
+        ylabel = f"validation {metric}" + (", %" if points else "")
+        ticks = sorted({rate for points in rates.values() for rate, _ in points})
+        path = folder / "rates.png"
+        plots.plot_training(rates, path, ylabel, "learning rate", ticks, order)
+        made.append(Picture("Learning rates", "The sweep: validation after one epoch", "rates.png"))
     return made
+
+
+def sections(results: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Section]:
+    """The report between what it claims and how it was made, in reading order."""
+    found = {title: (header, rows) for title, header, rows in tables(results)}
+    found |= {title: (header, rows) for title, header, rows in detail_tables(results)}
+    order = dict.fromkeys([*(title for title, _, _ in tables(results)), RANKS, "Training"])
+    order |= dict.fromkeys(["Learning rates", *found])
+    made = [
+        Section(
+            title,
+            [found[title]] if title in found else [],
+            [picture for picture in pictures if picture.section == title],
+        )
+        for title in order
+    ]
+    return [section for section in made if section.tables or section.pictures]
 
 
 def _scaled(
@@ -144,42 +201,49 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 
 def markdown(results: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """The report, for people."""
-    lines = [f"# {results['settings']['title']}", ""]
-    lines += [f"- {line}" for line in reading(results)] + [""]
-    for title, header, rows in tables(results):
-        lines += [f"## {title}", "", *_markdown_table(header, rows), ""]
-    lines += ["## Pictures", ""]
-    for caption, name in pictures:
-        lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
-    for title, header, rows in detail_tables(results):
-        lines += [f"## {title}", "", *_markdown_table(header, rows), ""]
+    lines = [f"# {_plain(results['settings']['title'])}", ""]
+    for claim, figures in verdicts(results):
+        lines += [f"**{_plain(claim)}** {_plain(figures)}", ""]
+    lines += [*(f"- {_plain(line)}" for line in remarks(results)), ""]
+    for title, found, shown in sections(results, pictures):
+        lines += [f"## {_plain(title)}", ""]
+        for header, rows in found:
+            lines += [*_markdown_table(header, rows), ""]
+        for picture in shown:
+            caption = _plain(picture.caption)
+            lines += [f"![{caption}]({quote(picture.name)})", "", f"*{caption}*", ""]
     lines += ["## How", ""]
     for note in notes(results):
-        lines += [note, ""]
+        lines += [_plain(note), ""]
     lines.append("All numbers are in results.json, the plans in plans/.")
     return "\n".join(lines) + "\n"
 
 
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: names may hold anything."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
+
+
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(header) - 1)]
-    clean = [[cell.replace("|", "/") for cell in row] for row in (header, rule, *rows)]
-    return [f"| {' | '.join(row)} |" for row in clean]
+    clean = [[_plain(cell) for cell in row] for row in (header, *rows)]
+    return [f"| {' | '.join(row)} |" for row in (clean[0], rule, *clean[1:])]
 
 
 def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) -> str:
     """The report as one HTML file, the pictures in it."""
     title = html.escape(results["settings"]["title"])
-    parts = [f"<h1>{title}</h1>", "<ul>"]
-    parts += [f"<li>{html.escape(line)}</li>" for line in reading(results)] + ["</ul>"]
-    parts += [_html_table(*table) for table in tables(results)]
-    for caption, name in pictures:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        text = html.escape(caption)
+    parts = [f"<h1>{title}</h1>"]
+    for claim, figures in verdicts(results):
         parts.append(
-            f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{text}</figcaption></figure>"
+            f'<p class="verdict"><strong>{html.escape(claim)}</strong> {html.escape(figures)}</p>'
         )
-    parts += [_html_table(*table) for table in detail_tables(results)]
+    if lines := remarks(results):
+        parts += ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"]
+    for heading, found, shown in sections(results, pictures):
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        parts += [_html_table(*table) for table in found]
+        parts += [_figure(picture, folder) for picture in shown]
     parts += ["<h2>How</h2>", *(f"<p>{html.escape(note)}</p>" for note in notes(results))]
     body = "\n".join(parts)
     return (
@@ -189,9 +253,25 @@ def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) 
     )
 
 
-def _html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+def _figure(picture: Picture, folder: Path) -> str:
+    """A narrow screen shrinks it; pictures of ranks, whose layers can be many, scroll instead."""
+    from adarank_fast.plots import DPI
+
+    data = (folder / picture.name).read_bytes()
+    inches = int.from_bytes(data[16:20], "big") / DPI  # PNG: the first number of its header
+    width = round(max(72 * inches, min(100 * inches, 960)))  # pixels; 960 fill the page
+    caption = html.escape(picture.caption)
+    image = f'<img alt="{caption}" width="{width}" src="data:image/png;base64,'
+    image += f'{base64.b64encode(data).decode()}">'
+    if picture.section == RANKS:
+        image = f'<div class="wide">{image}</div>'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f"<h2>{html.escape(title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>"
+    made = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f'<div class="wide">{made}</div>'

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import math
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import set_seed
 
 import adarank_fast as ada
-from adarank_fast import allocators, comparison, report, report_files
+from adarank_fast import allocators, comparison, report
 from adarank_fast.adapters import inject
 from adarank_fast.allocators import ALLOCATORS, Problem, allocate, check_budget
 from adarank_fast.data import TextData, hold_out
@@ -92,8 +95,10 @@ def test_files(finished):
     for arm in ARMS:
         assert RankPlan.load(folder / "plans" / f"{arm}.json").ranks == made.plans[arm].ranks
         assert f"| {arm} |" in text and f"<td>{arm}</td>" in page and arm in made.table()
-    for line in report.reading(made.results):
-        assert line in text and line in made.table()
+    for line in report.remarks(made.results):
+        assert f"- {line}" in text and line in made.table()
+    for claim, figures in report.verdicts(made.results):
+        assert f"**{claim}** {figures}" in text and f"{claim} {figures}" in made.table()
 
 
 def test_same_seeds_same_numbers(finished, tmp_path):
@@ -373,7 +378,12 @@ def test_hold_out_keeps_equal_texts_together():
 def results_of(difference, items, seeds=3, metric="accuracy"):
     blank = {"diverged": {}, "rate_at_the_edge": False, "seeds_disagree": {}}
     return {
-        "settings": {"metric": metric, "seeds": list(range(seeds)), "task": "classification"},
+        "settings": {
+            "metric": metric,
+            "seeds": list(range(seeds)),
+            "task": "classification",
+            "greater_is_better": metric == "accuracy",
+        },
         "baseline": "uniform",
         "items_are": metric,
         "arms": {"adarank": blank, "uniform": blank},
@@ -388,21 +398,99 @@ def span(mean, low, high, count=3, p_value=0.01):
 @pytest.mark.parametrize(
     "seeds, items, words",
     [
-        (span(0.004, -0.01, 0.018), span(0.004, -0.01, 0.02, 900), "No evidence of a difference."),
-        (span(0.02, 0.01, 0.03), span(0.02, 0.005, 0.035, 900), "More than chance explains."),
-        (span(0.02, 0.01, 0.03), span(0.02, -0.005, 0.045, 900), "holds over seeds on these items"),
-        (span(0.02, 0.01, 0.03), None, "other items were not looked at"),
-        (span(0.02, None, None, 1, None), span(0.02, 0.01, 0.03, 900), "More seeds are needed"),
+        (
+            span(0.004, -0.01, 0.018),
+            span(0.004, -0.01, 0.02, 900),
+            "No evidence of a difference in accuracy between adarank and uniform.",
+        ),
+        (
+            span(0.004, -0.01, 0.018),
+            span(0.004, 0.001, 0.007, 900),
+            "No evidence of a difference in accuracy between adarank and uniform: other seeds may "
+            "undo what these items show.",
+        ),
+        (
+            span(0.02, 0.01, 0.03),
+            span(0.02, 0.005, 0.035, 900),
+            "adarank is better in accuracy than uniform, by more than chance explains.",
+        ),
+        (
+            span(-0.02, -0.03, -0.01),
+            span(-0.02, -0.035, -0.005, 900),
+            "adarank is worse in accuracy than uniform, by more than chance explains.",
+        ),
+        (
+            span(0.02, 0.01, 0.03),
+            span(0.02, -0.005, 0.045, 900),
+            "adarank is better in accuracy than uniform over seeds, on these items; other items "
+            "may say otherwise.",
+        ),
+        (
+            span(0.02, 0.01, 0.03),
+            None,
+            "adarank is better in accuracy than uniform, by more than chance over seeds; other "
+            "items were not looked at.",
+        ),
+        (
+            span(0.02, None, None, 1, None),
+            span(0.02, 0.01, 0.03, 900),
+            "More seeds are needed to tell adarank from uniform in accuracy.",
+        ),
     ],
 )
 def test_reading_is_honest(seeds, items, words):
-    line = report.reading(results_of(seeds, items))[0]
-    assert line.startswith("adarank less uniform: +") and words in line
+    claim, figures = report.verdicts(results_of(seeds, items))[0]
+    assert claim == words and figures.startswith("adarank less uniform: ")
+    assert report.reading(results_of(seeds, items))[0] == f"{claim} {figures}"
 
 
-def test_html_is_escaped():
-    table = report_files._html_table("a<b", ("arm",), [("<script>",)])
-    assert "<script>" not in table and "a&lt;b" in table
+def test_figures_behind_a_claim():
+    results = results_of(span(0.004, -0.01, 0.018), span(0.004, -0.01, 0.02, 900))
+    assert report.verdicts(results)[0][1] == (
+        "adarank less uniform: +0.40 points, 95% interval -1.00 to +1.80 points over 3 seeds "
+        "(paired t test, p = 0.01); -1.00 to +2.00 points over 900 held-out items."
+    )
+
+
+def test_a_lower_perplexity_is_better():
+    lower = span(-0.3, -0.4, -0.2), span(-0.02, -0.03, -0.01, 900)
+    claim, figures = report.verdicts(results_of(*lower, metric="perplexity"))[0]
+    assert claim.startswith("adarank is better in perplexity than uniform")
+    assert "-0.3 (below 0 is better), 95% interval -0.4 to -0.2" in figures
+
+
+def test_any_name_and_a_narrow_terminal(finished, tmp_path, capsys):
+    _, made = finished
+    text = json.dumps(made.results).replace('"reversed"', '"<b>*a plan* (2)|"')
+    plans = dict(zip(("adarank", "uniform", "<b>*a plan* (2)|"), made.plans.values(), strict=True))
+    odd = report.Comparison(json.loads(text), plans)
+    odd.results["settings"]["title"] = "<script>alert(1)</script>"
+    odd.save(tmp_path)
+    page, words = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<script>" not in page and "<b>" not in page
+    assert "<td>&lt;b&gt;*a plan* (2)|</td>" in page
+    assert "| \\<b>\\*a plan\\* (2)\\| |" in words
+    assert "(ranks-%3Cb%3E%2Aa%20plan%2A%20%282%29%7C.png)" in words
+    console = Console(width=80, color_system=None)
+    for table in report.rich_tables(odd.results):
+        console.print(table)
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_claims_come_first(finished):
+    folder, made = finished
+    page = (folder / "report.html").read_text()
+    places = [
+        page.index(f"<strong>{html.escape(claim)}</strong>")
+        for claim, _ in report.verdicts(made.results)
+    ]
+    assert places == sorted(places) and max(places) < page.index("<table>")
+    titles = re.findall("<h2>(.*)</h2>", page)
+    assert titles == [
+        *("Held-out accuracy, mean over seeds", "Cost", "Ranks", "Training"),
+        *("Learning rates", "Runs", "How"),
+    ]
 
 
 def test_adding_an_allocator_touches_one_place(monkeypatch):

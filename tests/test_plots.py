@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -93,6 +94,12 @@ def test_training_curves(tmp_path):
     plot_training(curves, tmp_path / "loss.svg", "training loss")
     text = (tmp_path / "loss.svg").read_text()
     assert all(f"<!-- {label} -->" in text for label in ("adarank", "uniform", "training loss"))
+    rates = {"uniform": [(0.001, 1.0), (0.002, 0.5), (0.004, 0.6)]}
+    ticks = [0.001, 0.002, 0.004]
+    plot_training(rates, tmp_path / "rates.svg", "loss", ticks=ticks, order=["adarank", "uniform"])
+    text = (tmp_path / "rates.svg").read_text()
+    assert re.findall("<!-- (0.*) -->", text)[:3] == ["0.001", "0.002", "0.004"]
+    assert "#ff7f0e" in text and "#1f77b4" not in text  # the second colour, as of all arms
     with pytest.raises(ValueError, match="curves is empty"):
         plot_training({}, tmp_path / "loss.svg", "loss")
 
