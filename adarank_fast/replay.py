@@ -26,6 +26,7 @@ from adarank_fast.record import Recorded, answer
 from adarank_fast.reuse import Forward, LinearRecord, plain_linears
 from adarank_fast.targets import Target, find_blocks
 from adarank_fast.trace import Trace
+from adarank_fast.unread import Rows, find_unread
 
 FOLDED = "folded"
 NEVER_CALLED = "its forward is never called"
@@ -128,6 +129,9 @@ class Replay:
         self._linears: list[LinearRecord] = []
         self._record_clean_passes()
         self._check_folding(sample)
+        self._read_rows: list[dict[nn.Module, Rows]] = [{} for _ in batches]
+        if targets and self.order and self.head is None:
+            self._find_unread(sample)
 
     def position(self, block: str | None) -> int:
         """Where a block stands in `order`; 0, the whole forward, if it cannot be replayed."""
@@ -195,8 +199,9 @@ class Replay:
         """
         inputs = fold(self.batches[index], folds)
         forwards = self._answers(self._record[index], folds)
-        if self._linears and not parameters:
-            forwards |= self._linears[index].forwards(folds)
+        if not parameters:
+            forwards |= {m: rows.only(m.forward) for m, rows in self._read_rows[index].items()}
+            forwards |= self._linears[index].forwards(folds, forwards) if self._linears else {}
         for module, wrap in wraps.items():
             forwards[module] = wrap(forwards.get(module, module.forward))
         value = self._read(forwards, inputs, parameters)
@@ -303,6 +308,21 @@ class Replay:
         once = len(set(orders[0])) == len(orders[0])
         self.order = orders[0] if once and all(o == orders[0] for o in orders) else []
         self._needed = breaks
+
+    def _find_unread(self, sample: Batch) -> None:
+        """Rows of the last block's linear layers to leave out; tried on a small batch first."""
+        last = self._modules[self.order[-1]]
+        linears = plain_linears(last)
+        value = self._read({}, sample)
+        linears = list(find_unread(lambda f: self._read(f, sample), last, linears, value))
+        if linears:
+            for index, (batch, clean) in enumerate(zip(self.batches, self.clean, strict=True)):
+
+                def read(forwards: Mapping[nn.Module, Forward], batch: Batch = batch) -> Tensor:
+                    value = self._read(forwards, batch)
+                    return value[:, None] if value.dim() == 1 else value
+
+                self._read_rows[index] = find_unread(read, last, linears, clean)
 
     def _check_folding(self, sample: Batch) -> None:
         """Compare a small batch with the same batch folded twice, target by target."""

@@ -7,7 +7,7 @@ linear layer whose input equals the recorded one, bit for bit, gives the recorde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -60,10 +60,16 @@ class LinearRecord:
         kept = {t for calls in self._calls.values() for call in calls for t in call}
         return sum(tensor.nbytes for tensor in kept)
 
-    def forwards(self, folds: int) -> dict[nn.Module, Forward]:
-        """Module -> a forward for the batch folded `folds` times."""
+    def forwards(self, folds: int, others: Mapping[nn.Module, Forward]) -> dict[nn.Module, Forward]:
+        """Module -> a forward for the batch folded `folds` times.
+
+        Args:
+            folds: K.
+            others: module -> what computes it, if not its own forward.
+        """
         return {
-            module: _reuse(calls[0], module.forward, folds) for module, calls in self._calls.items()
+            module: _reuse(calls[0], others.get(module, module.forward), folds)
+            for module, calls in self._calls.items()
         }
 
 
