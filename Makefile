@@ -50,7 +50,7 @@ bench-step: $(VENV)/.installed
 
 # Compiles the Triton kernels for GPUs that need not be here; nothing is timed.
 kernels-report: $(VENV)/.installed
-	$(BIN)/python bench/kernels_report.py
+	$(BIN)/python -m bench.kernels_report
 
 # Takes every architecture through every step; exits with 1 if a cell of the table fails.
 compatibility: $(VENV)/.installed
