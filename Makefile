@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test suite test-oldest test-newest lint format bench bench-lora bench-step
-.PHONY: kernels-report compatibility wheel clean
+.PHONY: bench-gpu roofline kernels-report compatibility wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/adarank demo
@@ -47,6 +47,15 @@ bench-lora: $(VENV)/.installed
 
 bench-step: $(VENV)/.installed
 	$(BIN)/python -m bench.bench_step
+
+# On a machine with a CUDA or ROCm card: checks and times everything, writes one file to send back.
+# Elsewhere it says that there is no GPU. Options: make bench-gpu ARGS="--quick --only blocks"
+bench-gpu: $(VENV)/.installed
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.gpu $(ARGS)
+
+# Projected times on GPUs that need not be here, counted from bytes and FLOPs; nothing is timed.
+roofline: $(VENV)/.installed
+	$(BIN)/python bench/roofline.py $(ARGS)
 
 # Compiles the Triton kernels for GPUs that need not be here; nothing is timed.
 kernels-report: $(VENV)/.installed

@@ -46,6 +46,7 @@ DISAGREEMENT_SETS = {
     "+ pairs, fused head": ("disagreement_pairs", "disagreement_fused"),
 }
 PHILOX_SETS = {"plain torch": (), "Philox kernel": ("philox_normal",)}
+OWN = "16-bit"  # "dtype" of a kernel's own check, which tries both
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -78,12 +79,12 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
                 _triton._checks[name](device)
             return 1.0
 
-        yield _checked(check, name, "its own check", name, "16-bit") | {"share": None}
+        yield _checked(check, name, "its own check", name, OWN) | {"share": None}
 
 
 def usable_sets(sets: dict[str, tuple[str, ...]], checks: Sequence[Check]) -> dict[str, Any]:
     """The sets all of whose kernels passed their own checks."""
-    passed = {c["op"] for c in checks if c["status"] == "passed"}
+    passed = {c["op"] for c in checks if c["dtype"] == OWN and c["status"] == "passed"}
     return {label: kernels for label, kernels in sets.items() if set(kernels) <= passed}
 
 
@@ -243,9 +244,11 @@ def lora_results(
 
 # Disagreement, perturbed linear, noise
 
+OUTPUTS = (5, 300, 64, 500)  # variants, tokens, width, outputs
+
 
 def _disagreement_checks(device: torch.device, dtype: torch.dtype) -> Cases:
-    K, N, D, V = 5, 300, 64, 500
+    K, N, D, V = OUTPUTS
     base, noise = numbers(device, N, D), numbers(device, K, N, D)
     hidden, weight = (base + 0.1 * noise).to(dtype), numbers(device, V, D, scale=D**-0.5).to(dtype)
     bias = numbers(device, V).to(dtype)

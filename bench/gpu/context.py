@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.counts import Cost, product
-from bench.gpu.checks import DTYPES, Check, usable_sets
+from bench.gpu.checks import DTYPES, OWN, Check, usable_sets
 from bench.gpu.timing import Step, Timer, copies, interleaved, peak_bytes, rotating
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ class Context:
         """Why an op with a set of kernels, or a kernel by its own name, must not be timed."""
         for check in self.checks:
             same = check["op"] == op and kernels in (None, check["kernels"])
-            if same and check["dtype"] in (self.dtype_name, "16-bit"):
+            if same and check["dtype"] in (self.dtype_name, OWN):
                 if check["status"] != "passed":
                     return f"check failed ({check['case']})"
         return None

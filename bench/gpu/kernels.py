@@ -15,8 +15,9 @@ from torch import Tensor
 from adarank_kernels import _triton, disagreement
 from adarank_kernels.philox import _fill, key_tensor
 from bench.counts import SHAPES, Cost, down, drop, expand, pairs, product
-from bench.gpu.checks import choose
+from bench.gpu.checks import choose, runs_kernels
 from bench.gpu.context import Context, Row
+from bench.gpu.rows import GROUPS, HEADS, PHILOX
 from bench.gpu.timing import Step, rotating
 
 if _triton.HAS_TRITON:
@@ -25,16 +26,7 @@ if _triton.HAS_TRITON:
     from adarank_kernels import _philox_kernels
 
 RANK = 16
-GROUPS = {
-    "SmolLM2-135M q/k/v": ("SmolLM2-135M", "q/k/v"),
-    "Qwen3-0.6B q/k/v": ("Qwen3-0.6B", "q/k/v"),
-    "Llama-3-8B q/k/v": ("Llama-3-8B", "q/k/v"),
-    "Llama-3-8B gate/up": ("Llama-3-8B", "gate/up"),
-    "Llama-3-8B down": ("Llama-3-8B", "down"),
-}
-HEADS = {"SmolLM2-135M": 1024, "Qwen3-0.6B": 256, "Llama-3-8B": 256}  # tokens
-VARIANTS = 8
-PHILOX = (4096, 4096)
+VARIANTS, PAIRED_TOKENS = 8, 512
 Made = Callable[[], tuple[Any, ...]]
 
 
@@ -43,7 +35,9 @@ def in_pairs(
 ) -> list[Row]:
     """Two rows: the kernel, unless it failed, and plain PyTorch; the kernel with its shares."""
     refused = context.failure(kernel)
-    if kernel.startswith("lora") and context.dtype == torch.float32:
+    if not runs_kernels(context.device):
+        refused = "no Triton here"
+    elif kernel.startswith("lora") and context.dtype == torch.float32:
         refused = "not used in float32"
     operands = [make() for _ in range(context.copies(cost))]
     steps = {"plain torch": rotating(plain, operands, before=lambda: choose(context.device, ()))}
@@ -142,7 +136,8 @@ def lora_kernels(context: Context, row: str) -> list[Row]:
 
 def disagreement_kernels(context: Context, row: str) -> list[Row]:
     """pairs and the fused head for eight variants: products with a head, compared pair by pair."""
-    shape, tokens = SHAPES[row], HEADS[row]
+    kind, tokens = HEADS[row]
+    shape = SHAPES[kind]
     D, V = shape.width, shape.vocabulary
     half = context.dtype if context.dtype.itemsize == 2 else torch.bfloat16
 
@@ -157,16 +152,16 @@ def disagreement_kernels(context: Context, row: str) -> list[Row]:
     block = disagreement.OUTPUTS
     rows = in_pairs(
         context,
-        f"pairs, {VARIANTS} x 512 x {block}",
+        f"pairs, {VARIANTS} x {PAIRED_TOKENS} x {block}",
         "disagreement_pairs",
-        pairs(VARIANTS, 512, block),
-        lambda: (torch.randn(VARIANTS, 512, block, device=context.device),),
+        pairs(VARIANTS, PAIRED_TOKENS, block),
+        lambda: (torch.randn(VARIANTS, PAIRED_TOKENS, block, device=context.device),),
         lambda f: compare.pairs(f),
         compared,
     )
     return rows + in_pairs(
         context,
-        f"fused head, {row}, {tokens} tokens",
+        f"fused {row}, {tokens} tokens",
         "disagreement_fused",
         product(VARIANTS * tokens, V, D),
         head,
@@ -177,16 +172,17 @@ def disagreement_kernels(context: Context, row: str) -> list[Row]:
 
 def philox_kernel(context: Context, row: str) -> list[Row]:
     """`philox_normal` by the kernel and in torch; torch's own generator for comparison."""
-    device, size = context.device, PHILOX[0] * PHILOX[1]
+    device, shape = context.device, PHILOX[row]
+    size = shape[0] * shape[1]
     key = key_tensor(7, device)
     rows = in_pairs(
         context,
-        f"philox, {PHILOX[0]} x {PHILOX[1]}",
+        f"philox, {shape[0]} x {shape[1]}",
         "philox_normal",
         Cost(4 * size),
         lambda: (torch.empty(size // 4, 4, device=device),),
         lambda out: _philox_kernels.fill(out, key),
         lambda out: _fill(out, 7),
     )
-    own = {"torch.randn": Step(lambda: [torch.randn(PHILOX, device=device)])}
+    own = {"torch.randn": Step(lambda: [torch.randn(shape, device=device)])}
     return rows + context.measure(rows[0]["row"], own)

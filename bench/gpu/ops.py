@@ -12,17 +12,12 @@ from adarank_kernels import pairwise_disagreement, perturbed_linear, philox_norm
 from bench.counts import SHAPES
 from bench.gpu.checks import DISAGREEMENT_SETS, PHILOX_SETS, choose
 from bench.gpu.context import Context, Row
+from bench.gpu.rows import DISAGREEMENTS, PERTURBED
 from bench.gpu.timing import Step, reason, release
 from bench.materialised import materialised
 
 K = 8
-DISAGREEMENTS = {
-    f"{metric}, head of {kind}": (kind, metric)
-    for kind in ("SmolLM2-135M", "Qwen3-0.6B", "Llama-3-8B")
-    for metric in ("l1", "tv")
-}
 HEAD_TOKENS, LINEAR_TOKENS = 2048, 512  # a variant
-PERTURBED = {"q of SmolLM2-135M": "SmolLM2-135M", "q of Llama-3-8B": "Llama-3-8B"}
 
 
 def disagreement_row(context: Context, row: str) -> list[Row]:

@@ -20,6 +20,7 @@ from bench.gpu.context import Row
 from bench.results_file import FOLDER, machine
 
 FORMAT = 1  # of the file
+NO_FAILURE = ("ok", "out of memory", "not used in float32", "no Triton here")
 
 
 def card_facts(device: torch.device) -> dict[str, Any]:
@@ -96,12 +97,11 @@ def failures(checks: Sequence[Check], sections: dict[str, list[Row]]) -> list[st
         for c in checks
         if c["status"] != "passed"
     ]
-    fine = ("ok", "out of memory", "not used in float32")
     return lines + [
         f"{row['row']}, {row['variant']}: {row['status']}"
         for rows in sections.values()
         for row in rows
-        if row["status"] not in fine
+        if row["status"] not in NO_FAILURE
     ]
 
 

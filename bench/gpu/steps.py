@@ -9,26 +9,20 @@ import torch
 from torch import Tensor, nn
 
 import adarank_fast as ada
-from bench.blocks import TARGETS, Block, adapted, cast_base
+from bench.blocks import Block, adapted, cast_base
 from bench.counts import SHAPES
 from bench.gpu.checks import LORA_SETS, Named, choose, compare
 from bench.gpu.context import Context, Row
+from bench.gpu.rows import BLOCKS
 from bench.gpu.timing import Step, reason, release
 
 AVERAGE_RANK = 16
 CHECKED_TOKENS = 250  # no multiple of a tile; in float64, so not many
-KINDS = ("SmolLM2-135M", "Qwen3-0.6B", "Llama-3-8B")
-ROWS = {
-    f"{kind}, {targets}{', dropout 0.1' if dropout else ''}": (kind, targets, dropout)
-    for kind in KINDS
-    for targets in TARGETS
-    for dropout in ((0.0, 0.1) if targets == "all-linear" else (0.0,))
-}
 
 
 def block_row(context: Context, row: str) -> list[Row]:
-    """Every variant of a row, checked on fewer tokens, then timed; overheads over the frozen base."""
-    kind, targets, dropout = ROWS[row]
+    """Every variant of a row, checked on fewer tokens, then timed; also over the frozen base."""
+    kind, targets, dropout = BLOCKS[row]
     models = block_models(context, kind, targets, dropout)
     labels = context.sets(LORA_SETS)
     if not dropout:
