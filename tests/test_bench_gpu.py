@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from rich.console import Console
 
 from bench.counts import Cost
-from bench.gpu import checks, report, run, steps
+from bench.gpu import checks, report, run, steps, timing
 from bench.gpu.__main__ import parse
 from bench.gpu.context import Context, Row, summary
 from bench.gpu.rows import names
@@ -147,6 +149,84 @@ def test_a_graph_is_believed_only_if_a_replay_writes_its_outputs(
     assert written.tolist() == [7.0] * 3 and index.tolist() == [1, 1]
     with pytest.raises(ArithmeticError, match="unwritten"):
         Graphs._believe(Graph(), [written, torch.ones(1)])
+
+
+class Cuda:
+    """`torch.cuda` as far as a capture needs it; writes down what happens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, breaks: bool = False) -> None:
+        self.log: list[str] = []
+        self.current: Any = self
+        for name in ("stream", "graph", "CUDAGraph", "current_stream", "set_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: Cuda.Stream())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(timing, "_free_generator", lambda: self.log.append("generator"))
+        self.breaks = breaks
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    wait_stream = Stream.wait_stream
+
+    class CUDAGraph:
+        def pool(self) -> Any:
+            return self
+
+        def replay(self) -> None:
+            pass
+
+    def current_stream(self) -> Any:
+        return self.current
+
+    def set_stream(self, stream: Any) -> None:
+        self.current = stream
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.current, outside = stream, self.current
+        yield
+        self.current = outside
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
+        self.log.append("capture in a shared pool" if pool else "capture")
+        self.current, outside = stream, self.current
+        if self.breaks:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+        self.current = outside
+
+
+def test_a_capture_warms_up_first_and_starts_without_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, graphs = Cuda(monkeypatch), Graphs()
+    step = Step(lambda: cuda.log.append("run"), before=lambda: cuda.log.append("before"))
+    graphs.ready(step)
+    assert cuda.log == ["before", "run"] * 3 + ["before", "capture", "run"]
+    graphs.ready(step)
+    assert cuda.log[-2:] == ["capture in a shared pool", "run"] and len(graphs.graphs) == 2
+    with pytest.raises(NotImplementedError):
+        graphs.ready(Step(lambda: None, captured=False))
+
+
+def test_a_capture_that_breaks_off_leaves_the_stream_and_the_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, graphs = Cuda(monkeypatch, breaks=True), Graphs()
+    used = graphs.stream
+    with pytest.raises(RuntimeError, match="capturing"):
+        graphs.ready(Step(lambda: None))
+    assert cuda.current is cuda and cuda.log[-1] == "generator"
+    assert graphs.stream is not used and graphs.graphs == []
+
+
+def test_what_ran_out_of_memory_is_no_failed_check() -> None:
+    assert timing.said_of_check(torch.OutOfMemoryError("x")) == "out of memory"
+    assert timing.said_of_check(RuntimeError("CUDA error: out of memory\n...")) == "out of memory"
+    assert timing.said_of_check(ValueError("a\nb")) == "check failed: ValueError: a"
 
 
 # Checks and runs on the CPU

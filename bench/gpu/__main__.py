@@ -1,6 +1,6 @@
 """Check and time everything on the first GPU that someone has; one file to send back.
 
-    python -m bench.gpu                  (or `make bench-gpu`): CUDA or ROCm, about half an hour
+    python -m bench.gpu                  (or `make bench-gpu`): CUDA or ROCm, tens of minutes
     python -m bench.gpu --quick          a tenth of the repetitions
     python -m bench.gpu --only blocks    the jobs whose name matches; the checks always run
 

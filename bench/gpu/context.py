@@ -11,7 +11,7 @@ import torch
 
 from bench.counts import Cost, product
 from bench.gpu.checks import DTYPES, OWN, Check, usable_sets
-from bench.gpu.timing import Step, Timer, copies, interleaved, peak_bytes, rotating
+from bench.gpu.timing import Step, Timer, copies, interleaved, peak_bytes, reason, release, rotating
 
 Row = dict[str, Any]
 
@@ -54,6 +54,12 @@ class Context:
         rows: dict[str, Row] = {
             name: {"row": row, "variant": name, "status": "ok"} for name in steps
         }
+        for name, step in steps.items() if memory else ():
+            try:
+                rows[name]["peak_extra_bytes"] = peak_bytes(step, self.device)
+            except Exception as error:  # the others are still worth timing
+                rows[name]["status"] = reason(error)
+                release()
         for timer in self.timers():
             alive = {name: step for name, step in steps.items() if rows[name]["status"] == "ok"}
             if timer.name == "graph":
@@ -63,9 +69,6 @@ class Context:
                 rows[name] |= summary(timer.name, values)
             for name, why in failed.items():
                 rows[name]["graph" if timer.name == "graph" else "status"] = why
-        for name, step in steps.items():
-            if memory and rows[name]["status"] == "ok":
-                rows[name]["peak_extra_bytes"] = peak_bytes(step, self.device)
         return list(rows.values())
 
     def shares(self, row: Row, cost: Cost) -> Row:

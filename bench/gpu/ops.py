@@ -13,7 +13,7 @@ from bench.counts import SHAPES
 from bench.gpu.checks import DISAGREEMENT_SETS, PHILOX_SETS, choose
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import DISAGREEMENTS, PERTURBED
-from bench.gpu.timing import Step, reason, release
+from bench.gpu.timing import Step, release, said_of_check
 from bench.materialised import materialised
 
 K = 8
@@ -73,7 +73,7 @@ def _refusal(hidden: Tensor, weight: Tensor, metric: str, expected: Tensor) -> s
             raise ArithmeticError(f"error {error:.3g} above {allowed:.3g}")
     except Exception as failure:
         release()
-        return f"check failed: {reason(failure)}"
+        return said_of_check(failure)
     return None
 
 

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adarank_fast.plan import replacing
 from bench.gpu.checks import Check
 from bench.gpu.context import Row
+from bench.gpu.timing import OUT_OF_MEMORY
 from bench.results_file import FOLDER, machine
 
 FORMAT = 1  # of the file
-NO_FAILURE = ("ok", "out of memory", "not used in float32", "no Triton here")
+NO_FAILURE = ("ok", OUT_OF_MEMORY, "not used in float32", "no Triton here")
 
 
 def card_facts(device: torch.device) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def checks_table(checks: Sequence[Check]) -> Table:
     for c in checks:
         if c["status"] != "passed":
             where = f"{c['op']}: {c['case']}, {c['kernels']}"
-            table.add_row(where, c["dtype"], "[red]no[/red]", c["status"])
+            table.add_row(escape(where), c["dtype"], "[red]no[/red]", escape(c["status"]))
     return table
 
 
@@ -151,7 +153,7 @@ def section_table(title: str, rows: Sequence[Row]) -> Table:
         notes = [row["status"]] if row["status"] != "ok" else []
         notes += [f"no graph: {row['graph']}"] if "graph" in row else []
         shown = row["row"] if row["row"] != last else ""
-        table.add_row(shown, row["variant"], *cells, "; ".join(notes))
+        table.add_row(escape(shown), escape(row["variant"]), *cells, escape("; ".join(notes)))
         last = row["row"]
     return table
 

@@ -77,6 +77,7 @@ def timers() -> list[Timer]:
 def benchmark(options: argparse.Namespace) -> int:
     """Everything that `options` ask for, on the current card; the table and the file."""
     device = torch.device("cuda", torch.cuda.current_device())
+    torch.set_float32_matmul_precision("highest")  # no TF32 in the references
     context = Context(device, timers, options.dtype, options.repetitions)
     facts = report.card_facts(device)
     path = options.out or report.default_path(facts["card"], facts["time"][:10])

@@ -14,7 +14,7 @@ from bench.counts import SHAPES
 from bench.gpu.checks import LORA_SETS, Named, choose, compare
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import BLOCKS
-from bench.gpu.timing import Step, reason, release
+from bench.gpu.timing import Step, release, said_of_check
 
 AVERAGE_RANK = 16
 CHECKED_TOKENS = 250  # no multiple of a tile; in float64, so not many
@@ -126,7 +126,7 @@ def _refusal(
             raise ArithmeticError("not every call was fused")
     except Exception as error:
         release()
-        return f"check failed: {reason(error)}"
+        return said_of_check(error)
     return None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Outputs = Iterable[Tensor] | None
+OUT_OF_MEMORY = "out of memory"
 
 
 def nothing() -> None:
@@ -116,6 +117,7 @@ class Graphs(Events):
         except Exception:
             torch.cuda.set_stream(outside)  # a capture that breaks off does not
             self.stream, self.graphs = torch.cuda.Stream(), []
+            _free_generator()
             raise
         self.graphs.append(graph)
         self._believe(graph, [] if written is None else list(written))
@@ -132,6 +134,15 @@ class Graphs(Events):
         torch.cuda.synchronize()
         if not all(bool(tensor.isfinite().all()) for tensor in floating):
             raise ArithmeticError("a replay of its graph leaves outputs unwritten")
+
+
+def _free_generator() -> None:
+    """Give torch's generator a state of its own again if a broken capture still holds it."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    try:
+        torch.rand(1, device="cuda")
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def interleaved(
@@ -161,10 +172,18 @@ def interleaved(
 
 def reason(error: BaseException) -> str:
     """One line: "out of memory", or what went wrong."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+    if isinstance(error, torch.OutOfMemoryError) or any(
+        said in str(error) for said in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    ):
+        return OUT_OF_MEMORY
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def said_of_check(error: BaseException) -> str:
+    """The status of what cannot be timed because its check raised."""
+    why = reason(error)
+    return why if why == OUT_OF_MEMORY else f"check failed: {why}"
 
 
 def release() -> None:
@@ -193,8 +212,10 @@ def copies(size: int, device: torch.device) -> int:
     """How many sets of operands of `size` bytes to go through so that none waits in the cache."""
     if device.type != "cuda":
         return 1
-    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
-    return max(1, min(16, -(-3 * cache // size)))
+    # ROCm reports the second-level cache; its cards may have a larger one behind it
+    known = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    cache = max(known, (256 if torch.version.hip else 64) << 20)
+    return max(1, min(32, -(-2 * cache // size)))
 
 
 def rotating(op: Callable[..., Any], operands: list[tuple[Any, ...]], **kwargs: Any) -> Step:

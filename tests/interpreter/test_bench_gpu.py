@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from adarank_kernels import _disagreement_launch
+from adarank_kernels import _disagreement_launch, _triton
 from adarank_kernels import _grouped_lora_launch as launch
-from bench.gpu import checks, run, steps
+from bench.gpu import checks, rows, run, steps
 from tests.gpu_benchmark import TINY, cpu_context, make_tiny
 
 
@@ -17,6 +17,7 @@ from tests.gpu_benchmark import TINY, cpu_context, make_tiny
 def tiny(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """One dtype; the sets that can be told apart here, where only opt-in kernels can be chosen."""
     make_tiny(monkeypatch)
+    monkeypatch.setitem(rows.BLOCKS, "tiny", ("tiny", "attention", 0.0))
     monkeypatch.setattr(checks, "DTYPES", {"bfloat16": torch.bfloat16})
     for name in ("LORA_SETS", "DISAGREEMENT_SETS", "PHILOX_SETS"):
         few = dict(list(getattr(checks, name).items())[-2:])
@@ -42,6 +43,8 @@ def test_every_kernel_and_op_passes_and_every_kernel_is_timed(tiny: pytest.Monke
 
 
 def test_a_wrong_kernel_is_found_and_left_out(tiny: pytest.MonkeyPatch) -> None:
+    few = {name: _triton._checks[name] for name in ("lora_shrink", "lora_drop")}
+    tiny.setattr(_triton, "_checks", few)
     right = launch.shrink
 
     def wrong(X: torch.Tensor, A: torch.Tensor, seed: Any, dropout: float) -> torch.Tensor:
