@@ -33,11 +33,12 @@ Check = dict[str, Any]  # "op", "case", "kernels", "dtype", "status", "share" of
 Named = dict[str, Tensor]
 
 LORA = ("lora_shrink", "lora_expand", "lora_down", "lora_drop")
+DEFAULT = "all that passed"
 # What may run beside the vendor's GEMMs: label -> kernels.
 LORA_SETS = {
     "vendor GEMMs": (),
     **{f"+ {name.removeprefix('lora_')}": (name,) for name in LORA},
-    "all kernels": LORA,
+    DEFAULT: LORA,
     "all + fused GEMM": (*LORA, "lora_fused"),
 }
 DISAGREEMENT_SETS = {
@@ -82,10 +83,17 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
         yield _checked(check, name, "its own check", name, OWN) | {"share": None}
 
 
-def usable_sets(sets: dict[str, tuple[str, ...]], checks: Sequence[Check]) -> dict[str, Any]:
-    """The sets all of whose kernels passed their own checks."""
+def usable_sets(
+    sets: dict[str, tuple[str, ...]], checks: Sequence[Check]
+) -> dict[str, tuple[str, ...]]:
+    """The sets all of whose kernels passed their own checks; of the default set, those that did."""
     passed = {c["op"] for c in checks if c["dtype"] == OWN and c["status"] == "passed"}
-    return {label: kernels for label, kernels in sets.items() if set(kernels) <= passed}
+    usable = {}
+    for label, kernels in sets.items():
+        left = tuple(name for name in kernels if name in passed)
+        if left == kernels or (label == DEFAULT and left):
+            usable[label] = left
+    return usable
 
 
 def check_ops(device: torch.device, timed: str, kernels: Sequence[Check]) -> Iterator[Check]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import adarank_fast as ada
 from bench.blocks import Block, adapted, cast_base
 from bench.counts import SHAPES
-from bench.gpu.checks import LORA_SETS, Named, choose, compare
+from bench.gpu.checks import DEFAULT, LORA_SETS, Named, choose, compare
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import BLOCKS
 from bench.gpu.timing import Step, release, said_of_check
@@ -27,7 +27,7 @@ def block_row(context: Context, row: str) -> list[Row]:
     labels = context.sets(LORA_SETS)
     if not dropout:
         labels = {label: kernels for label, kernels in labels.items() if label != "+ drop"}
-    best = "all kernels" if "all kernels" in labels else "vendor GEMMs"
+    best = DEFAULT if DEFAULT in labels else "vendor GEMMs"
     variants: dict[str, tuple[nn.Module, str]] = {
         name: (models[name], "vendor GEMMs") for name in ("frozen", "peft")
     }
