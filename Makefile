@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test suite test-oldest test-newest lint format bench bench-lora bench-step
-.PHONY: bench-gpu roofline kernels-report compatibility wheel clean
+.PHONY: kernels-report compatibility wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/adarank demo
@@ -50,6 +50,7 @@ bench-step: $(VENV)/.installed
 
 # On a machine with a CUDA or ROCm card: checks and times everything, writes one file to send back.
 # Elsewhere it says that there is no GPU. Options: make bench-gpu ARGS="--quick --only blocks"
+.PHONY: bench-gpu roofline
 bench-gpu: $(VENV)/.installed
 	PYTHONPATH=.:kernels $(BIN)/python -m bench.gpu $(ARGS)
 
