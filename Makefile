@@ -64,9 +64,19 @@ bench-step: $(VENV)/.installed
 benchmarks-page: $(VENV)/.installed
 	$(BIN)/python -m bench.benchmarks_page
 
+# On a machine with a CUDA or ROCm card: checks and times everything, writes one file to send back.
+# Elsewhere it says that there is no GPU. Options: make bench-gpu ARGS="--quick --only blocks"
+.PHONY: bench-gpu roofline
+bench-gpu: $(VENV)/.installed
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.gpu $(ARGS)
+
+# Projected times on GPUs that need not be here, counted from bytes and FLOPs; nothing is timed.
+roofline: $(VENV)/.installed
+	$(BIN)/python bench/roofline.py $(ARGS)
+
 # Compiles the Triton kernels for GPUs that need not be here; nothing is timed.
 kernels-report: $(VENV)/.installed
-	$(BIN)/python bench/kernels_report.py
+	$(BIN)/python -m bench.kernels_report
 
 # Takes every architecture through every step; exits with 1 if a cell of the table fails.
 compatibility: $(VENV)/.installed

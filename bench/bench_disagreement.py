@@ -24,27 +24,13 @@ import torch
 from torch import Tensor
 
 from adarank_kernels import pairwise_disagreement
+from bench.materialised import materialised
 from bench.results_file import write_results
 
 K, N, D, V = 8, 2048, 576, 49152  # SmolLM2-135M's head
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "2"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OUTPUTS_BYTES = K * N * V * 4
-
-
-def materialised(hidden: Tensor, weight: Tensor, metric: str) -> Tensor:
-    """[K, K] by way of [K, N, V]."""
-    outputs = torch.nn.functional.linear(hidden, weight)
-    if metric == "tv":
-        for rows in outputs:  # in place: a second [K, N, V] would be unfair
-            torch.softmax(rows, -1, out=rows)
-    found = torch.zeros(len(hidden), len(hidden))
-    for i in range(len(hidden)):
-        for j in range(i):
-            sums = (outputs[i] - outputs[j]).abs_().sum(-1, dtype=torch.float32)
-            value = sums.mean() / (len(weight) if metric == "l1" else 2)
-            found[i, j] = found[j, i] = value
-    return found
 
 
 def inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

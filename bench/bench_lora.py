@@ -21,79 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
 import adarank_fast as ada
+from bench.blocks import TARGETS, Block, adapted, cast_base
+from bench.counts import SHAPES
 from bench.results_file import write_all
 from bench.slices import Row, Slices, arguments, kernel_sources, medians, ratio_interval
 
 TOKENS = (4, 256)  # batch, sequence
 
 
-class Block(nn.Module):
-    """Attention and feed-forward of one layer in the shapes of a real model, weights random."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        width, kv, inner, gated = SHAPES[kind]
-        self.heads, self.kv_heads = width // HEAD_SIZE[kind], kv // HEAD_SIZE[kind]
-        bias = not gated
-        self.q = nn.Linear(width, width, bias=bias)
-        self.k = nn.Linear(width, kv, bias=bias)
-        self.v = nn.Linear(width, kv, bias=bias)
-        self.o = nn.Linear(width, width, bias=bias)
-        self.gate = nn.Linear(width, inner, bias=bias) if gated else None
-        self.up = nn.Linear(width, inner, bias=bias)
-        self.down = nn.Linear(inner, width, bias=bias)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q = self.q(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k = self.k(h).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        v = self.v(h).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        attended = nn.functional.scaled_dot_product_attention(
-            q, k, v, enable_gqa=self.heads != self.kv_heads
-        )
-        x = x + self.o(attended.transpose(1, 2).flatten(2))
-        h = self.norm2(x)
-        inner = nn.functional.silu(self.gate(h)) * self.up(h) if self.gate is not None else None
-        return x + self.down(nn.functional.gelu(self.up(h)) if inner is None else inner)
-
-
-SHAPES = {  # width, key / value width, inner width, gated
-    "SmolLM2-135M": (576, 192, 1536, True),
-    "MiniLM": (384, 384, 1536, False),
-    "MPNet-base": (768, 768, 3072, False),
-}
-HEAD_SIZE = {"SmolLM2-135M": 64, "MiniLM": 32, "MPNet-base": 64}
-TARGETS = {
-    "attention": ["q", "k", "v", "o"],
-    "all-linear": ["q", "k", "v", "o", "gate", "up", "down"],
-}
-# shares of the average rank, as AdaRank gives them on real models: values and outputs first
-SHARES = {"q": 0.5, "k": 0.5, "v": 1.75, "o": 1.25, "gate": 0.75, "up": 1.0, "down": 1.5}
-
-
-def adapted(block: Block, targets: str, average_rank: int, mixed: bool) -> nn.Module:
-    """A PEFT model of the block: the same adapter parameters whether mixed or uniform."""
-    names = [name for name in TARGETS[targets] if getattr(block, name) is not None]
-    uniform = ada.RankPlan.uniform(block, average_rank, target_modules=names)
-    plan = uniform
-    if mixed:
-        ranks = ada.allocate_ranks(
-            {name: SHARES[name] for name in uniform.ranks},
-            budget_parameters=uniform.parameters,
-            sizes=uniform.sizes,
-        )
-        plan = ada.RankPlan(ranks, uniform.sizes)
-    torch.manual_seed(1)
-    model = get_peft_model(copy.deepcopy(block), plan.to_lora_config())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
-    return model
+KINDS = ("SmolLM2-135M", "MiniLM", "MPNet-base")
 
 
 def variants(
@@ -101,10 +40,7 @@ def variants(
 ) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     block = Block(kind).requires_grad_(False)
-    peft_default = adapted(block, targets, average_rank, mixed=True)
-    for name, parameter in peft_default.named_parameters():  # float32 adapters, as PEFT keeps them
-        if "lora_" not in name:
-            parameter.data = parameter.data.to(dtype)
+    peft_default = cast_base(adapted(block, targets, average_rank, mixed=True), dtype)
     models: dict[str, nn.Module] = {
         "frozen": copy.deepcopy(block).to(dtype),
         "peft": adapted(block, targets, average_rank, mixed=True).to(dtype),
@@ -194,7 +130,7 @@ ROWS: dict[str, tuple[str, str, int, torch.dtype]] = {
         dtype,
     )
     for dtype in (torch.float32, torch.bfloat16)
-    for kind in SHAPES
+    for kind in KINDS
     for targets in TARGETS
     for rank in (4, 8, 16)
 }
@@ -204,7 +140,7 @@ def steps_of_row(key: str) -> tuple[dict[str, Callable[[], None]], Row]:
     """The row's steps, checked, and what is not timed."""
     kind, targets, rank, dtype = ROWS[key]
     models = variants(kind, targets, rank, dtype)
-    width = SHAPES[kind][0]
+    width = SHAPES[kind].width
     x = torch.randn(*TOKENS, width, dtype=dtype, requires_grad=True)
     dy = torch.randn(*TOKENS, width, dtype=dtype)
     check(models, x, dy)
@@ -287,7 +223,8 @@ def summary(rows: dict[str, Row]) -> dict[str, Any]:
 def main() -> None:
     parser = arguments("Training steps of one transformer block.", repetitions=100)
     options = parser.parse_args()
-    sources = [*kernel_sources(), Path(__file__)]
+    folder = Path(__file__).parent
+    sources = [*kernel_sources(), *(folder / f"{name}.py" for name in ("bench_lora", "blocks"))]
     slices = Slices("lora", list(ROWS), options.repetitions, sources)
     left = any(slices.missing(key) > 0 for key in ROWS)
     done = 0

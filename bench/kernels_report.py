@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here and report what the compilers made of it.
 
-    python bench/kernels_report.py            writes bench/results/kernels.csv and docs/kernels.md
+    python -m bench.kernels_report            writes bench/results/kernels.csv and docs/kernels.md
 
 A stub driver stands in for the GPU, so kernels go through Triton's real launch specialisation
 (alignment of pointers and sizes) down to cubin / hsaco. Exit status 1 if an offered configuration
@@ -38,6 +38,7 @@ from adarank_kernels import _disagreement_launch as compare
 from adarank_kernels import _grouped_lora_kernels as lora
 from adarank_kernels import _grouped_lora_launch as launch
 from adarank_kernels import _philox_kernels as philox
+from bench.counts import PASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {
@@ -377,16 +378,6 @@ times.
 | | forward | backward | q/k/v: M = 3, Y = 1.5 X | gate/up: M = 2, Y = 7 X |
 |---|---|---|---|---|
 """
-# Coefficients of (M X, X, Y), forward and backward.
-PASSES = {
-    "PEFT, adapters in bf16": ((1, 0, 6), (5, 0, 4)),
-    "Unsloth": ((1, 0, 2), (4, 0, 3)),
-    "LoRAFusion": ((1, 0, 0), (1, 0, 1)),
-    "here, vendor GEMMs": ((0, 1, 2), (0, 3, 2)),
-    "here, checked kernels, r <= 32": ((0, 1, 2), (0, 3, 1)),
-    "here, with the opt-in fused GEMM": ((0, 1, 0), (0, 3, 1)),
-    "floor with S stored": ((0, 1, 0), (0, 1, 1)),
-}
 
 
 def traffic() -> str:

@@ -1,0 +1,108 @@
+"""Bytes and FLOPs by counting: what the kernels report, the projection and the GPU benchmark share.
+
+Standard library only. X is one pass over [tokens, in], Y one over [tokens, sum of outputs], R one
+over [tokens, sum of ranks], all in 16-bit elements unless `itemsize` says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """One layer of a real model, and what surrounds the layers."""
+
+    width: int
+    query: int
+    kv: int
+    inner: int
+    head: int  # width of an attention head
+    gated: bool
+    layers: int
+    vocabulary: int
+
+    def groups(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Linears that share an input: name -> (in, outs)."""
+        return {
+            "q/k/v": (self.width, (self.query, self.kv, self.kv)),
+            "o": (self.query, (self.width,)),
+            "gate/up" if self.gated else "up": (self.width, (self.inner,) * (1 + self.gated)),
+            "down": (self.inner, (self.width,)),
+        }
+
+
+SHAPES = {
+    "SmolLM2-135M": Shape(576, 576, 192, 1536, 64, True, 30, 49152),
+    "MiniLM": Shape(384, 384, 384, 1536, 32, False, 6, 30522),
+    "MPNet-base": Shape(768, 768, 768, 3072, 64, False, 12, 30527),
+    "Qwen3-0.6B": Shape(1024, 2048, 1024, 3072, 128, True, 28, 151936),
+    "Llama-3-8B": Shape(4096, 4096, 1024, 14336, 128, True, 32, 128256),
+}
+
+# Passes over activations beyond the frozen base's own products, no dropout: coefficients of
+# (M X, X, Y), forward and backward, for M modules that share an input.
+PASSES = {
+    "PEFT, adapters in bf16": ((1, 0, 6), (5, 0, 4)),
+    "Unsloth": ((1, 0, 2), (4, 0, 3)),
+    "LoRAFusion": ((1, 0, 0), (1, 0, 1)),
+    "here, vendor GEMMs": ((0, 1, 2), (0, 3, 2)),
+    "here, checked kernels, r <= 32": ((0, 1, 2), (0, 3, 1)),
+    "here, with the opt-in fused GEMM": ((0, 1, 0), (0, 3, 1)),
+    "floor with S stored": ((0, 1, 0), (0, 1, 1)),
+}
+DOWN_BLOCKS_R = (16, 32)  # ranks that `down` pads to; above, dS and dB are the vendor's
+DOWN_BLOCK_M = 128  # rows of one of its partial sums of dB
+
+
+def pass_elements(passes: tuple[int, int, int], width: int, outs: tuple[int, ...]) -> int:
+    """Elements a token, of coefficients of (M X, X, Y)."""
+    mx, x, y = passes
+    return (mx * len(outs) + x) * width + y * sum(outs)
+
+
+class Cost(NamedTuple):
+    """What a kernel has to move and to compute at the least."""
+
+    bytes: float
+    flops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """The larger of moving (bytes a second) and computing (FLOPs a second)."""
+        return max(self.bytes / bandwidth, self.flops / rate)
+
+
+def product(M: int, N: int, K: int, itemsize: int = 2) -> Cost:
+    """[M, K] x [K, N]: each operand read once, the result written once."""
+    return Cost(itemsize * (M * K + K * N + M * N), 2.0 * M * N * K)
+
+
+def expand(tokens: int, rank: int, outs: tuple[int, ...], itemsize: int = 2) -> Cost:
+    """Y_m += S_m B_m^T, all of rank `rank`: Y is read and written, S and B are read."""
+    moved = sum(tokens * (2 * out + rank) + out * rank for out in outs)
+    return Cost(itemsize * moved, 2.0 * tokens * rank * sum(outs))
+
+
+def down(tokens: int, rank: int, outs: tuple[int, ...], itemsize: int = 2) -> Cost:
+    """dS and dB from one pass over dY, with dB's float32 partial sums written and read."""
+    moved = sum(tokens * (out + 2 * rank) + out * rank for out in outs)
+    partial = down_partial_bytes(tokens, rank, sum(outs))
+    return Cost(itemsize * moved + partial, 4.0 * tokens * rank * sum(outs))
+
+
+def down_partial_bytes(tokens: int, rank: int, outs: int) -> float:
+    """Partial sums of dB, once written and once read, float32."""
+    block = next(block for block in DOWN_BLOCKS_R if rank <= block)
+    return 2 * 4 * -(-tokens // DOWN_BLOCK_M) * outs * block
+
+
+def drop(rows: int, columns: int, itemsize: int = 2) -> Cost:
+    """A masked copy."""
+    return Cost(2 * itemsize * rows * columns)
+
+
+def pairs(variants: int, tokens: int, outputs: int, itemsize: int = 4) -> Cost:
+    """Every row of [variants, tokens, outputs] read once; differences are not tensor-core work."""
+    return Cost(itemsize * variants * tokens * outputs)

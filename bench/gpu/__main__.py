@@ -1,0 +1,72 @@
+"""Check and time everything on the first GPU that someone has; one file to send back.
+
+    python -m bench.gpu                  (or `make bench-gpu`): CUDA or ROCm, tens of minutes
+    python -m bench.gpu --quick          a tenth of the repetitions
+    python -m bench.gpu --only blocks    the jobs whose name matches; the checks always run
+
+Where there is no GPU it says so and exits with 0. Exit status 1: something failed its check, or did
+not run; its timings are left out. The file is written anew after each job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from bench.gpu import rows
+
+REPETITIONS, QUICK = 50, 5
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="bench.gpu", description="Check and time everything on a GPU.")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} repetitions a row")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/gpu/CARD-DATE.json")
+    parser.add_argument("--dtype", choices=rows.DTYPES, default="bfloat16", help="to time")
+    parser.add_argument("--only", metavar="PATTERN", help="jobs that match this regular expression")
+    options = parser.parse_args(arguments)
+    try:
+        pattern = re.compile(options.only or "", re.IGNORECASE)
+    except re.error as error:
+        parser.error(f"--only {options.only!r} is no regular expression: {error}")
+    options.jobs = [name for name in rows.names() if pattern.search(name)]
+    if not options.jobs:
+        parser.error(f"--only {options.only!r} matches none of: {'; '.join(rows.names())}")
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: its folder does not exist")
+    options.repetitions = QUICK if options.quick else REPETITIONS
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        print(
+            f"no GPU here (torch {torch.__version__} finds neither CUDA nor ROCm), so nothing was "
+            "measured: it would have checked every kernel and op against float64, timed "
+            f"{len(options.jobs)} rows in {options.dtype} ({options.repetitions} repetitions) and "
+            f"written {options.out or 'one file under bench/results/gpu/'}"
+        )
+        return 0
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # peft imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from bench.gpu.run import benchmark
+
+    return benchmark(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""Every Triton kernel and every op against float64, before anything is timed.
+
+The criterion is the project's: the error against float64 is at most twice that of plain PyTorch in
+the same dtype, plus 1e-6. A kernel that fails its own check is not used in what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adarank_kernels import (
+    _triton,
+    grouped_lora_linear,
+    grouped_lora_linear_ref,
+    lora_linear,
+    lora_linear_ref,
+    pairwise_disagreement,
+    pairwise_disagreement_ref,
+    perturbed_linear,
+    philox_normal,
+    philox_normal_ref,
+)
+from adarank_kernels.disagreement import METRICS
+from bench.gpu.timing import reason, release
+
+Check = dict[str, Any]  # "op", "case", "kernels", "dtype", "status", "share" of the allowed error
+Named = dict[str, Tensor]
+
+LORA = ("lora_shrink", "lora_expand", "lora_down", "lora_drop")
+DEFAULT = "all that passed"
+# What may run beside the vendor's GEMMs: label -> kernels.
+LORA_SETS = {
+    "vendor GEMMs": (),
+    **{f"+ {name.removeprefix('lora_')}": (name,) for name in LORA},
+    DEFAULT: LORA,
+    "all + fused GEMM": (*LORA, "lora_fused"),
+}
+DISAGREEMENT_SETS = {
+    "vendor GEMMs": (),
+    "+ pairs": ("disagreement_pairs",),
+    "+ pairs, fused head": ("disagreement_pairs", "disagreement_fused"),
+}
+PHILOX_SETS = {"plain torch": (), "Philox kernel": ("philox_normal",)}
+OWN = "16-bit"  # "dtype" of a kernel's own check, which tries both
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def runs_kernels(device: torch.device) -> bool:
+    return _triton.HAS_TRITON and (device.type == "cuda" or _triton.INTERPRETED)
+
+
+def choose(device: torch.device, kernels: Sequence[str]) -> None:
+    """From now on exactly these Triton kernels run on the device.
+
+    Under the interpreter only the opt-in ones can be chosen.
+    """
+    for name in _triton._checks:
+        chosen = name in kernels
+        if name in _triton._opt_in:
+            _triton.enable(name, chosen)
+        _triton._status[name, str(device)] = "passed" if chosen else "not chosen"
+
+
+def check_kernels(device: torch.device) -> Iterator[Check]:
+    """Each kernel's own check, as it runs before a kernel is used for the first time."""
+    for name in _triton._checks if runs_kernels(device) else ():
+
+        def check(name: str = name) -> float:
+            with on(device), torch.no_grad():
+                _triton._checks[name](device)
+            return 1.0
+
+        yield _checked(check, name, "its own check", name, OWN) | {"share": None}
+
+
+def usable_sets(
+    sets: dict[str, tuple[str, ...]], checks: Sequence[Check]
+) -> dict[str, tuple[str, ...]]:
+    """The sets all of whose kernels passed their own checks; of the default set, those that did."""
+    passed = {c["op"] for c in checks if c["dtype"] == OWN and c["status"] == "passed"}
+    usable = {}
+    for label, kernels in sets.items():
+        left = tuple(name for name in kernels if name in passed)
+        if left == kernels or (label == DEFAULT and left):
+            usable[label] = left
+    return usable
+
+
+def check_ops(device: torch.device, timed: str, kernels: Sequence[Check]) -> Iterator[Check]:
+    """Every op with every usable set of kernels in the dtype that will be timed, and in others."""
+    for dtype in dict.fromkeys((timed, *DTYPES)):
+        for sets, checks in (
+            (LORA_SETS, _lora_checks),
+            (DISAGREEMENT_SETS, _disagreement_checks),
+            (PHILOX_SETS, _noise_checks),
+        ):
+            usable = usable_sets(sets, kernels)
+            if dtype != timed:  # what users get, only
+                label = [label for label in usable if "fused" not in label][-1]
+                usable = {label: usable[label]}
+            for op, case, check in checks(device, DTYPES[dtype]):
+                for label, chosen in usable.items():
+                    choose(device, chosen)
+                    yield _checked(check, op, case, label, dtype)
+
+
+def _checked(check: Callable[[], float], op: str, case: str, kernels: str, dtype: str) -> Check:
+    found: Check = {"op": op, "case": case, "kernels": kernels, "dtype": dtype, "share": None}
+    try:
+        share = check()
+    except Exception as error:
+        release()  # raises where the card is lost
+        return found | {"status": f"failed: {reason(error)}"}
+    return found | {"status": "passed", "share": share}
+
+
+def compare(
+    ours: Named,
+    torchs: Named,
+    exact: Named,
+    floor: float = 1e-6,
+    size: Callable[[Tensor], Tensor] = lambda error: error.abs().max(),
+) -> float:
+    """The largest share of the allowed error; raises where one is above it."""
+    worst = 0.0
+    for name, truth in exact.items():
+        if ours[name].shape != truth.shape:
+            raise ArithmeticError(f"{name} is {list(ours[name].shape)}, not {list(truth.shape)}")
+        if not truth.numel():
+            continue
+        error = size(ours[name].double() - truth).item()
+        allowed = 2 * size(torchs[name].double() - truth).item() + floor
+        if not error <= allowed:
+            raise ArithmeticError(f"{name}: error {error:.3g} above {allowed:.3g}")
+        worst = max(worst, error / allowed)
+    return worst
+
+
+def numbers(device: torch.device, *size: int, scale: float = 1.0) -> Tensor:
+    """Normal numbers, float64, exact in bfloat16, the same on every device."""
+    generator = torch.Generator().manual_seed(sum(size))
+    drawn = torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+    return drawn.bfloat16().double().to(device)
+
+
+# LoRA: outputs and every gradient
+
+Cases = Iterator[tuple[str, str, Callable[[], float]]]
+GROUPS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], tuple[int, ...]]] = {
+    "ragged, ranks 0 to 64": ((3, 67), 200, (0, 1, 3, 8, 24, 64), (40, 96, 7, 33, 64, 128)),
+    "aligned, ranks 8 to 24": ((515,), 512, (8, 24, 16), (512, 128, 384)),
+}
+
+
+def _lora_checks(device: torch.device, dtype: torch.dtype) -> Cases:
+    for case, problem in GROUPS.items():
+        for dropout in (0.0, 0.3):
+            for adapters in dict.fromkeys((dtype, torch.float32)):
+                said = f"{case}, dropout {dropout}"
+                said += "" if adapters == dtype else ", float32 adapters"
+
+                def check(
+                    problem: Any = problem, dropout: Any = dropout, adapters: Any = adapters
+                ) -> float:
+                    made = lora_problem(device, *problem)
+                    return compare(
+                        lora_results(grouped_lora_linear, made, dtype, adapters, dropout),
+                        lora_results(grouped_lora_linear_ref, made, dtype, adapters, dropout),
+                        lora_results(grouped_lora_linear_ref, made, torch.float64, None, dropout),
+                    )
+
+                yield "grouped_lora_linear", said, check
+    for dropout in (0.0, 0.3):
+
+        def single(dropout: float = dropout) -> float:
+            made = lora_problem(device, (4, 65), 96, (6,), (50,))
+            return compare(
+                lora_results(_one(lora_linear), made, dtype, dtype, dropout),
+                lora_results(_one(lora_linear_ref), made, dtype, dtype, dropout),
+                lora_results(_one(lora_linear_ref), made, torch.float64, None, dropout),
+            )
+
+        yield "lora_linear", f"rank 6, dropout {dropout}", single
+
+
+def _one(op: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    def grouped(
+        x: Any, weights: Any, As: Any, Bs: Any, scalings: Any, biases: Any, **rest: Any
+    ) -> list[Tensor]:
+        return [op(x, weights[0], As[0], Bs[0], scalings[0], biases[0], **rest)]
+
+    return grouped
+
+
+def lora_problem(
+    device: torch.device,
+    shape: tuple[int, ...],
+    width: int,
+    ranks: tuple[int, ...],
+    outs: tuple[int, ...],
+) -> Named:
+    """Float64 tensors by name; a module of rank 0 has no adapter."""
+    made = {"x": numbers(device, *shape, width)}
+    for m, (rank, out) in enumerate(zip(ranks, outs, strict=True)):
+        made[f"W{m}"] = numbers(device, out, width, scale=width**-0.5)
+        made[f"b{m}"] = numbers(device, out)
+        made[f"dY{m}"] = numbers(device, *shape, out)
+        if rank:
+            made[f"A{m}"] = numbers(device, rank, width, scale=width**-0.5)
+            made[f"B{m}"] = numbers(device, out, rank, scale=rank**-0.5)
+    return made
+
+
+def lora_results(
+    op: Callable[..., list[Tensor]],
+    problem: Named,
+    dtype: torch.dtype,
+    adapters: torch.dtype | None,
+    dropout: float,
+) -> Named:
+    """Outputs and the gradients of everything, base included, for a random upstream gradient."""
+    cast = {
+        name: tensor.to(adapters or dtype if name[0] in "AB" else dtype).requires_grad_()
+        for name, tensor in ((name, tensor.clone()) for name, tensor in problem.items())
+    }
+    M = sum(name[0] == "W" for name in problem)
+    seed = torch.tensor([2**61 + 5], device=problem["x"].device) if dropout else None
+    outputs = op(
+        cast["x"],
+        *([cast.get(f"{kind}{m}") for m in range(M)] for kind in "WAB"),
+        [0.5 + 0.25 * m for m in range(M)],
+        [cast[f"b{m}"] for m in range(M)],
+        dropout=dropout,
+        seed=seed,
+    )
+    leaves = {name: tensor for name, tensor in cast.items() if not name.startswith("dY")}
+    upstream = [cast[f"dY{m}"].detach() for m in range(M)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    found = {f"Y{m}": y.detach() for m, y in enumerate(outputs)}
+    return found | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+# Disagreement, perturbed linear, noise
+
+OUTPUTS = (5, 300, 64, 500)  # variants, tokens, width, outputs
+
+
+def _disagreement_checks(device: torch.device, dtype: torch.dtype) -> Cases:
+    K, N, D, V = OUTPUTS
+    base, noise = numbers(device, N, D), numbers(device, K, N, D)
+    hidden, weight = (base + 0.1 * noise).to(dtype), numbers(device, V, D, scale=D**-0.5).to(dtype)
+    bias = numbers(device, V).to(dtype)
+    for metric in METRICS:
+        for reference in (None, hidden[0]):
+
+            def check(metric: str = metric, reference: Tensor | None = reference) -> float:
+                def run(op: Callable[..., Tensor], to: torch.dtype) -> Named:
+                    ref = None if reference is None else reference.to(to)
+                    given = (hidden.to(to), weight.to(to), bias.to(to))
+                    return {"d": op(*given, metric=metric, reference=ref)}
+
+                # argmax counts tokens; in 16 bits a tie may be a rounding apart in two of them
+                floor = 2 / N if metric == "argmax" and dtype.itemsize == 2 else 1e-6
+                exact = run(pairwise_disagreement_ref, torch.float64)
+                torchs = run(pairwise_disagreement_ref, dtype)
+                return compare(run(pairwise_disagreement, dtype), torchs, exact, floor)
+
+            how = "all pairs" if reference is None else "against a reference"
+            yield "pairwise_disagreement", f"{metric}, {how}", check
+
+
+def _noise_checks(device: torch.device, dtype: torch.dtype) -> Cases:
+    def normals() -> float:
+        exact = {"E": philox_normal_ref((4099,), 2**63 + 7, device, torch.float64)}
+        torchs = {"E": philox_normal((4099,), 2**63 + 7, "cpu").to(device, dtype)}
+        return compare({"E": philox_normal((4099,), 2**63 + 7, device, dtype)}, torchs, exact)
+
+    yield "philox_normal", "4099 numbers", normals
+    for expanded in (False, True):
+
+        def perturbed(expanded: bool = expanded) -> float:
+            x = numbers(device, 3, 130, 72)
+            x = x[:1].expand(3, -1, -1) if expanded else x
+            W, b = numbers(device, 96, 72, scale=72**-0.5), numbers(device, 96)
+            keys = [(5, 6), (2**64 - 1, 1)]
+            noise = [(philox_normal(W.shape, k, device), philox_normal(b.shape, j, device))
+                     for k, j in keys]  # fmt: skip
+            truth = F.linear(x, W, b)
+            plain = F.linear(x.to(dtype), W.to(dtype), b.to(dtype))
+            for k, (E, e) in enumerate(noise):  # the third variant stays unperturbed
+                truth[k] += F.linear(x[k], 0.1 * E.double(), 0.3 * e.double())
+                term = F.linear(x[k].to(dtype), (0.1 * E).to(dtype), (0.3 * e).to(dtype))
+                plain[k] = plain[k] + term
+            given = (x.to(dtype), W.to(dtype), b.to(dtype))
+            ours = perturbed_linear(*given, seeds=[*keys, None], weight_std=0.1, bias_std=0.3)
+            return compare({"y": ours}, {"y": plain}, {"y": truth})
+
+        yield "perturbed_linear", "expanded" if expanded else "own inputs", perturbed

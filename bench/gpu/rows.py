@@ -1,0 +1,40 @@
+"""All that is timed, by name. Imports nothing heavy: machines without a GPU list it too."""
+
+from __future__ import annotations
+
+DTYPES = ("bfloat16", "float16", "float32")
+KINDS = ("SmolLM2-135M", "Qwen3-0.6B", "Llama-3-8B")
+
+BLOCKS = {  # name -> model, targets, dropout
+    f"{kind}, {targets}{', dropout 0.1' if dropout else ''}": (kind, targets, dropout)
+    for kind in KINDS
+    for targets, dropout in (("attention", 0.0), ("all-linear", 0.0), ("all-linear", 0.1))
+}
+GROUPS = {  # name -> model, group of linears that share an input
+    f"{kind} {group}": (kind, group)
+    for kind, group in (
+        *((kind, "q/k/v") for kind in KINDS),
+        ("Llama-3-8B", "gate/up"),
+        ("Llama-3-8B", "down"),
+    )
+}
+HEADS = {  # name -> model, tokens
+    f"head of {kind}": (kind, tokens) for kind, tokens in zip(KINDS, (1024, 256, 256), strict=True)
+}
+DISAGREEMENTS = {  # name -> model, metric
+    f"{metric}, head of {kind}": (kind, metric) for kind in KINDS for metric in ("l1", "tv")
+}
+PERTURBED = {f"perturbed q of {kind}": kind for kind in ("SmolLM2-135M", "Llama-3-8B")}
+PHILOX = {"philox": (4096, 4096)}
+
+SECTIONS = {  # of the report: title, jobs in their order
+    "card": ("The card's own rates", []),
+    "blocks": ("Training steps of one block, forward and backward", [*BLOCKS]),
+    "kernels": ("Triton kernels beside plain PyTorch", [*GROUPS, *HEADS, *PHILOX]),
+    "ops": ("Ops of a prediction", [*DISAGREEMENTS, *PERTURBED]),
+}
+
+
+def names() -> list[str]:
+    """Every job: "section: row"."""
+    return [f"{section}: {row}" for section, (_, rows) in SECTIONS.items() for row in rows]

@@ -1,0 +1,102 @@
+"""Checks, then one job after the other; what fails is reported and the rest goes on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+
+from bench.gpu import kernels, ops, report, rows, steps
+from bench.gpu.checks import Check, check_kernels, check_ops
+from bench.gpu.context import Context, Row, measure_card
+from bench.gpu.timing import Events, Graphs, Timer, reason, release
+
+Sections = dict[str, list[Row]]
+MEASURES: list[tuple[dict, Callable[[Context, str], list[Row]]]] = [
+    (rows.BLOCKS, steps.block_row),
+    (rows.GROUPS, kernels.lora_kernels),
+    (rows.HEADS, kernels.disagreement_kernels),
+    (rows.PHILOX, kernels.philox_kernel),
+    (rows.DISAGREEMENTS, ops.disagreement_row),
+    (rows.PERTURBED, ops.perturbed_row),
+]
+
+
+def measure(context: Context, row: str) -> list[Row]:
+    return next(job for names, job in MEASURES if row in names)(context, row)
+
+
+def run(
+    context: Context,
+    jobs: Sequence[str],
+    save: Callable[[list[Check], Sections, bool], None],
+    say: Callable[[str], None],
+) -> int:
+    """Checks, then the jobs; `save(checks, sections, finished)` after each. The exit status."""
+    sections: Sections = {"card": []}
+    lost = ""
+    try:
+        for check in check_kernels(context.device):
+            context.checks.append(check)
+        for check in check_ops(context.device, context.dtype_name, list(context.checks)):
+            context.checks.append(check)
+        say(f"{len(context.checks)} checks")
+        sections["card"] = measure_card(context)
+        release()
+    except Exception as error:  # checks catch their own failures: the card itself is gone
+        lost = f"the card was lost in the checks: {reason(error)}"
+    save(context.checks, sections, False)
+    for name in jobs:
+        section, _, row = name.partition(": ")
+        say(name)
+        try:
+            found = [_failed(row, f"not run: {lost}")] if lost else measure(context, row)
+        except Exception as error:  # the other rows go on
+            found = [_failed(row, reason(error))]
+        try:
+            release()
+        except Exception as error:
+            lost = lost or f"the card was lost in {name}: {reason(error)}"
+        sections.setdefault(section, []).extend(found)
+        save(context.checks, sections, False)
+    save(context.checks, sections, True)
+    return 1 if lost or report.failures(context.checks, sections) else 0
+
+
+def _failed(row: str, why: str) -> Row:
+    return {"row": row, "variant": "all", "status": why}
+
+
+def timers() -> list[Timer]:
+    return [Events(), Graphs()]
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    """Everything that `options` ask for, on the current card; the table and the file."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.set_float32_matmul_precision("highest")  # no TF32 in the references
+    context = Context(device, timers, options.dtype, options.repetitions)
+    facts = report.card_facts(device)
+    path = options.out or report.default_path(facts["card"], facts["time"][:10])
+    if not options.out:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    said = {"dtype": options.dtype, "quick": options.quick, "only": options.only}
+    said |= {"repetitions": context.repetitions, "tokens": context.tokens}
+    found: dict = {}
+
+    def save(checks: list[Check], sections: Sections, finished: bool) -> None:
+        found.update(report.content(facts, said, checks, sections, finished))
+        report.write(path, found)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        return run(context, options.jobs, save, say)
+    finally:  # also after Ctrl-C
+        if found:
+            titles = {section: title for section, (title, _) in rows.SECTIONS.items()}
+            report.show(Console(width=None if sys.stdout.isatty() else 160), found, path, titles)

@@ -1,0 +1,140 @@
+"""Training steps of one transformer block: frozen base, PEFT, ours with each choice of kernels."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+
+import adarank_fast as ada
+from bench.blocks import Block, adapted, cast_base
+from bench.counts import SHAPES
+from bench.gpu.checks import DEFAULT, LORA_SETS, Named, choose, compare
+from bench.gpu.context import Context, Row
+from bench.gpu.rows import BLOCKS
+from bench.gpu.timing import Step, release, said_of_check
+
+AVERAGE_RANK = 16
+CHECKED_TOKENS = 250  # no multiple of a tile; in float64, so not many
+
+
+def block_row(context: Context, row: str) -> list[Row]:
+    """Every variant of a row, checked on fewer tokens, then timed; also over the frozen base."""
+    kind, targets, dropout = BLOCKS[row]
+    models = block_models(context, kind, targets, dropout)
+    labels = context.sets(LORA_SETS)
+    if not dropout:
+        labels = {label: kernels for label, kernels in labels.items() if label != "+ drop"}
+    best = DEFAULT if DEFAULT in labels else "vendor GEMMs"
+    variants: dict[str, tuple[nn.Module, str]] = {
+        name: (models[name], "vendor GEMMs") for name in ("frozen", "peft")
+    }
+    variants |= {f"ours, {label}": (models["ours"], label) for label in labels}
+    if "peft default" in models:
+        variants["peft, float32 adapters"] = models["peft default"], "vendor GEMMs"
+        variants[f"ours, float32 adapters, {best}"] = models["ours, float32 adapters"], best
+
+    refused = {}
+    for name, (_, label) in variants.items():
+        if name.startswith("ours"):
+            refused[name] = context.failure("grouped_lora_linear", label)
+    exact, torchs = check_results(context, kind, models["peft"])
+    for name, (model, label) in variants.items():
+        if name.startswith("ours") and not refused[name]:
+            choose(context.device, labels[label])
+            refused[name] = _refusal(context, kind, model, torchs, exact)
+    del exact, torchs
+    release()
+
+    width = SHAPES[kind].width
+    x, dy = (torch.randn(*context.tokens, width, device=context.device) for _ in range(2))
+    x, dy = x.to(context.dtype).requires_grad_(), dy.to(context.dtype)
+    steps = {
+        name: training_step(context, model.train(), labels[label], x, dy)
+        for name, (model, label) in variants.items()
+        if not refused.get(name)
+    }
+    rows = context.measure(row, steps, memory=True)
+    rows += [{"row": row, "variant": name, "status": why} for name, why in refused.items() if why]
+    return overheads(rows, "frozen")
+
+
+def block_models(context: Context, kind: str, targets: str, dropout: float) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    with torch.device(context.device):
+        block = Block(kind).requires_grad_(False)
+    models = {"frozen": copy.deepcopy(block).to(context.dtype)}
+    make = functools.partial(
+        adapted, block, targets, AVERAGE_RANK, mixed=True, lora_dropout=dropout
+    )
+    models["peft"] = make().to(context.dtype)
+    models["ours"] = ada.accelerate(copy.deepcopy(models["peft"]))
+    if context.dtype != torch.float32:
+        models["peft default"] = cast_base(make(), context.dtype)
+        models["ours, float32 adapters"] = ada.accelerate(copy.deepcopy(models["peft default"]))
+    return models
+
+
+def training_step(
+    context: Context, model: nn.Module, kernels: tuple[str, ...], x: Tensor, dy: Tensor
+) -> Step:
+    """Forward and backward with these kernels; gradients are dropped and kernels chosen outside."""
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def before() -> None:
+        choose(context.device, kernels)
+        for leaf in leaves:
+            leaf.grad = None
+
+    def run() -> list[Tensor]:
+        model(x).backward(dy)
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    return Step(run, before)
+
+
+def check_results(context: Context, kind: str, peft: nn.Module) -> tuple[Named, Named]:
+    """Output and gradients of PEFT in float64 and in the dtype that is timed; no dropout."""
+    exact = _results(context, kind, copy.deepcopy(peft).double())
+    return exact, _results(context, kind, peft)
+
+
+def _results(context: Context, kind: str, model: nn.Module) -> Named:
+    generator = torch.Generator().manual_seed(2)
+    size = (1, CHECKED_TOKENS, SHAPES[kind].width)
+    x, dy = (torch.randn(size, generator=generator) for _ in range(2))
+    dtype = next(p.dtype for name, p in model.named_parameters() if "lora_" not in name)
+    x, dy = (t.to(context.dtype).to(context.device, dtype) for t in (x, dy))
+    named = {"x": x.requires_grad_()}
+    named |= {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.eval()
+    for _ in range(2):  # the first forward finds out who shares an input
+        y = model(x)
+        grads = torch.autograd.grad(y, list(named.values()), dy)
+    return {"y": y.detach()} | {f"d{n}": g for n, g in zip(named, grads, strict=True)}
+
+
+def _refusal(
+    context: Context, kind: str, model: nn.Module, torchs: Named, exact: Named
+) -> str | None:
+    try:
+        ours = _results(context, kind, model)
+        compare(ours, torchs, exact, size=torch.Tensor.norm)
+        if ada.fusion_report(model).fused_share < 1:
+            raise ArithmeticError("not every call was fused")
+    except Exception as error:
+        release()
+        return said_of_check(error)
+    return None
+
+
+def overheads(rows: list[Row], base: str) -> list[Row]:
+    """Each row with its time over the base's, a share, for each timer that has both."""
+    frozen = next((row for row in rows if row["variant"] == base), {})
+    for row in rows:
+        for key in ("eager_seconds", "graph_seconds"):
+            if row is not frozen and key in row and key in frozen:
+                row[key.replace("seconds", "overhead")] = row[key] / frozen[key] - 1
+    return rows

@@ -1,0 +1,231 @@
+"""Interleaved timings with a timer to choose: the CPU's clock, CUDA events, or replayed graphs.
+
+`torch.cuda` is ROCm's too. "eager" times are taken from an idle card, so launches are part of them;
+"graph" times have none.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Outputs = Iterable[Tensor] | None
+OUT_OF_MEMORY = "out of memory"
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass
+class Step:
+    """What is timed: `run` does it `calls` times; `before` is not timed (kernels, old gradients).
+
+    `run` returns what it wrote, or None where it adds into its operands: a captured graph is only
+    believed if a replay writes those tensors again. `captured` False: it waits for the card itself.
+    """
+
+    run: Callable[[], Outputs]
+    before: Callable[[], None] = nothing
+    calls: int = 1
+    captured: bool = True
+
+
+class Timer(Protocol):
+    name: str
+
+    def ready(self, step: Step) -> Callable[[], object]:
+        """Warm up; what to time."""
+
+    def seconds(self, run: Callable[[], object]) -> float: ...
+
+
+class Clock:
+    """The host's clock: for tests, and for nothing that runs behind the host's back."""
+
+    name = "eager"
+
+    def ready(self, step: Step) -> Callable[[], object]:
+        step.before()
+        step.run()
+        return step.run
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+
+class Events:
+    """CUDA events around each run."""
+
+    name = "eager"
+
+    def ready(self, step: Step) -> Callable[[], object]:
+        for _ in range(3):
+            step.before()
+            step.run()
+        torch.cuda.synchronize()
+        return step.run
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+class Graphs(Events):
+    """CUDA events around the replay of a captured graph."""
+
+    name = "graph"
+
+    def __init__(self) -> None:
+        # One stream to warm up and to capture on: gradient accumulators remember theirs. One pool
+        # for the graphs of a row, which are replayed one at a time and share no results; it lives
+        # as long as they do.
+        self.stream = torch.cuda.Stream()
+        self.graphs: list[Any] = []
+
+    def ready(self, step: Step) -> Callable[[], object]:
+        if not step.captured:
+            raise NotImplementedError("it waits for the card, which no graph can")
+        outside = torch.cuda.current_stream()
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                step.before()
+                step.run()
+        outside.wait_stream(self.stream)
+        torch.cuda.synchronize()
+        step.before()  # no gradients: the capture allocates its own, at fixed addresses
+        graph = torch.cuda.CUDAGraph()
+        pool = self.graphs[0].pool() if self.graphs else None
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                written = step.run()
+        except Exception:
+            torch.cuda.set_stream(outside)  # a capture that breaks off does not
+            self.stream, self.graphs = torch.cuda.Stream(), []
+            _free_generator()
+            raise
+        self.graphs.append(graph)
+        self._believe(graph, [] if written is None else list(written))
+        return graph.replay
+
+    @staticmethod
+    def _believe(graph: Any, written: list[Tensor]) -> None:
+        """A replay must write every floating output anew: work that was not captured shows."""
+        floating = [tensor for tensor in written if tensor.is_floating_point()]
+        with torch.no_grad():
+            for tensor in floating:
+                tensor.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        if not all(bool(tensor.isfinite().all()) for tensor in floating):
+            raise ArithmeticError("a replay of its graph leaves outputs unwritten")
+
+
+def _free_generator() -> None:
+    """Give torch's generator a state of its own again if a broken capture still holds it."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    try:
+        torch.rand(1, device="cuda")
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+
+
+def interleaved(
+    steps: dict[str, Step], repetitions: int, timer: Timer
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds a call of every repetition of every step, in an order drawn anew; why others failed.
+
+    A step that cannot be prepared is left out with its reason.
+    """
+    runs: dict[str, Callable[[], object]] = {}
+    failed: dict[str, str] = {}
+    for name, step in steps.items():
+        try:
+            runs[name] = timer.ready(step)
+        except Exception as error:  # the others are still worth timing
+            failed[name] = reason(error)
+            release()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(time.time_ns())
+    for _ in range(repetitions):
+        shuffle.shuffle(order)
+        for name in order:
+            steps[name].before()
+            seconds[name].append(timer.seconds(runs[name]) / steps[name].calls)
+    return seconds, failed
+
+
+def reason(error: BaseException) -> str:
+    """One line: "out of memory", or what went wrong."""
+    if isinstance(error, torch.OutOfMemoryError) or any(
+        said in str(error) for said in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    ):
+        return OUT_OF_MEMORY
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def said_of_check(error: BaseException) -> str:
+    """The status of what cannot be timed because its check raised."""
+    why = reason(error)
+    return why if why == OUT_OF_MEMORY else f"check failed: {why}"
+
+
+def release() -> None:
+    """Give back what a row held; raises if the card no longer answers."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def peak_bytes(step: Step, device: torch.device) -> int | None:
+    """Most memory allocated during one run beyond what was allocated before; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    for _ in range(2):
+        step.before()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        step.run()
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - held
+
+
+def copies(size: int, device: torch.device) -> int:
+    """How many sets of operands of `size` bytes to go through so that none waits in the cache."""
+    if device.type != "cuda":
+        return 1
+    # ROCm reports the second-level cache; its cards may have a larger one behind it
+    known = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    cache = max(known, (256 if torch.version.hip else 64) << 20)
+    return max(1, min(32, -(-2 * cache // size)))
+
+
+def rotating(op: Callable[..., Any], operands: list[tuple[Any, ...]], **kwargs: Any) -> Step:
+    """`op` on each set of operands in turn."""
+
+    def run() -> Outputs:
+        found: list[Tensor] = []
+        for each in operands:
+            result = op(*each)
+            found += [result] if isinstance(result, Tensor) else list(result or ())
+        return found
+
+    return Step(run, calls=len(operands), **kwargs)
