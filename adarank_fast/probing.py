@@ -163,7 +163,8 @@ class Prober:
         replay = self._replay
         clean = replay.clean[index]
         parts = []
-        step = folds_for(replay, index, self._memory)
+        runs = math.ceil(len(chunk) / folds_for(replay, index, self._memory))
+        step = math.ceil(len(chunk) / runs)  # of one size: a few variants alone are slow
         for start in range(0, len(chunk), step):
             some = range(start, min(start + step, len(chunk)))
             outputs = self._outputs(index, chunk, noise, some)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from adarank_fast.agreement import is_same, is_twice, rounding
 from adarank_fast.batches import batch_size, fold, take
-from adarank_fast.memory import LiveBytes
+from adarank_fast.memory import LiveBytes, tokens
 from adarank_fast.outputs import Batch, Output, accepted
 from adarank_fast.record import Recorded, answer
 from adarank_fast.reuse import Forward, LinearRecord, plain_linears
@@ -82,7 +82,8 @@ class Replay:
         head: the language-model head, if the output is exactly what it returns. Then it is never
             run: what `clean` and `run` hold is its input, hidden states [B, T, D].
         clean: per batch, the output of the clean pass, [B, ...].
-        live: per batch, the most bytes that the clean pass held at one time.
+        live: per batch, the most bytes that a clean pass holds at one time, by what the one with
+            the longest items holds for a position.
         order: paths of the blocks that can answer from the record, in the order of execution.
         routes: target name -> "folded", or why its variants must run one by one.
 
@@ -150,27 +151,30 @@ class Replay:
             self._forget()
         if position == self._opened or not self.order:
             return
-        new = self.order[self._boundary : position]
-        stale = self.order[self._boundary - 1] if self._boundary and new else None
-        opened = self._modules[self.order[position]]
+        before, path = self.order[:position], self.order[position]
+        opened = self._modules[path]
         self._linears = [LinearRecord() for _ in self.batches]
         reusable = most
         for batch, record, linears in zip(self.batches, self._record, self._linears, strict=True):
-            forwards = self._answers(record, 1)
+            forwards = self._answers(record, [block for block in before if block in record], 1)
             offload = self._device_bytes() > most
-            forwards |= {self._modules[path]: self._recorder(path, record, offload) for path in new}
+            for block in before:
+                if block not in record:
+                    module = self._modules[block]
+                    forwards[module] = _recorder(block, module.forward, record, offload)
             if reusable > 0:
                 forwards |= {m: linears.recorder(m, m.forward) for m in plain_linears(opened)}
-            forwards[opened] = _stop_after(forwards.get(opened, opened.forward))
+            original = forwards.get(opened, opened.forward)
+            forwards[opened] = _stop_after(_recorder(path, original, record, offload))
             try:
                 with patched(forwards):
                     self.root(**accepted(self.root, batch))
             except _Reached:
                 pass
             reusable -= linears.close()
-            for path in [stale, *new[:-1]]:
-                if path is not None and not (self._everything or path in self._needed):
-                    record[path] = tree_map_only(Recorded, Recorded.blank, record[path])
+            for block in before[:-1]:
+                if not (self._everything or block in self._needed):
+                    record[block] = tree_map_only(Recorded, Recorded.blank, record[block])
         self._boundary = self._opened = position
 
     def _forget(self) -> None:
@@ -198,7 +202,7 @@ class Replay:
             [K, B, ...] tensor.
         """
         inputs = fold(self.batches[index], folds)
-        forwards = self._answers(self._record[index], folds)
+        forwards = self._answers(self._record[index], self.order[: self._boundary], folds)
         if not parameters:
             forwards |= {m: rows.only(m.forward) for m, rows in self._read_rows[index].items()}
             forwards |= self._linears[index].forwards(folds, forwards) if self._linears else {}
@@ -294,17 +298,20 @@ class Replay:
         self.clean: list[Tensor] = []
         self._rows: list[dict[str, list[int]]] = []
         self._tokens: list[int] = []
-        self.live: list[int] = []
         orders, breaks = [], set()
+        longest = max(self.batches, key=lambda batch: tokens(batch) / batch_size(batch))
         for batch in self.batches:
-            with LiveBytes() as live:
+            if batch is longest:  # counting takes time
+                with LiveBytes() as counted:
+                    trace, value = self._trace(batch)
+            else:
                 trace, value = self._trace(batch)
-            self.live.append(live.peak)
             self.clean.append(value)
             self._rows.append(trace.rows)
             self._tokens.append(trace.tokens or batch_size(batch))
             orders.append(trace.order)
             breaks |= trace.breaks
+        self.live = [counted.peak * tokens(batch) // tokens(longest) for batch in self.batches]
         once = len(set(orders[0])) == len(orders[0])
         self.order = orders[0] if once and all(o == orders[0] for o in orders) else []
         self._needed = breaks
@@ -374,26 +381,27 @@ class Replay:
             return "its calls differ in size"
         return ""
 
-    def _answers(self, record: dict[str, Any], folds: int) -> dict[nn.Module, Forward]:
+    def _answers(
+        self, record: dict[str, Any], blocks: Sequence[str], folds: int
+    ) -> dict[nn.Module, Forward]:
         return {
             self._modules[path]: answer(record[path], self._repeats.get(path), folds)
-            for path in self.order[: self._boundary]
+            for path in blocks
         }
-
-    def _recorder(self, path: str, record: dict[str, Any], offload: bool) -> Forward:
-        original = self._modules[path].forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            record[path] = tree_map_only(Tensor, lambda t: Recorded.of(t, offload), output)
-            return output
-
-        return forward
 
     def _device_bytes(self) -> int:
         """Of what blocks returned, held where they returned it."""
         leaves = tree_flatten(self._record)[0]
         return sum(x.nbytes for x in leaves if isinstance(x, Recorded) and not x.offloaded)
+
+
+def _recorder(path: str, original: Forward, record: dict[str, Any], offload: bool) -> Forward:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        record[path] = tree_map_only(Tensor, lambda t: Recorded.of(t, offload), output)
+        return output
+
+    return forward
 
 
 def _stop_after(original: Forward) -> Forward:

@@ -67,13 +67,14 @@ class LinearRecord:
             folds: K.
             others: module -> what computes it, if not its own forward.
         """
+        same = _Same()
         return {
-            module: _reuse(calls[0], others.get(module, module.forward), folds)
+            module: _reuse(calls[0], others.get(module, module.forward), folds, same)
             for module, calls in self._calls.items()
         }
 
 
-def _reuse(call: Call, original: Forward, folds: int) -> Forward:
+def _reuse(call: Call, original: Forward, folds: int, compare: _Same) -> Forward:
     """A forward that computes only those variants whose input is not the recorded one."""
     clean_x, clean_y = call
 
@@ -81,7 +82,7 @@ def _reuse(call: Call, original: Forward, folds: int) -> Forward:
         if x.shape != (folds * clean_x.shape[0], *clean_x.shape[1:]) or x.dtype != clean_x.dtype:
             return original(x)
         variants = x.unflatten(0, (folds, clean_x.shape[0]))
-        same = _same(variants, clean_x)
+        same = compare(x, variants, clean_x)
         if not any(same):
             return original(x)
         y = clean_y.new_empty(folds, *clean_y.shape)
@@ -97,7 +98,20 @@ def _reuse(call: Call, original: Forward, folds: int) -> Forward:
     return forward
 
 
-def _same(variants: Tensor, clean: Tensor) -> list[bool]:
-    if variants.device.type == "cpu":
-        return [torch.equal(variant, clean) for variant in variants]
-    return (variants == clean).flatten(1).all(1).tolist()  # waits for the device once
+class _Same:
+    """Which variants of an input are the recorded one; found once for layers that share it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, Tensor, list[bool]] | None = None
+
+    def __call__(self, x: Tensor, variants: Tensor, clean: Tensor) -> list[bool]:
+        if self._last is not None:
+            last_x, version, last_clean, same = self._last
+            if last_x is x and version == x._version and last_clean is clean:
+                return same
+        if x.device.type == "cpu":
+            same = [torch.equal(variant, clean) for variant in variants]
+        else:
+            same = (variants == clean).flatten(1).all(1).tolist()  # waits for the device once
+        self._last = x, x._version, clean, same
+        return same

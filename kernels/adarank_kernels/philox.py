@@ -25,9 +25,7 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-# On the CPU a chunk's temporaries stay in the second-level cache and its operations below the size
-# at which torch hands them to several threads: a barrier each would cost more than the work.
-COUNTERS_PER_CHUNK = 1 << 14
+COUNTERS_PER_CHUNK = 1 << 15  # on the CPU: temporaries stay in the second-level cache
 
 
 def philox_words(key: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,12 +68,12 @@ def uniform_from_words(words: Tensor) -> Tensor:
     return (words >> 31).bitwise_xor_(words).to(torch.float32).mul_(4.6566127342e-10)
 
 
-def _box_muller(first: Tensor, second: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    """Two normals from two words, into the strided `cosine` and `sine`."""
-    radius = uniform_from_words(first).clamp_min_(1e-7).log_().mul_(-2.0).sqrt_()
-    angle = uniform_from_words(second).mul_(2.0 * math.pi)
-    cosine.copy_(torch.cos(angle).mul_(radius))
-    sine.copy_(angle.sin_().mul_(radius))
+def _box_muller(words: Tensor, out: Tensor) -> None:
+    """Normals [n, 4] from words [4, n]: two from the first two, two from the others."""
+    radius = uniform_from_words(words[0::2]).clamp_min_(1e-7).log_().mul_(-2.0).sqrt_()
+    angle = uniform_from_words(words[1::2]).mul_(2.0 * math.pi)
+    out[:, 0::2].t().copy_(torch.cos(angle).mul_(radius))
+    out[:, 1::2].t().copy_(angle.sin_().mul_(radius))
 
 
 def philox_normal(
@@ -122,12 +120,11 @@ def _fill(out: Tensor, seed: int) -> None:
     for start in range(0, len(out), step):
         part = out[start : start + step]
         if native is not None:
-            words = _native.words(native, seed, start, 0, 1, len(part))[:, 0].unbind()
+            words = _native.words(native, seed, start, 0, 1, len(part))[:, 0]
         else:
             counters = torch.arange(start, start + len(part), device=out.device)
-            words = philox_words(key, counters & WORD, counters >> 32)
-        _box_muller(words[0], words[1], part[:, 0], part[:, 1])
-        _box_muller(words[2], words[3], part[:, 2], part[:, 3])
+            words = torch.stack(philox_words(key, counters & WORD, counters >> 32))
+        _box_muller(words, part)
 
 
 def philox_normal_ref(
