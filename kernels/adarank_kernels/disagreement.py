@@ -42,7 +42,7 @@ LOGITS_BYTES = 80 << 20  # of a token chunk's logits
 CACHE_BYTES = 2 << 20  # of an operand of the elementwise passes
 ROWS = 512  # of a product whose outputs are needed only block by block
 LARGE = 30.0  # differences of logits beyond it are exponentiated in float64
-RULED_OUT = -60.0  # of a log-probability: e^-60 adds nothing to a float32 sum
+RULED_OUT = -30.0  # of a log-probability: e^-30 adds nothing to a float32 sum
 OUTPUTS = 4096  # of a block; wider products take more time per output (measured)
 
 
