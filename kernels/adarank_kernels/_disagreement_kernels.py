@@ -68,30 +68,15 @@ def _outputs(
 
 @triton.jit
 def rows_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    base_ptr,
-    lse_ptr,
-    largest_ptr,
-    second_ptr,
-    R,
-    tokens,
-    D,
-    V,
-    stride_xr,
-    stride_xt,
-    per_split,
-    M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Per split and row [R, tokens]: logsumexp, the largest and
+    x_ptr, w_ptr, bias_ptr, base_ptr, lse_ptr, largest_ptr, second_ptr,
+    R, tokens, D, V, stride_xr, stride_xt, per_split,
+    M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Per split and row [R, tokens]: the logsumexp, the largest and `second`.
 
-    with a head its first place; without, when e^base sums to 1, the sum of e^(base + x) less 1.
+    That is with a head the largest one's first place; without, as e^base sums to 1, the sum of
+    e^(base + x) less 1.
     """
     m = tl.program_id(0) * M + tl.arange(0, M)
     k, token, valid = m // tokens, m % tokens, m < R * tokens
@@ -148,29 +133,12 @@ def _apart(x, y, p, base, METRIC: tl.constexpr):
 
 @triton.jit
 def pairs_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    base_ptr,
-    lse_ptr,
-    out_ptr,
-    R,
-    tokens,
-    D,
-    V,
-    stride_xr,
-    stride_xt,
-    per_split,
-    M: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    METRIC: tl.constexpr,
-    ALL: tl.constexpr,
-    HEAD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, base_ptr, lse_ptr, out_ptr,
+    R, tokens, D, V, stride_xr, stride_xt, per_split,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    METRIC: tl.constexpr, ALL: tl.constexpr, HEAD: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """-> out [splits, tokens * K padded to M, K]: of row k of a token and shift s, the sum.
 
     A tile holds whole groups of K rows, the variants of one token, K a power of two. A rolled loop

@@ -15,6 +15,8 @@ from adarank_kernels._triton import DTYPES, HAS_TRITON, INTERPRETED, ready
 if HAS_TRITON:
     from adarank_kernels import _disagreement_launch as launch
 
+RULED_OUT = -30.0  # of a log-probability: e^-30 adds nothing to a float32 sum
+
 
 def kernel(name: str, rows: Tensor, dtype: torch.dtype) -> bool:
     """Whether Triton kernel `name` compares rows [R, ...] that came in `dtype`."""
@@ -131,3 +133,17 @@ def tv_of_deltas(f: Tensor, p: Tensor, pairs: bool) -> Tensor:
     e.sub_(z).mul_(1 / (1 + z)).mul_(p)
     f[0] = 0
     return l1(f, pairs) / 2
+
+
+def relative(logits: Tensor, far: Tensor, bias: Tensor | None, metric: str, pairs: bool) -> Tensor:
+    """tv, kl or js of logits [R, c, V] float32 by a kernel, relative to row 0; overwrites row 0.
+
+    Rows k > 0 are differences to row 0 or, where `far` [c], logits without bias as row 0 is.
+    """
+    shift = 0.0 if bias is None else bias.double()
+    centre = logits[0].double()
+    lse = (centre + shift).logsumexp(-1, keepdim=True)
+    base = (centre + shift - lse).clamp_min_(RULED_OUT)  # any will do that is finite
+    shift = torch.where(far[:, None], 0, centre) + shift - lse - base
+    logits[0].masked_fill_(~far[:, None], 0)
+    return launch.compare(logits, metric, pairs, bias=shift.float(), base=base.float())

@@ -42,7 +42,6 @@ LOGITS_BYTES = 80 << 20  # of a token chunk's logits
 CACHE_BYTES = 2 << 20  # of an operand of the elementwise passes
 ROWS = 512  # of a product whose outputs are needed only block by block
 LARGE = 30.0  # differences of logits beyond it are exponentiated in float64
-RULED_OUT = -30.0  # of a log-probability: e^-30 adds nothing to a float32 sum
 OUTPUTS = 4096  # of a block; wider products take more time per output (measured)
 
 
@@ -208,7 +207,7 @@ def _chunk(
     dtype = rows.dtype
     rows = rows.to(working).masked_fill(bad[..., None], 0)
     if head is None and divergence and metrics.pairs_kernel(rows):
-        found = _relative(rows, torch.ones_like(bad[0]), None, metric, pairs)
+        found = metrics.relative(rows, torch.ones_like(bad[0]), None, metric, pairs)
     elif head is None:
         values = [
             metrics.compare(part, metric, activation, pairs, working) for part in _parts(rows)
@@ -259,20 +258,6 @@ def _fused(
         index = index.double().masked_fill_(lse.isnan(), torch.nan)
         return metrics.pairwise(metrics.differ, index, pairs)
     return launch.compare(rows.to(dtype), metric, pairs, weight, bias)
-
-
-def _relative(logits: Tensor, far: Tensor, bias: Tensor | None, metric: str, pairs: bool) -> Tensor:
-    """tv, kl or js of logits [R, c, V] float32 by a kernel, relative to row 0; overwrites row 0.
-
-    Rows k > 0 are differences to row 0 or, where `far` [c], logits without bias as row 0 is.
-    """
-    shift = 0.0 if bias is None else bias.double()
-    centre = logits[0].double()
-    lse = (centre + shift).logsumexp(-1, keepdim=True)
-    base = (centre + shift - lse).clamp_min_(RULED_OUT)  # any will do that is finite
-    shift = torch.where(far[:, None], 0, centre) + shift - lse - base
-    logits[0].masked_fill_(~far[:, None], 0)
-    return launch.compare(logits, metric, pairs, bias=shift.float(), base=base.float())
 
 
 def _few(rows: Tensor) -> int:
@@ -343,7 +328,7 @@ def _compare_logits(
     for _ in _multiply(rows.view(-1, D), weight, dtype, logits.view(R * c, -1)):
         pass
     if metric in ("tv", "kl", "js") and metrics.pairs_kernel(logits):
-        return _relative(logits, far, bias, metric, pairs)
+        return metrics.relative(logits, far, bias, metric, pairs)
     moderate = ~far
     if metric == "tv":
         moderate &= (logits[1:].amax((0, 2)) < LARGE) & (logits[1:].amin((0, 2)) > -LARGE)
