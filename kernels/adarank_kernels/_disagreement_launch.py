@@ -28,9 +28,10 @@ def padded(R: int) -> int:
 
 
 def pairs_options(metric: str, head: bool) -> dict[str, int]:
-    """kl and js hold twice the tiles in registers, so theirs are half as wide."""
+    """Half as wide a tile where twice as many are in registers."""
     options = PAIRS_HEAD if head else PAIRS
-    return options | {"BLOCK_V": options["BLOCK_V"] // (2 if metric in ("kl", "js") else 1)}
+    narrow = metric in ("kl", "js") or (metric == "tv" and not head)
+    return options | {"BLOCK_V": options["BLOCK_V"] // 2} if narrow else options
 
 
 def compare(
