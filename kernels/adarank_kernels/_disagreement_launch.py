@@ -90,10 +90,10 @@ def _unrolled(sums: Tensor, R: int, metric: str) -> Tensor:
 
 def row_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None = None, base: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Of x as in `compare`: logsumexp [R, tokens]; with a head argmax [R, tokens], lowest on ties.
+) -> tuple[Tensor, Tensor]:
+    """Of x as in `compare`: logsumexp and argmax [R, tokens], lowest on ties.
 
-    With a base, of base + x. A row with a NaN logit has NaN for a logsumexp.
+    Without a head of base + x: logsumexp and e to it less 1. NaN logits: a NaN logsumexp.
     """
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     (R, tokens, D), head = x.shape, weight is not None
@@ -113,7 +113,7 @@ def row_statistics(
     if head:
         return lse, second.gather(0, largest.argmax(0, keepdim=True))[0].long()
     moved = second.sum(0)  # e^lse - 1, to the last digit also where lse is near 0
-    return torch.where(moved.abs() < 0.5, moved.log1p(), lse), None
+    return torch.where(moved.abs() < 0.5, moved.log1p(), lse), moved
 
 
 # What a kernel must do right on a device before it is used there
@@ -145,7 +145,7 @@ def _check_pairs(device: torch.device) -> None:
         for metric in METRICS:
             x = outputs / V if metric == "l1" else outputs
             right, torchs = _exact(x.double(), metric), _exact(x, metric)
-            options = {} if metric == "l1" else {"bias": -x[0], "base": base}
+            options: dict[str, Any] = {} if metric == "l1" else {"bias": -x[0], "base": base}
             check_close(compare(x, metric, **options), torchs, right)
             check_close(compare(x, metric, False, **options), torchs[1:, 0], right[1:, 0])
 
