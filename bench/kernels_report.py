@@ -178,45 +178,37 @@ def cases() -> Iterator[Case]:
 
 
 def disagreement_cases(name: str, t: MockTensor, fp32: MockTensor) -> Iterator[Case]:
-    int32 = MockTensor(torch.int32)
-    for K, ALL in itertools.product((8, 16), (True, False)):
-        config = f"K={K}{'' if ALL else ' reference'}"
-        common = {"K": K, "ALL": ALL}
-        if name == "fp32":  # products that exist: always float32
-            yield Case(
-                "pairs",
-                config,
-                name,
-                disagreement.pairs_kernel,
-                [t, fp32, K, 512, 49152, 512 * 49152, 49152, compare.SPLIT],
-                compare.PAIRS | common,
-                aligned=False,  # a few sums per 4,096 outputs
-            )
-            continue
-        for softmax in (False, True):
-            M, N, step = (compare.FUSED[axis] for axis in ("M", "BLOCK_N", "BLOCK_D"))
-            options = compare.fused_options(ALL, softmax) | common
-            yield Case(
-                "fused head",
-                config + (" softmax" if softmax else ""),
-                name,
-                disagreement.fused_kernel,
-                [t, t, t, fp32, fp32, 4096, 576, 49152, compare.SPLIT],
-                options | {"SOFTMAX": softmax, "HAS_BIAS": softmax, "PRECISION": "tf32"},
-                2 * M * N * step,
-                aligned=False,
-            )
-    if name == "fp32":
-        return
-    M, N, step = (compare.ROWS[axis] for axis in ("M", "BLOCK_N", "BLOCK_D"))
+    """Of a head in `t`'s dtype; "fp32": of products that exist, which always are."""
+    head = name != "fp32"
+    args = [8, 512, 576, 49152] if head else [8, 512, 49152, 49152]  # R, tokens, D, V
+    args += [512 * args[2], args[2], compare.SPLIT]
+    constants = {"HEAD": head, "PRECISION": "tf32"}
+    for metric, K, ALL in itertools.product(compare.METRICS, (8, 16), (True, False)):
+        options = compare.pairs_options(metric, head)
+        step = 2 * options["M"] * options["BLOCK_V"] * options["BLOCK_D"] if head else 0
+        yield Case(
+            "head pairs" if head else "pairs",
+            f"{metric} K={K}{'' if ALL else ' reference'}",
+            name,
+            disagreement.pairs_kernel,
+            [t, t, t if head else fp32, fp32, fp32, fp32, K, *args[1:]],
+            options
+            | constants
+            | {"METRIC": metric, "K": K, "ALL": ALL, "HAS_BIAS": metric != "l1"},
+            step,
+            aligned=False,  # a few sums per 4,096 outputs
+        )
+    options = compare.ROWS_HEAD if head else compare.ROWS
+    step = 2 * options["M"] * options["BLOCK_V"] * options["BLOCK_D"] if head else 0
+    second = MockTensor(torch.int32) if head else fp32
     yield Case(
-        "head rows",
-        f"{M}x{N}",
+        "head rows" if head else "rows",
+        f"{options['M']}x{options['BLOCK_V']}",
         name,
         disagreement.rows_kernel,
-        [t, t, t, fp32, fp32, int32, 4096, 576, 49152, compare.SPLIT],
-        compare.ROWS | {"HAS_BIAS": True, "PRECISION": "tf32"},
-        2 * M * N * step,
+        [t, t, t if head else fp32, fp32, fp32, fp32, second, *args],
+        options | constants | {"HAS_BIAS": True},
+        step,
         aligned=False,  # a number a row
     )
 

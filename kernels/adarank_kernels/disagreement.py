@@ -18,17 +18,21 @@ and divergences lose nothing to cancellation. Any finite centre is right, so a n
 replaced by zeros and spoils no other variant.
 
 Logits exist for one chunk of tokens at a time; l1 sees one block of outputs of a chunk at a time.
+Distances of outputs that exist are in `_disagreement_metrics.py`, Triton kernels of both kinds in
+`_disagreement_kernels.py`. On CUDA a call waits for the device where a mask says which tokens count
+and, where no kernel compares the logits of tv, once a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adarank_kernels._triton import DTYPES, HAS_TRITON, INTERPRETED, ready
+from adarank_kernels import _disagreement_metrics as metrics
+from adarank_kernels._triton import HAS_TRITON
 
 if HAS_TRITON:
     from adarank_kernels import _disagreement_launch as launch
@@ -81,7 +85,7 @@ def pairwise_disagreement(
     """
     _check(hidden, weight, bias, metric, activation, mask, reference, reduction)
     with torch.no_grad():
-        kept = None if mask is None else mask.nonzero().flatten()
+        kept = None if mask is None else _kept(mask)
         tokens = hidden.shape[1] if kept is None else len(kept)
         head = None if weight is None else (weight, bias)
         step = _chunk_tokens(hidden, weight, metric, activation, reference)
@@ -150,10 +154,16 @@ def _check(
         raise TypeError(f"reference must be {hidden.dtype} as hidden, got {reference.dtype}")
     if K < (2 if reference is None else 1):
         raise ValueError(f"hidden must hold at least two variants, or one and a reference; K = {K}")
-    if mask is not None and not bool((mask != 0).any()):
-        raise ValueError(f"mask leaves none of {N} tokens; nothing to compare")
     if 0 in (N, D) or (weight is not None and weight.shape[0] == 0):
         raise ValueError(f"nothing to compare: hidden is {[K, N, D]}, outputs must not be empty")
+
+
+def _kept(mask: Tensor) -> Tensor:
+    """Indices of the tokens that count; their number is known to the host afterwards."""
+    kept = mask.nonzero().flatten()
+    if len(kept) == 0:
+        raise ValueError(f"mask leaves none of {len(mask)} tokens; nothing to compare")
+    return kept
 
 
 def _chunk_tokens(
@@ -185,30 +195,37 @@ def _chunk(
 ) -> Tensor:
     """rows [R, c, D] -> float64 [R, R, c] of all pairs, or [R - 1, c] of row 0 with the others."""
     raw = metric == "l1" and activation is None
+    divergence = metric in ("tv", "kl", "js")
     working = _working(rows.dtype)
     if head is not None:
         bad = ~rows.isfinite().all(-1)
     else:
         largest = rows.amax(-1)  # NaN if there is one
         bad = largest.isnan()
-        if metric in ("tv", "kl", "js"):
+        if divergence:
             bad |= largest.isinf()  # no distribution
     dtype = rows.dtype
     rows = rows.to(working).masked_fill(bad[..., None], 0)
-    if head is None:
-        values = [_compare(part, metric, activation, pairs, working) for part in _parts(rows)]
+    if head is None and divergence and metrics.pairs_kernel(rows):
+        found = metrics.relative(rows, torch.ones_like(bad[0]), None, metric, pairs)
+    elif head is None:
+        values = [
+            metrics.compare(part, metric, activation, pairs, working) for part in _parts(rows)
+        ]
         found = torch.cat(values, -1)
-    elif metric in ("tv", "argmax") and _kernel("fused", rows, dtype):
+    elif metric != "l1" and metrics.kernel("fused", rows, dtype):
         found = _fused(rows, head, dtype, metric, pairs)
     else:
         far = _far(rows)
         rows[1:] -= rows[0].masked_fill(far[:, None], 0)
         if raw:
             rows[0].masked_fill_(~far[:, None], 0)
-            if _kernel("fused", rows, dtype):
+            if metrics.kernel("fused", rows, dtype):
                 found = _fused(rows, head, dtype, metric, pairs)
             else:
-                found = _compare_deltas(rows, head[0], dtype, pairs, first=0 if far.any() else 1)
+                # a GPU multiplies zeros sooner than it answers
+                first = 0 if rows.is_cuda or far.any() else 1
+                found = _compare_deltas(rows, head[0], dtype, pairs, first)
         else:
             found = _compare_logits(rows, far, *head, dtype, metric, activation, pairs)
     if metric == "l1":
@@ -226,28 +243,21 @@ def _far(rows: Tensor) -> Tensor:
     return (rows[1:] - rows[0]).norm(dim=-1).amax(0) > rows[0].norm(dim=-1) / 2**0.5
 
 
-def _kernel(name: str, rows: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a Triton kernel compares these [R, ...]."""
-    if not HAS_TRITON or not (rows.is_cuda or INTERPRETED) or len(rows) > launch.MAX_ROWS:
-        return False
-    return ready(f"disagreement_{name}", rows.device, dtype)
-
-
 def _fused(
     rows: Tensor, head: tuple[Tensor, Tensor | None], dtype: torch.dtype, metric: str, pairs: bool
 ) -> Tensor:
-    """l1 (of differences to a centre), tv or argmax of rows [R, c, D] without logits in memory."""
+    """Distances of rows [R, c, D] (l1: differences to a centre) without logits in memory."""
     weight, bias = (None if x is None else x.to(dtype) for x in head)
     assert weight is not None
     if metric == "l1":
         exponent = torch.frexp(rows.abs().amax()).exponent  # float16 has few
-        found = launch.fused(torch.ldexp(rows, -exponent).to(dtype), weight, pairs)
+        found = launch.compare(torch.ldexp(rows, -exponent).to(dtype), "l1", pairs, weight)
         return torch.ldexp(found, exponent)
-    if metric == "tv":
-        return launch.fused_tv(rows.to(dtype), weight, bias, pairs) / 2
-    lse, index = launch.row_statistics(rows.flatten(0, 1).to(dtype), weight, bias)
-    index = index.double().masked_fill_(lse.isnan(), torch.nan).view(rows.shape[:2])
-    return _pairwise(_differ, index, pairs)
+    if metric == "argmax":
+        lse, index = launch.row_statistics(rows.to(dtype), weight, bias)
+        index = index.double().masked_fill_(lse.isnan(), torch.nan)
+        return metrics.pairwise(metrics.differ, index, pairs)
+    return launch.compare(rows.to(dtype), metric, pairs, weight, bias)
 
 
 def _few(rows: Tensor) -> int:
@@ -298,7 +308,7 @@ def _compare_deltas(
     wanted = rows[first:].reshape(-1, D)
     for width in _multiply(wanted, weight, dtype, products[first * c :]):
         block = products[:, :width].unflatten(0, (R, c))
-        found += torch.cat([_l1(part, pairs) for part in _parts(block)], -1)
+        found += torch.cat([metrics.l1(part, pairs) for part in _parts(block)], -1)
     return found
 
 
@@ -317,6 +327,8 @@ def _compare_logits(
     logits = rows.new_empty(R, c, len(weight))
     for _ in _multiply(rows.view(-1, D), weight, dtype, logits.view(R * c, -1)):
         pass
+    if metric in ("tv", "kl", "js") and metrics.pairs_kernel(logits):
+        return metrics.relative(logits, far, bias, metric, pairs)
     moderate = ~far
     if metric == "tv":
         moderate &= (logits[1:].amax((0, 2)) < LARGE) & (logits[1:].amin((0, 2)) > -LARGE)
@@ -326,117 +338,13 @@ def _compare_logits(
         part, away = logits[:, start : start + few], far[start : start + few]
         centre = part[0].double() + shift
         if metric == "tv" and part.dtype == torch.float32 and moderate[start : start + few].all():
-            found.append(_tv_of_deltas(part, centre.softmax(-1).float(), pairs))
+            found.append(metrics.tv_of_deltas(part, centre.softmax(-1).float(), pairs))
             continue
         f = part.double()
         f[1:] += torch.where(away[:, None], shift, centre)
         f[0] = centre
-        found.append(_compare(f, metric, activation, pairs, rows.dtype))
+        found.append(metrics.compare(f, metric, activation, pairs, rows.dtype))
     return torch.cat(found, -1)
-
-
-def _tv_of_deltas(f: Tensor, p: Tensor, pairs: bool) -> Tensor:
-    """tv of p and of p_k ~ p exp(f_k), k > 0, f [R, s, V] and p [s, V] float32; overwrites f.
-
-    p_k - p = p (e_k - z_k) / (1 + z_k), e_k = exp(f_k) - 1, z_k = sum p e_k: every term keeps its
-    digits, so float32 is enough.
-    """
-    e = f[1:].expm1_()
-    z = torch.matmul(e.transpose(0, 1), p[..., None]).transpose(0, 1)  # [R - 1, s, 1]
-    e.sub_(z).mul_(1 / (1 + z)).mul_(p)
-    f[0] = 0
-    return _l1(f, pairs) / 2
-
-
-def _compare(
-    f: Tensor, metric: str, activation: str | None, pairs: bool, working: torch.dtype
-) -> Tensor:
-    """Outputs [R, s, V] -> float64 [R, R, s], or [R - 1, s]; l1 summed over V.
-
-    Functions of the outputs are taken in float64, their small differences to row 0 and those of
-    each other in `working`.
-    """
-    if metric in ("l1", "tv"):
-        if metric == "tv":
-            f = f.softmax(-1, dtype=torch.float64)
-        elif activation:
-            f = f.double().tanh()
-        else:
-            return _l1(f, pairs, infinite=not bool(f.isfinite().all()))
-        found = _l1((f - f[0]).to(working), pairs)
-        return found / 2 if metric == "tv" else found
-    if metric == "argmax":
-        return _argmax(f, pairs)
-    return (_kl if metric == "kl" else _js)(f.double(), pairs)
-
-
-def _pairwise(distance: Callable[[Tensor, Tensor], Tensor], f: Tensor, pairs: bool) -> Tensor:
-    """A symmetric distance of rows [R, s, ...]; rows (i, i + shift) in one go."""
-    R, s = f.shape[:2]
-    if not pairs:
-        return distance(f[1:], f[:1])
-    found = f.new_zeros(R, R, s, dtype=torch.float64)
-    for shift in range(1, R):
-        found.diagonal(shift).copy_(distance(f[shift:], f[:-shift]).t())
-        found.diagonal(-shift).copy_(found.diagonal(shift))
-    return found
-
-
-def _l1(f: Tensor, pairs: bool, infinite: bool = False) -> Tensor:
-    if not infinite and f.dtype != torch.float64 and _kernel("pairs", f, DTYPES[0]):
-        return launch.pairs(f, pairs)  # a sum, not a product: float32 is welcome
-    buffer = f.new_empty(f[1:].shape)  # fresh memory for each pair costs more than the pair
-
-    def distance(f: Tensor, g: Tensor) -> Tensor:
-        difference = torch.sub(f, g, out=buffer[: len(f)]).abs_()
-        if infinite:
-            difference.nan_to_num_(nan=0.0, posinf=torch.inf)  # equal infinities
-        return difference.sum(-1).double()
-
-    return _pairwise(distance, f, pairs)
-
-
-def _differ(i: Tensor, j: Tensor) -> Tensor:
-    return (i != j).double() + 0 * (i + j)  # NaN stays
-
-
-def _argmax(f: Tensor, pairs: bool) -> Tensor:
-    largest, index = f.max(-1)
-    index = index.double().masked_fill_(largest.isnan(), torch.nan)
-    return _pairwise(_differ, index, pairs)
-
-
-def _kl(f: Tensor, pairs: bool) -> Tensor:
-    """sum p_i log p_i - sum p_i log p_j, both relative to log p_0: one product per token."""
-    log_p = f.log_softmax(-1)
-    p, excluded = log_p.exp(), log_p == -torch.inf
-    log_p.masked_fill_(excluded, 0)
-    if pairs:
-        log_p, p = log_p - log_p[0], p.transpose(0, 1)
-        cross, lost = (
-            torch.bmm(p, x.to(p).permute(1, 2, 0)).permute(1, 2, 0) for x in (log_p, excluded)
-        )
-        found = cross.diagonal().t()[:, None] - cross
-    else:
-        found = (p[1:] * (log_p[1:] - log_p[0])).sum(-1)
-        lost = (p[1:] * excluded[0]).sum(-1)
-    return found.clamp_min_(0).masked_fill_(lost > 0, torch.inf)
-
-
-def _js(f: Tensor, pairs: bool) -> Tensor:
-    entropy = torch.special.entr
-
-    def mixture(p: Tensor, q: Tensor) -> Tensor:
-        return entropy((p + q).div_(2)).sum(-1)
-
-    p = f.softmax(-1)
-    own = entropy(p).sum(-1)
-    mixed = _pairwise(mixture, p, pairs)
-    if not pairs:
-        return (mixed - (own[1:] + own[0]) / 2).clamp_min_(0)
-    found = (mixed - (own + own[:, None]) / 2).clamp_min_(0)
-    found.diagonal().mul_(0)
-    return found
 
 
 # The twin
@@ -476,11 +384,12 @@ def pairwise_disagreement_ref(
     def reduced(values: Tensor) -> Tensor:
         if reduction == "none":
             return values if mask is None else values.where(mask != 0, 0)
-        values = values if mask is None else values[mask != 0]
+        values = values if kept is None else values[kept]
         total = values.mean() if reduction == "mean" else values.sum()
         return total if hidden.dtype == torch.float64 else total.float()
 
     _check(hidden, weight, bias, metric, activation, mask, reference, reduction)
+    kept = None if mask is None else _kept(mask)
     f = [outputs(rows) for rows in hidden]
     if reference is not None:
         g = outputs(reference)
