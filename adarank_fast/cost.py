@@ -105,7 +105,7 @@ def estimate_cost(
     for target in targets:
         in_blocks.setdefault(target.block, 0)
         in_blocks[target.block] += trials * noise_bytes(target)
-    probing = min(max(in_blocks.values()), memory.noise) + folds * replay.live[0]
+    probing = min(max(in_blocks.values()), memory.noise) + folds * replay.live[0] * 5 // 4
     return CostEstimate(
         modules=len(targets),
         probes=len(targets) * trials * len(prepared),

@@ -198,7 +198,8 @@ def folds_for(replay: Replay, index: int, memory: Memory) -> int:
     """How many variants to fold into batch `index`."""
     device_type = replay.clean[index].device.type
     by_tokens = FOLDED_TOKENS.get(device_type, 65536) // max(replay.tokens(index), 1)
-    return max(1, min(by_tokens, memory.activations // max(replay.live[index], 1)))
+    # Products that are reused and those that are new are put together: a quarter more (measured).
+    return max(1, min(by_tokens, memory.activations // max(replay.live[index] * 5 // 4, 1)))
 
 
 def noise_bytes(target: Target, folded: bool = True) -> int:
