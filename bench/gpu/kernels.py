@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adarank_kernels import _triton, disagreement
+from adarank_kernels import _disagreement_metrics, _triton, disagreement
 from adarank_kernels.philox import _fill, key_tensor
 from bench.counts import SHAPES, Cost, down, drop, expand, pairs, product
 from bench.gpu.checks import choose, runs_kernels
@@ -142,7 +142,7 @@ def disagreement_kernels(context: Context, row: str) -> list[Row]:
     half = context.dtype if context.dtype.itemsize == 2 else torch.bfloat16
 
     def compared(f: Tensor) -> Tensor:
-        return disagreement._l1(f, True)  # with no kernel chosen: plain torch
+        return _disagreement_metrics.l1(f, pairs=True)  # with no kernel chosen: plain torch
 
     def head() -> tuple[Tensor, Tensor]:
         rows = torch.randn(VARIANTS, tokens, D, device=context.device).to(half)
