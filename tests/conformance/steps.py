@@ -390,14 +390,16 @@ def _calls(model: PeftModel) -> int:
 
 
 def others(subject: Subject) -> str:
-    """Embeddings and convolutions get PEFT's own adapters, and the report says why."""
+    """Embeddings of tokens and convolutions get PEFT's own adapters, and the report says why."""
     found = []
     linear = next(t.path for t in _all(subject) if not t.parameter)
     for kind in (nn.Embedding, nn.Conv1d, nn.Conv2d):
         paths = [
             path
             for path, module in subject.base.named_modules()
-            if type(module) is kind and getattr(module, "groups", 1) == 1
+            if isinstance(module, kind)
+            and getattr(module, "groups", 1) == 1
+            and "position" not in path  # read by index or as a whole, as PEFT's layers are not
         ]
         if not paths:
             continue
