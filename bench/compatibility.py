@@ -66,8 +66,8 @@ MiniLM only, and it leaves inductor out. {versions}
   out.
 - *export*: `export_uniform`; plain PEFT loads it, rank 8 and scale 1 everywhere, and gives the same
   outputs (1e-5). Adapters of expert parameters are refused.
-- *compile*, *inductor*: the first block of each tower under `torch.compile`, backend aot_eager and
-  inductor: same gradients.
+- *compile*, *inductor*: the first block of each tower under `torch.compile`, backend aot_eager
+  (1e-5) and inductor (1e-4): same gradients.
 - *checkpointing*: `gradient_checkpointing_enable`, reentrant and not: same gradients, every layer
   computed twice; by hand: `torch.utils.checkpoint` around each block, where the model offers none.
 - torch.nn.TransformerEncoder: with `torch.backends.mha.set_fastpath_enabled(False)`; otherwise
@@ -76,9 +76,9 @@ MiniLM only, and it leaves inductor out. {versions}
 
 
 def inductor(subject: steps.Subject) -> str:
-    """Dropout draws the numbers that it draws in eager mode."""
+    """Dropout draws the numbers that it draws in eager mode; sums are added in other orders."""
     with torch._inductor.config.patch(fallback_random=True):
-        return steps.compiled(subject, backend="inductor")
+        return steps.compiled(subject, backend="inductor", tolerance=1e-4)
 
 
 STEPS = {**steps.STEPS, "inductor": inductor}

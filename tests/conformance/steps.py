@@ -28,11 +28,17 @@ from adarank_fast.cost import estimate_cost
 from adarank_fast.outputs import choose_output, position_mask
 from adarank_fast.replay import FOLDED, undisturbed
 from adarank_fast.targets import find_blocks, find_candidates
-from tests.conformance.architectures import ITEMS, Architecture
+from tests.conformance.architectures import Architecture
+from tests.conformance.numbers import (
+    TOLERANCE,
+    assert_same,
+    assert_same_gradients,
+    gradients,
+    output,
+)
 from tests.models import spread
 
 RANKS = (3, 1, 5, 2, 8)
-TOLERANCE = 1e-5  # of the largest gradient, float32
 YES = "yes"
 
 
@@ -94,48 +100,6 @@ class Subject:
             model = get_peft_model(copy.deepcopy(self.base), config)
         model.load_state_dict(fused.state_dict())
         return model
-
-
-def read(outputs: Any) -> Tensor:
-    """Every floating-point tensor of a model's outputs that has a row per item, in one."""
-    values = [outputs] if isinstance(outputs, Tensor) else outputs.values()
-    tensors = [v for v in values if isinstance(v, Tensor) and v.shape[:1] == (ITEMS,)]
-    return torch.cat([tensor.flatten(1).float() for tensor in tensors], dim=1)
-
-
-@torch.no_grad()
-def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    model.eval()
-    return read(model(**inputs))
-
-
-def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Of the adapters' parameters, in training mode with the same dropout masks every time."""
-    model.train()
-    model.zero_grad()
-    torch.manual_seed(3)
-    value = read(model(**inputs))
-    weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(4))
-    (value * weights).sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and found
-    scale = max(gradient.abs().max().item() for gradient in expected.values())
-    assert scale > 0
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name],
-            gradient,
-            rtol=TOLERANCE,
-            atol=TOLERANCE * scale,
-        )
-
-
-def assert_same(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 @contextmanager
@@ -334,7 +298,7 @@ def export(subject: Subject) -> str:
     return YES
 
 
-def compiled(subject: Subject, backend: str = "aot_eager") -> str:
+def compiled(subject: Subject, backend: str = "aot_eager", tolerance: float = TOLERANCE) -> str:
     """The first block of every tower, or the model where it has none."""
     model = subject.fused()
     expected = gradients(model, subject.inputs)
@@ -344,7 +308,7 @@ def compiled(subject: Subject, backend: str = "aot_eager") -> str:
     for path in first.values():
         base.get_submodule(path).compile(backend=backend)
     try:
-        assert_same_gradients(gradients(model, subject.inputs), expected)
+        assert_same_gradients(gradients(model, subject.inputs), expected, tolerance)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     finally:
         torch._dynamo.reset()
