@@ -126,6 +126,8 @@ INLINE unit unit_at(const element *x, int64_t u)
 #define ROWS 8                     /* of a tile */
 #define MOST 2                     /* vectors of a tile's row */
 #define RANKS 8
+#define STRIP (4 * LANES)          /* features of an outer product's tile */
+#define AHEAD 8                    /* rows from a row to the one that is fetched meanwhile */
 #define PACKED 256                 /* features that a thread packs at a time */
 #define RUN 256                    /* units summed before they join the total */
 #define SMALL (1 << 16)            /* multiplications that are not worth a second thread */
@@ -207,32 +209,31 @@ INLINE void wide_tile(const int rows, const int vectors, element *X, int64_t ldx
         }
 }
 
-/* Ranks of Q [terms][width] times rows of X, `vectors` vectors of features: to G [ranks][lanes]. */
+/* Ranks of Q [terms][width] times rows of X, `STRIP` features: added to G [ranks][STRIP]. */
 INLINE void outer_tile(const int ranks, const int vectors, const element *X, int64_t ldx,
-                       int64_t rows, const unit *Q, int64_t width, float *G, int64_t lanes)
+                       int64_t rows, const unit *Q, int64_t width, float *G)
 {
-    for (int64_t begin = 0; begin < rows; begin += RUN) {
-        int64_t end = least(begin + RUN, rows);
-        vec sum[ROWS][MOST];
+    vec sum[ROWS][STRIP / LANES];
+    for (int j = 0; j < ranks; j++)
+        for (int v = 0; v < vectors; v++)
+            sum[j][v] = zero();
+    for (int64_t n = 0; n < rows; n += PAIR) {
+        const element *x = X + n * ldx, *next = n + PAIR <= rows ? x + (PAIR - 1) * ldx : x;
+        units p[STRIP / LANES];
+        for (int64_t ahead = 0; ahead < PAIR; ahead++)
+            for (int64_t line = 0; line < STRIP * (int64_t)sizeof(element); line += 64)
+                __builtin_prefetch((const char *)(x + (AHEAD + ahead) * ldx) + line);
+        for (int v = 0; v < vectors; v++)
+            p[v] = two_rows(x + v * LANES, next + v * LANES);
         for (int j = 0; j < ranks; j++)
             for (int v = 0; v < vectors; v++)
-                sum[j][v] = zero();
-        for (int64_t n = begin; n < end; n += PAIR) {
-            const element *x = X + n * ldx, *next = n + PAIR <= rows ? x + (PAIR - 1) * ldx : x;
-            units p[MOST];
-            for (int v = 0; v < vectors; v++)
-                p[v] = two_rows(x + v * LANES, next + v * LANES);
-            const unit *q = Q + n / PAIR * width;
-            for (int j = 0; j < ranks; j++)
-                for (int v = 0; v < vectors; v++)
-                    sum[j][v] = multiplied(sum[j][v], p[v], q[j]);
-        }
-        for (int j = 0; j < ranks; j++)
-            for (int v = 0; v < vectors; v++) {
-                float *g = G + j * lanes + v * LANES;
-                store_floats(g, plus(floats(g), sum[j][v]));
-            }
+                sum[j][v] = multiplied(sum[j][v], p[v], Q[n / PAIR * width + j]);
     }
+    for (int j = 0; j < ranks; j++)
+        for (int v = 0; v < vectors; v++) {
+            float *g = G + j * STRIP + v * LANES;
+            store_floats(g, plus(floats(g), sum[j][v]));
+        }
 }
 
 /* A tile of `n` rows or ranks, its size known to the compiler. */
@@ -351,14 +352,14 @@ int wide(element *X, int64_t ldx, int64_t N, int64_t features, const element *S,
     return 0;
 }
 
-/* Features [c, c + columns) of every factor, from sums G [width][2 LANES]. */
+/* Features [c, c + columns) of every factor, from sums G [width][STRIP]. */
 INLINE void write_factors(const factor *factors, int64_t count, const float *G, int64_t c,
                           int64_t columns, float scale)
 {
     for (const factor *f = factors; f < factors + count; f++)
-        for (int64_t k = 0; k < columns; k++)
-            for (int64_t j = 0; j < f->rank; j++) {
-                float value = G[(f->first + j) * 2 * LANES + k] * scale;
+        for (int64_t j = 0; j < f->rank; j++)
+            for (int64_t k = 0; k < columns; k++) {
+                float value = G[(f->first + j) * STRIP + k] * scale;
                 int64_t at = j * f->of_rank + (c + k) * f->of_feature;
                 if (f->is_float)
                     ((float *)f->data)[at] = value;
@@ -384,36 +385,31 @@ int outer(const element *X, int64_t ldx, int64_t N, int64_t features, const elem
             for (int64_t j = 0; j < width; j++)
                 Q[u * width + j] = joined(s[j], PAIR == 2 && two ? s[lds + j] : 0);
         }
-        float *G = aligned_alloc(64, width * 2 * LANES * sizeof(float));
+        float *G = aligned_alloc(64, width * STRIP * sizeof(float));
         if (!G) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(static)
-        for (int64_t c = 0; c < features; c += 2 * LANES) {
+        for (int64_t c = 0; c < features; c += STRIP) {
             if (!G)
                 continue;
-            int64_t columns = least(2 * LANES, features - c);
-            memset(G, 0, width * 2 * LANES * sizeof(float));
-            if (columns == 2 * LANES) {
-                for (int64_t j = 0; j < width; j += ROWS) {
-                    int ranks = (int)least(ROWS, width - j);
-                    WITH(ranks, 2, outer_tile, X + c, ldx, N, Q + j, width, G + j * 2 * LANES,
-                         2 * LANES)
-                }
-            } else {
-                for (int64_t n = 0; n < N; n += RUN) { /* an edge: through a copy */
-                    element edge[RUN * 2 * LANES];
-                    int64_t rows = least(RUN, N - n);
+            int64_t columns = least(STRIP, features - c);
+            memset(G, 0, width * STRIP * sizeof(float));
+            for (int64_t n = 0; n < N; n += RUN) {
+                element edge[RUN * STRIP];
+                const element *x = X + n * ldx + c;
+                int64_t rows = least(RUN, N - n), ld = ldx;
+                if (columns < STRIP) { /* through a copy */
                     memset(edge, 0, sizeof edge);
                     for (int64_t i = 0; i < rows; i++)
-                        memcpy(edge + i * 2 * LANES, X + (n + i) * ldx + c,
-                               columns * sizeof(element));
-                    for (int64_t j = 0; j < width; j += ROWS) {
-                        int ranks = (int)least(ROWS, width - j);
-                        WITH(ranks, 2, outer_tile, edge, 2 * LANES, rows,
-                             Q + n / PAIR * width + j, width, G + j * 2 * LANES, 2 * LANES)
-                    }
+                        memcpy(edge + i * STRIP, x + i * ldx, columns * sizeof(element));
+                    x = edge, ld = STRIP;
+                }
+                for (int64_t j = 0; j < width; j += 6) {
+                    int ranks = (int)least(6, width - j);
+                    WITH(ranks, STRIP / LANES, outer_tile, x, ld, rows, Q + n / PAIR * width + j,
+                         width, G + j * STRIP)
                 }
             }
             write_factors(factors, count, G, c, columns, scale);
