@@ -26,7 +26,7 @@ from tests.texts import EXAMPLES, save_tiny, tokenizer
 
 ARMS = ("adarank", "uniform", "reversed")
 TIMES = {"step_seconds", "tokens_per_second", "training_seconds", "seconds", "cell_seconds"}
-TIMES |= {"prediction_seconds", "peak_memory_bytes", "date"}
+TIMES |= {"cpu_seconds", "cell_cpu_seconds", "prediction_seconds", "peak_memory_bytes", "date"}
 OPTIONS: dict = dict(
     average_rank=2, epochs=1, batch_size=8, learning_rates=(1e-3, 1e-2), progress=False
 )
@@ -131,6 +131,23 @@ def test_killed_and_resumed_gives_the_same_report(finished, tmp_path, monkeypatc
     again = run(work_dir=tmp_path)
     assert len(calls) == 13
     assert again.results == made.results  # times and date too
+
+
+def test_a_function_hears_of_each_run_and_may_end_the_comparison(tmp_path):
+    heard = []
+
+    def progress(line):
+        heard.append(line)
+        if len(heard) == 2:
+            raise Killed
+
+    options = dict(work_dir=tmp_path, progress=progress, learning_rates=(1e-2,))
+    with pytest.raises(Killed):
+        run(("uniform",), 3, **options)
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 2
+    run(("uniform",), 3, **options)
+    assert len(heard) == 3  # what was finished is not told again
+    assert [line.split("-")[2] for line in heard] == ["seed0", "seed1", "seed2"]
 
 
 def test_arms_and_seeds_can_be_added(tmp_path, monkeypatch):
