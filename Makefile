@@ -66,9 +66,13 @@ benchmarks-page: $(VENV)/.installed
 
 # The experiments behind docs/results.md: hours, in runs that may be stopped and go on. Options:
 # make study ARGS="--only minilm-trec-r2 --minutes 30"; make study ARGS=--list
-.PHONY: study
+.PHONY: study results-page
 study: $(VENV)/.installed
 	$(BIN)/python -m bench.study $(ARGS)
+	$(MAKE) results-page
+
+results-page: $(VENV)/.installed
+	$(BIN)/python -m bench.results_page
 
 # On a machine with a CUDA or ROCm card: checks and times everything, writes one file to send back.
 # Elsewhere it says that there is no GPU. Options: make bench-gpu ARGS="--quick --only blocks"
