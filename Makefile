@@ -6,7 +6,8 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test suite test-oldest test-newest lint format kernels-report compatibility wheel clean
-.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step benchmarks-page
+.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step bench-compare
+.PHONY: benchmarks-page
 
 demo: $(VENV)/.installed
 	$(BIN)/adarank demo
@@ -40,7 +41,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # Every benchmark renews docs/benchmarks.md, which a test compares with bench/results.
-bench: $(VENV)/.installed bench-lora bench-step
+bench: $(VENV)/.installed bench-lora bench-step bench-compare
 	$(BIN)/python -m pytest bench
 	$(MAKE) benchmarks-page
 
@@ -58,6 +59,10 @@ bench-lora: $(VENV)/.installed
 
 bench-step: $(VENV)/.installed
 	$(BIN)/python -m bench.bench_step
+	$(MAKE) benchmarks-page
+
+bench-compare: $(VENV)/.installed
+	$(BIN)/python -m bench.bench_compare $(ARGS)
 	$(MAKE) benchmarks-page
 
 # docs/benchmarks.md, of the figures in bench/results; nothing is timed.

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from adarank_fast.plan import RankPlan
-from bench import results_file, study
+from bench import bench_compare, results_file, study
 from bench.results_page import PAGE, Agreement, agreements, page
 from bench.study import Enough, Experiment, Limit
 from bench.study_plans import USUAL, looks
@@ -49,6 +49,15 @@ def test_stops_and_goes_on(elsewhere):
 
 def plan(folder, arm):
     return folder / "work" / "tiny" / "plans" / f"{arm}.json"
+
+
+def test_what_comparing_adds(tmp_path):
+    options = dict(average_rank=2, epochs=1, batch_size=16, learning_rates=(1e-2,), progress=False)
+    folder = save_tiny("bert", tmp_path / "bert")
+    found = bench_compare.measure(folder, EXAMPLES[:40], EXAMPLES[40:], seeds=1, **options)
+    assert found["seconds"] > found["run_seconds"] > found["training_seconds"] > 0
+    assert found["added"] == pytest.approx(found["seconds"] / found["run_seconds"] - 1)
+    assert found["added_to_steps"] > found["added"] > 0 < found["prediction_seconds"]
 
 
 def test_limit_of_time(monkeypatch):
