@@ -106,13 +106,14 @@ def resolve(model: nn.Module, plan: RankPlan) -> dict[str, str]:
         paths = {name: own[name] for name in plan.sizes}
     else:
         paths = _under_one_prefix(model, plan, shapes, own)
-    for name, path in paths.items():
-        if shapes[path] != plan.sizes[name]:
-            raise ValueError(
-                f"the plan does not fit {type(model).__name__}: {path} is {_by(shapes[path])}, "
-                f"the plan's {name} is {_by(plan.sizes[name])} (in x out); make a plan for this "
-                "model"
-            )
+    other = [name for name, path in paths.items() if shapes[path] != plan.sizes[name]]
+    if other:
+        name, path = other[0], paths[other[0]]
+        raise ValueError(
+            f"the plan does not fit {type(model).__name__}: {path} is {_by(shapes[path])}, the "
+            f"plan's {name} is {_by(plan.sizes[name])} (in x out; {len(other)} of {len(paths)} "
+            "differ); make a plan for this model"
+        )
     return paths
 
 

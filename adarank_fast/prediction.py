@@ -15,7 +15,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
@@ -173,6 +173,7 @@ def predict_ranks(
     }
     if max_seconds is not None:
         settings["max_seconds"] = max_seconds
+    _warn_of_unreached(replay, scores)
     if isinstance(trials, int) and least < trials:
         short = sum(len(done) < trials for done in values.values())
         warnings.warn(
@@ -250,6 +251,17 @@ def _by_module(targets: Sequence[Target], found: Found) -> dict[str, list[float]
         while (target.name, len(done)) in found:
             done.append(found[target.name, len(done)])
     return values
+
+
+def _warn_of_unreached(replay: Replay, scores: Mapping[str, Score]) -> None:
+    unreached = [n for n, score in scores.items() if not score.mean and not replay.reached(n)]
+    if unreached:
+        warnings.warn(
+            f"{len(unreached)} of {len(scores)} modules got no input from these batches "
+            f"({unreached[0]}, ...), as experts that no token was sent to: their scores are 0; "
+            "give more batches",
+            stacklevel=3,
+        )
 
 
 def _check_arguments(

@@ -23,7 +23,7 @@ from adarank_fast.outputs import position_mask
 from adarank_fast.quantised import is_packed, plain_weight
 from adarank_fast.replay import BY_CONTENT, FOLDED, NEVER_CALLED, Replay
 from adarank_fast.reuse import Forward
-from adarank_fast.targets import Target, linear_shape
+from adarank_fast.targets import Target, alternatives, linear_shape
 from adarank_kernels import philox_normal
 
 FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
@@ -67,6 +67,7 @@ class Prober:
         stds: Stds,
         memory: Memory,
     ) -> None:
+        self._model = model
         self._replay = replay
         self._memory = memory
         self._stds = stds
@@ -112,13 +113,16 @@ class Prober:
                     bar.update((depth - position) * len(chunk))
 
     def _check(self, variant: Variant, value: float) -> None:
-        name, trial = variant.target.name, variant.trial
+        target, name, trial = variant.target, variant.target.name, variant.trial
         if not math.isfinite(value):
             raise ValueError(
                 f"the output is {value} when {name} is perturbed (trial {trial}); look for NaN in "
                 "the model's weights and outputs, or for overflow (try dtype=torch.float32)"
             )
-        if not value and self._replay.routes[name] == NEVER_CALLED:
+        if value or self._replay.routes[name] != NEVER_CALLED:
+            return
+        others = alternatives(self._model, target.path)
+        if not any(t.path in others and self._replay.reached(t.name) for t in self._replay.targets):
             raise ValueError(
                 f"target_modules: {name} has no effect: its forward is never called and its weight "
                 "never read; leave it out"

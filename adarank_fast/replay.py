@@ -79,6 +79,7 @@ class Replay:
     """A model, its batches and a record of the clean pass, open at one block at a time.
 
     Attributes:
+        targets: the modules that will be perturbed.
         head: the language-model head, if the output is exactly what it returns. Then it is never
             run: what `clean` and `run` hold is its input, hidden states [B, T, D].
         clean: per batch, the output of the clean pass, [B, ...].
@@ -91,7 +92,7 @@ class Replay:
         model: unwrapped, inside `undisturbed`.
         output: what to read off it.
         batches: as `prepare_batches` returns them.
-        targets: the modules that will be perturbed.
+        targets: see above.
         everything: see `keep_everything`; for outputs that could hide a NaN.
         tap: look for a `head`.
 
@@ -121,7 +122,7 @@ class Replay:
                     f"{output.name!r}; choose another output= or leave it out"
                 )
         self._modules = {path: model.get_submodule(path) for path in find_blocks(model)}
-        self._targets = targets
+        self.targets = targets
         self._everything = everything
         sample = take(max(batches, key=batch_size), 2)
         self.head = self._find_head(model, sample) if tap else None
@@ -226,6 +227,10 @@ class Replay:
         self.advance(position)
         return True
 
+    def reached(self, name: str) -> bool:
+        """Whether a target got any rows in the clean passes; experts may get none."""
+        return any(sum(rows.get(name, ())) for rows in self._rows)
+
     def rows(self, name: str, index: int) -> int:
         """Rows that a folded target gets for batch `index` in a clean pass."""
         return self._rows[index][name][0]
@@ -264,7 +269,7 @@ class Replay:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if self.output.name != "logits" or type(head) is not nn.Linear:
             return None
-        if any(target.module is head for target in self._targets):
+        if any(target.module is head for target in self.targets):
             return None
         calls: list[Tensor] = []
 
@@ -278,7 +283,7 @@ class Replay:
 
     def _trace(self, batch: Batch, keep: bool = False) -> tuple[Trace, Tensor]:
         trace = Trace(keep)
-        forwards = {t.module: trace.target(t.name, t.module.forward) for t in self._targets}
+        forwards = {t.module: trace.target(t.name, t.module.forward) for t in self.targets}
         for path, module in self._modules.items():  # a block may itself be a target
             forwards[module] = trace.block(path, forwards.get(module, module.forward))
         value = self._read(forwards, batch)
@@ -361,13 +366,13 @@ class Replay:
         traces = first, single, double
         self.routes = {
             name: reason or self._why_not_folded(name, batch_size(sample), *traces) or FOLDED
-            for name in (target.name for target in self._targets)
+            for name in (target.name for target in self.targets)
         }
 
     def _why_not_folded(
         self, name: str, items: int, first: Trace, single: Trace, double: Trace
     ) -> str:
-        if any(target.name == name and target.parameter for target in self._targets):
+        if any(target.name == name and target.parameter for target in self.targets):
             return OF_EXPERTS
         ones, twos = single.inputs.get(name, []), double.inputs.get(name, [])
         if not any(name in rows for rows in self._rows):

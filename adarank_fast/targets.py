@@ -193,6 +193,19 @@ def find_block(model: nn.Module, path: str) -> str | None:
     return None
 
 
+def alternatives(model: nn.Module, path: str) -> set[str]:
+    """Paths as `path`, but in other elements of a ModuleList or ModuleDict: the other experts."""
+    parts = path.split(".")
+    found: set[str] = set()
+    module = model
+    for depth, part in enumerate(parts):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            others = [name for name in module._modules if name != part]
+            found |= {".".join([*parts[:depth], o, *parts[depth + 1 :]]) for o in others}
+        module = getattr(module, part)
+    return found
+
+
 def _choose(
     target_modules: TargetModules, linears: Mapping[str, tuple[str, nn.Module]], model: nn.Module
 ) -> set[str]:

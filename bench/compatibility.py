@@ -1,6 +1,9 @@
 """Writes docs/compatibility.md: every architecture through every step of tests/conformance.
 
 python bench/compatibility.py [NAME ...]      names: rows to try, without writing the page
+
+Beyond the tests: three pretrained models, and inductor as the compiler's backend (10 to 20 seconds
+a row).
 """
 
 from __future__ import annotations
@@ -11,10 +14,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from adarank_fast.assets import AssetError
 from adarank_fast.plan import replacing
 from bench.results_file import machine
+from tests.conformance import steps
 from tests.conformance.architectures import ARCHITECTURES
-from tests.conformance.steps import STEPS, Subject, slow_path
+from tests.conformance.pretrained import PRETRAINED
+
+ROWS = {**ARCHITECTURES, **PRETRAINED}
 
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 FAILED = "**no**"
@@ -25,7 +34,8 @@ TEXT = """# Compatibility
 Written by `make compatibility`, from the steps of `tests/conformance`, which `make test` runs
 too; do not edit. Each row is built small from its transformers configuration (hidden size 32, two
 layers, random weights, float32, on the CPU), gets adapters of mixed ranks on all linear modules,
-and is taken through every step. {versions}
+and is taken through every step. The last three are pretrained models; of those `make test` has
+MiniLM only, and it leaves inductor out. {versions}
 
 ## Architectures
 
@@ -35,9 +45,12 @@ and is taken through every step. {versions}
   Mamba has no attention, and torch.nn.MultiheadAttention never calls its projections: both say
   so.
 - *groups*: modules that read the same tensor and are computed together.
-- *route*: how prediction probes the modules: variants folded into the batch, or one by one.
-- *fused calls*: share of the LoRA layers' calls that took the fused path, where PEFT uses
-  `lora.Linear`.
+- *route*: how prediction probes the modules: variants folded into the batch, or one by one, which
+  each row has to announce: DeBERTa-v2's query and key run twice, experts get the tokens that a
+  router sends them.
+- *fused calls*: share of the LoRA layers' calls that took the fused path, in training and
+  inference, where PEFT uses `lora.Linear`; below 95% the row fails, and so it does if one of them
+  is never called.
 - *plain PEFT*: other layers tried; they keep PEFT's own adapters, and `fusion_report` says why.
 
 ## Steps
@@ -51,12 +64,24 @@ and is taken through every step. {versions}
 - *inject*: ranks as planned. Expert parameters (3-D) get PEFT's `target_parameters` adapters, one
   rank for all experts of a parameter; name them in `target_modules`, `"all-linear"` leaves them
   out.
-- *compile*: the first block of each tower under `torch.compile`, backend aot_eager: same
-  gradients.
-- *checkpointing*: `gradient_checkpointing_enable`: same gradients.
+- *export*: `export_uniform`; plain PEFT loads it, rank 8 and scale 1 everywhere, and gives the same
+  outputs (1e-5). Adapters of expert parameters are refused.
+- *compile*, *inductor*: the first block of each tower under `torch.compile`, backend aot_eager and
+  inductor: same gradients.
+- *checkpointing*: `gradient_checkpointing_enable`, reentrant and not: same gradients, every layer
+  computed twice; by hand: `torch.utils.checkpoint` around each block, where the model offers none.
 - torch.nn.TransformerEncoder: with `torch.backends.mha.set_fastpath_enabled(False)`; otherwise
   its eval mode passes by every adapter, and `inject` warns.
 """
+
+
+def inductor(subject: steps.Subject) -> str:
+    """Dropout draws the numbers that it draws in eager mode."""
+    with torch._inductor.config.patch(fallback_random=True):
+        return steps.compiled(subject, backend="inductor")
+
+
+STEPS = {**steps.STEPS, "inductor": inductor}
 
 
 def run(names: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -64,11 +89,16 @@ def run(names: Sequence[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for name in names:
         print(name, file=sys.stderr)
-        subject = Subject(ARCHITECTURES[name])
+        try:
+            subject = steps.Subject(ROWS[name])
+        except AssetError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            found[name] = dict.fromkeys(STEPS, "not run")
+            continue
         cells = found[name] = {}
         for step, function in STEPS.items():
             try:
-                with slow_path(), warnings.catch_warnings():
+                with steps.slow_path(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     cells[step] = function(subject)
             except Exception:  # a cell of the table, whatever went wrong
@@ -78,18 +108,18 @@ def run(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def table(found: dict[str, dict[str, str]], steps: Sequence[str]) -> str:
-    lines = [f"| | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
+def table(found: dict[str, dict[str, str]], columns: Sequence[str]) -> str:
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, cells in found.items():
-        lines.append(f"| {name} | {' | '.join(cells[step] for step in steps)} |")
+        lines.append(f"| {name} | {' | '.join(cells[column] for column in columns)} |")
     return "\n".join(lines)
 
 
 def main(names: Sequence[str]) -> int:
-    if unknown := [name for name in names if name not in ARCHITECTURES]:
-        print(f"no row {unknown[0]!r}; rows: {', '.join(ARCHITECTURES)}", file=sys.stderr)
+    if unknown := [name for name in names if name not in ROWS]:
+        print(f"no row {unknown[0]!r}; rows: {', '.join(ROWS)}", file=sys.stderr)
         return 2
-    found = run(names or list(ARCHITECTURES))
+    found = run(names or list(ROWS))
     failed = sum(cell == FAILED for cells in found.values() for cell in cells.values())
     if names:
         print(table(found, list(STEPS)))

@@ -232,6 +232,11 @@ def test_plan_of_another_model():
             RankPlan(*[{"encoder.layer.0.attention.self.query": v} for v in (2, (64, 32))]),
             "query is 32 x 32, the plan's .* is 64 x 32",
         ),
+        (
+            tiny("llama"),
+            mixed_plan(tiny("llama", width=64)),
+            r"layers.0.self_attn.q_proj is 32 x 32, .* 64 x 64 \(in x out; 21 of 21 differ\)",
+        ),
     ):
         before = fingerprint(model)
         with pytest.raises(ValueError, match=message) as raised:

@@ -209,6 +209,40 @@ def test_a_module_that_never_runs_is_named():
         predict(Idle(), [{"x": torch.randn(3, 6)}], target_modules="all-linear", average_rank=2)
 
 
+def test_an_expert_that_gets_no_tokens_scores_nothing():
+    """One of several alternatives, so that it is no mistake to name it."""
+
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict() for _ in range(2)])
+            for layer in self.layers:
+                layer["experts"] = nn.ModuleList(
+                    [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+                )
+
+        def forward(self, x):
+            for layer in self.layers:
+                flat = x.flatten(0, 1)
+                choice = (flat[:, 0] > 0).long()  # never the third
+                y = torch.zeros_like(flat)
+                for expert in choice.unique().tolist():
+                    y[choice == expert] = layer["experts"][expert](flat[choice == expert])
+                x = x + y.view_as(x)
+            return x.mean(1)
+
+    torch.manual_seed(0)
+    model = spread(Chosen())
+    inputs = {"x": torch.randn(5, 7, 6)}
+    with pytest.warns(UserWarning, match=r"2 of 6 modules got no input .*experts\.2\.0, \.\.\."):
+        plan = predict(model, [inputs], target_modules="all-linear", average_rank=2)
+    modules = {t.name: t.path for t in find_targets(model, "all-linear")}
+    naive = naive_disagreements(model, [inputs], modules, lambda out, _: out, trials=2)
+    for name, values in naive.items():
+        assert plan.scores[name].trials == pytest.approx(values, rel=1e-5)
+        assert (plan.ranks[name] == 0) == ("experts.2" in name)
+
+
 # dtype=
 
 

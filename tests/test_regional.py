@@ -61,6 +61,22 @@ def test_without_marks_every_rank_is_a_graph():
     assert counter.frame_count == 4
 
 
+def test_multiples_need_few_graphs_without_marks():
+    """A score for each layer, ranks of 8 and 16: two kinds of blocks for torch.compile to see."""
+    inputs = {**batch("llama"), "use_cache": False}
+    model = tiny("llama", layers=LAYERS)
+    sizes = {t.name: (t.in_features, t.out_features) for t in ada.find_targets(model, "attention")}
+    scores = {name: float(10 + i // 4) for i, name in enumerate(sizes)}
+    ranks = ada.allocate_ranks(scores, average_rank=12, rank_multiple=8, min_rank=8)
+    assert set(ranks.values()) == {8, 16}
+    peft_model = ada.inject(model, ada.RankPlan(ranks, sizes), example=inputs)
+    counter = CompileCounter()
+    for block in peft_model.get_base_model().model.layers:
+        block.compile(backend=counter)
+    gradients(peft_model, inputs)
+    assert counter.frame_count <= 4  # the first block's input needs no gradient
+
+
 def test_nothing_to_compile():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="nothing is fused"):

@@ -44,7 +44,9 @@ class Architecture:
         linear: the same for "all-linear".
         groups: the shared-input groups among "all-linear", as "q_proj+k_proj+v_proj gate+up".
         experts: last name parts of 3-D expert parameters, which get adapters too.
+        one_by_one: last name parts of linears that are probed one by one, here or there.
         output: of `predict_ranks`.
+        pretrained: its weights are not random, and left as they are.
     """
 
     build: Callable[[], nn.Module]
@@ -53,7 +55,9 @@ class Architecture:
     linear: tuple[str, int]
     groups: str
     experts: str = ""
+    one_by_one: str = ""
     output: OutputChoice = "auto"
+    pretrained: bool = False
 
 
 def hub(auto: str, model_type: str, **config: Any) -> Callable[[], nn.Module]:
@@ -158,6 +162,7 @@ ARCHITECTURES = {
         ("query_proj key_proj value_proj dense", 8),
         ("query_proj key_proj value_proj dense", 12),
         "query_proj+key_proj+value_proj",
+        one_by_one="query_proj key_proj",
     ),
     "MPNet": Architecture(
         hub(ENCODER, "mpnet", **SIZES),
@@ -266,6 +271,27 @@ ARCHITECTURES = {
         ("q_proj k_proj v_proj o_proj", 8),
         "q_proj+k_proj+v_proj",
         experts="gate_up_proj down_proj",
+    ),
+    "Switch Transformers": Architecture(  # experts are modules; a router chooses among them
+        hub(
+            SEQ2SEQ,
+            "switch_transformers",
+            **SIZES,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=4,
+            num_sparse_encoder_layers=1,
+            num_sparse_decoder_layers=1,
+            num_experts=4,
+        ),
+        text_to_text,
+        ("q k v o", 24),
+        ("q k v o wi wo", 44),
+        "q+k+v k+v",
+        one_by_one="wi wo",
     ),
     "T5": Architecture(
         hub(SEQ2SEQ, "t5", **SIZES, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
