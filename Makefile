@@ -6,7 +6,8 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test suite test-oldest test-newest lint format kernels-report compatibility wheel clean
-.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step benchmarks-page
+.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step bench-compare
+.PHONY: benchmarks-page
 
 demo: $(VENV)/.installed
 	$(BIN)/adarank demo
@@ -40,7 +41,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # Every benchmark renews docs/benchmarks.md, which a test compares with bench/results.
-bench: $(VENV)/.installed bench-lora bench-step
+bench: $(VENV)/.installed bench-lora bench-step bench-compare
 	$(BIN)/python -m pytest bench
 	$(MAKE) benchmarks-page
 
@@ -60,9 +61,23 @@ bench-step: $(VENV)/.installed
 	$(BIN)/python -m bench.bench_step
 	$(MAKE) benchmarks-page
 
+bench-compare: $(VENV)/.installed
+	$(BIN)/python -m bench.bench_compare $(ARGS)
+	$(MAKE) benchmarks-page
+
 # docs/benchmarks.md, of the figures in bench/results; nothing is timed.
 benchmarks-page: $(VENV)/.installed
 	$(BIN)/python -m bench.benchmarks_page
+
+# The experiments behind docs/results.md: hours, in runs that may be stopped and go on. Options:
+# make study ARGS="--only minilm-trec-r2 --minutes 30"; make study ARGS=--list
+.PHONY: study results-page
+study: $(VENV)/.installed
+	$(BIN)/python -m bench.study $(ARGS)
+	$(MAKE) results-page
+
+results-page: $(VENV)/.installed
+	$(BIN)/python -m bench.results_page
 
 # On a machine with a CUDA or ROCm card: checks and times everything, writes one file to send back.
 # Elsewhere it says that there is no GPU. Options: make bench-gpu ARGS="--quick --only blocks"

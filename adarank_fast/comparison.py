@@ -97,7 +97,7 @@ def compare(
     dtype: str = "float32",
     title: str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: bool | Callable[[str], object] = True,
 ) -> Comparison:
     """Train rank allocators under one parameter budget, with several seeds, and compare them.
 
@@ -128,7 +128,8 @@ def compare(
         dtype: of the frozen weights, where `model` is a name.
         title: heads the report.
         work_dir: plans and finished cells are kept there and not made again. None: nowhere.
-        progress: say on stderr what is done.
+        progress: say on stderr what is done. A function gets a line after each run instead; an
+            exception that it raises ends the comparison, with that run kept.
 
     Returns:
         The report: `.table()`, `.save(folder)`, `.results`.
@@ -246,7 +247,7 @@ class Grid:
             return Evaluation(**arrays)
 
     def run(self, cell: Cell) -> tuple[dict[str, Any], Evaluation | None]:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         train, held_out = self.items(cell.sweep)
         recipe, pad = self.settings(cell), self.subject.pad
         plan = self.plans[cell.arm]
@@ -279,6 +280,7 @@ class Grid:
             "tokens_per_second": training.tokens / sum(training.seconds),
             "training_seconds": sum(training.seconds),
             "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
             "peak_memory_bytes": memory,
             "threads": torch.get_num_threads(),
         }, None if wrong else evaluation
@@ -399,12 +401,18 @@ def _claim(folder: Path, settings: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _progress(grid: Grid, sweep: Sequence[Cell], runs: int, wanted: bool) -> Iterator[None]:
-    """A bar over training steps on a terminal; a line a cell anywhere."""
+def _progress(
+    grid: Grid, sweep: Sequence[Cell], runs: int, wanted: bool | Callable[[str], object]
+) -> Iterator[None]:
+    """A bar over training steps on a terminal; a line a cell anywhere, or to a function."""
     from tqdm import tqdm
 
     steps = sum(replace(grid.recipe, epochs=1).steps(len(grid.validation[0])) for _ in sweep)
     steps += runs * grid.recipe.steps(len(grid.subject.train))
+    if callable(wanted):
+        grid.say = wanted
+        yield
+        return
     with tqdm(total=steps, disable=not (wanted and sys.stderr.isatty()), leave=False) as bar:
         grid.on_step = lambda: bar.update()
         if wanted:

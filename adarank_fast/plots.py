@@ -106,6 +106,8 @@ def plot_training(
         axes.set_xscale("log")
         axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
+    else:
+        axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
     _write(figure, path)
 

@@ -36,7 +36,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--page); min-width: 5rem; max-width: 11rem; white-space: normal }
 th { border-bottom: 2px solid var(--faint); vertical-align: bottom; white-space: normal;
   overflow-wrap: normal }
-figure { margin: 1.4rem 0 } .wide img { max-width: none }
+figure { margin: 1.4rem 0 }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 figcaption { color: var(--faint); font-size: .9em }
 """
@@ -235,9 +235,8 @@ def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) 
     title = html.escape(results["settings"]["title"])
     parts = [f"<h1>{title}</h1>"]
     for claim, figures in verdicts(results):
-        parts.append(
-            f'<p class="verdict"><strong>{html.escape(claim)}</strong> {html.escape(figures)}</p>'
-        )
+        told = html.escape(figures).replace("p = ", "p&nbsp;=&nbsp;")
+        parts.append(f'<p class="verdict"><strong>{html.escape(claim)}</strong> {told}</p>')
     if lines := remarks(results):
         parts += ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"]
     for heading, found, shown in sections(results, pictures):
@@ -254,16 +253,19 @@ def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) 
 
 
 def _figure(picture: Picture, folder: Path) -> str:
-    """A narrow screen shrinks it; pictures of ranks, whose layers can be many, scroll instead."""
+    """A narrow screen shrinks it; pictures of ranks no further than can be read: they scroll."""
     from adarank_fast.plots import DPI
 
     data = (folder / picture.name).read_bytes()
     inches = int.from_bytes(data[16:20], "big") / DPI  # PNG: the first number of its header
     width = round(max(72 * inches, min(100 * inches, 960)))  # pixels; 960 fill the page
     caption = html.escape(picture.caption)
-    image = f'<img alt="{caption}" width="{width}" src="data:image/png;base64,'
+    least = ""
+    if picture.section == RANKS:  # the more layers, the smaller the figures in the cells
+        least = f' style="min-width: {width if width == 960 else min(width, 480)}px"'
+    image = f'<img alt="{caption}" width="{width}"{least} src="data:image/png;base64,'
     image += f'{base64.b64encode(data).decode()}">'
-    if picture.section == RANKS:
+    if least:
         image = f'<div class="wide">{image}</div>'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 

@@ -110,8 +110,19 @@ class _Same:
             if last_x is x and version == x._version and last_clean is clean:
                 return same
         if x.device.type == "cpu":
-            same = [torch.equal(variant, clean) for variant in variants]
+            if all(_is_wide(t) for t in (variants, clean)):
+                # Bits are compared, and faster eight bytes at a time.
+                variants, wide = (t.view(-1).view(torch.int64) for t in (variants, clean))
+                same = [torch.equal(variant, wide) for variant in variants.view(-1, len(wide))]
+            else:
+                same = [torch.equal(variant, clean) for variant in variants]
         else:
             same = (variants == clean).flatten(1).all(1).tolist()  # waits for the device once
         self._last = x, x._version, clean, same
         return same
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    """Whether its items can be read eight bytes at a time."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    return tensor.is_contiguous() and not (offset % 8 or tensor[0].nbytes % 8)

@@ -147,14 +147,22 @@ def user_metric(
     name = getattr(function, "__name__", type(function).__name__)
 
     def value(evaluation: Any) -> float:
-        returned = function(evaluation.predictions, evaluation.labels)
+        try:
+            returned = function(evaluation.predictions, evaluation.labels)
+        except Exception as error:  # whatever somebody else's function says to what it gets
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"metric {name} failed ({said:.100}); it gets predictions and labels and must "
+                "return one number"
+            ) from error
         try:
             number = math.nan if isinstance(returned, bool) else float(returned)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
+            got = " ".join(repr(returned).split())
             raise ValueError(
-                f"metric {name} returned {returned!r}, not a finite number; it gets predictions "
+                f"metric {name} returned {got:.60}, not a finite number; it gets predictions "
                 "and labels and must return one number"
             )
         return number

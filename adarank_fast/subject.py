@@ -30,6 +30,7 @@ from adarank_fast.training import Evaluation
 VALIDATION_SHARE = 0.1  # of the training items, for the sweep
 HELD_OUT_SHARE = 0.2  # of the data, where no held-out data are given
 CALIBRATION_ITEMS, CALIBRATION_BATCH = 32, 16
+CALIBRATION_TOKENS = 2048  # a language model's blocks can be long; fewer items then
 
 Data = str | os.PathLike[str] | TextData | Sequence[Any]
 
@@ -155,11 +156,14 @@ def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
 
 
 def calibration(subject: Subject) -> list[dict[str, Any]]:
-    """The first training items, without their labels."""
-    items = [
-        {key: value for key, value in item.items() if key != "labels"}
-        for item in subject.train[:CALIBRATION_ITEMS]
-    ]
+    """The first training items that make `CALIBRATION_TOKENS` tokens, without their labels."""
+    items: list[dict[str, Any]] = []
+    tokens = 0
+    for item in subject.train[:CALIBRATION_ITEMS]:
+        if tokens >= CALIBRATION_TOKENS:
+            break
+        items.append({key: value for key, value in item.items() if key != "labels"})
+        tokens += len(item.get("input_ids", ()))
     starts = range(0, len(items), CALIBRATION_BATCH)
     return [collate(items[i : i + CALIBRATION_BATCH], subject.pad) for i in starts]
 

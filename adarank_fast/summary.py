@@ -59,6 +59,7 @@ def summarise(
         "runs": list(runs),
         "training_seconds": sum(cell["training_seconds"] for cell in [*swept, *runs]),
         "cell_seconds": sum(cell["seconds"] for cell in [*swept, *runs]),
+        "cell_cpu_seconds": sum(cell["cpu_seconds"] for cell in [*swept, *runs]),
     }
 
 

@@ -52,6 +52,7 @@ class Target:
 OVER_FLOOR, NOISE, PEAK = Target(1.15), Target(0.05), Target(1.5)
 NAIVE, ADAPTIVE = Target(2.5, least=True), Target(1.5, least=True)  # about 3: what rounds to it
 EXTRA_MEMORY, NO_SLOWER = Target(0.05), Target(1.0, least=True)
+ADDED, MINUTES = Target(0.05), Target(20.0)
 MATCHING, DEFAULT, MIXED = Target(0.5), Target(0.25), Target(0.03)
 
 
@@ -257,6 +258,31 @@ def step(rows: Mapping[str, Row]) -> str:
     return table(header, lines)
 
 
+def comparison(rows: Mapping[str, Row]) -> str:
+    lines = [
+        (
+            name,
+            f"{row['seconds'] / 60:.1f}: {MINUTES.said(row['seconds'] / 60)}",
+            f"{row['run_seconds'] / 60:.1f}",
+            f"{row['training_seconds'] / 60:.1f}",
+            f"{row['prediction_seconds']:.1f}",
+            f"{row['added']:.1%}: {ADDED.said(row['added'])}",
+            f"{row['added_to_steps']:.1%}",
+        )
+        for name, row in rows.items()
+    ]
+    header = (
+        "row",
+        "all, minutes (at most 20)",
+        "runs, minutes",
+        "training steps, minutes",
+        "prediction, s",
+        "added to the runs (at most 5%)",
+        "added to training steps",
+    )
+    return table(header, lines)
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One section: a file of bench/results, what makes it, and how its rows are told."""
@@ -315,6 +341,14 @@ BENCHMARKS = (
         "python -m bench.bench_step --compiled",
         "The same for MiniLM in float32 under `torch.compile`.",
         step,
+    ),
+    Benchmark(
+        "Comparison",
+        "compare",
+        "make bench-compare",
+        "The default `adarank compare` (2 arms, 3 seeds), report included. A run makes a model, "
+        "trains and evaluates it; the rest is what comparing adds.",
+        comparison,
     ),
 )
 

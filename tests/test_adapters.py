@@ -140,7 +140,11 @@ def test_plain_peft_loads_a_trained_adapter(kind, tmp_path):
         warnings.simplefilter("error", RuntimeWarning)  # keys that match no module
         loaded = PeftModel.from_pretrained(fresh, tmp_path)
     assert adapters_in(loaded) == adapters_in(peft_model)
-    torch.testing.assert_close(output(loaded, inputs), expected, rtol=0, atol=1e-6)
+    exact = output(copy.deepcopy(loaded).double(), inputs)
+    error, plains = ((f.double() - exact).abs().max() for f in (expected, output(loaded, inputs)))
+    assert error <= 2 * plains + 1e-6
+    plain = output(restore(peft_model), inputs)
+    torch.testing.assert_close(output(loaded, inputs), plain, rtol=0, atol=1e-6)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(output(merged, inputs), expected, rtol=1e-4, atol=1e-4)
 

@@ -168,5 +168,20 @@ def test_step(tmp_path):
     ]
 
 
+def test_comparison(tmp_path):
+    row = {
+        "seconds": 1260.0,
+        "run_seconds": 1224.0,
+        "training_seconds": 1200.0,
+        "prediction_seconds": 12.0,
+        "added": 36 / 1224,
+        "added_to_steps": 0.05,
+        "machine": HERE,
+    }
+    assert cells(built(tmp_path, compare={"Tiny": row}), "Tiny")[1:] == [
+        *("21.0: **missed**", "20.4", "20.0", "12.0", "2.9%: reached", "5.0%"),
+    ]
+
+
 def test_the_committed_page_is_of_the_committed_results():
     assert PAGE.read_text(encoding="utf-8") == page(), "run `make benchmarks-page`"

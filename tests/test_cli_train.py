@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     lines = [f"{text},{label}" for text, label in EXAMPLES]
     (root / "texts.csv").write_text("\n".join(["text,label", *lines]))
     (root / "texts.txt").write_text("\n".join(text for text, _ in EXAMPLES))
+    RankPlan.uniform(tiny("bert", layers=2), 9).save(root / "large.json")
     return root
 
 
@@ -52,6 +53,9 @@ def test_compare(adarank, folder):
     status, out, err = adarank(*arguments, "--json")
     assert (status, err) == (0, "")
     assert json.loads(out)["baseline"] == "uniform"
+    status, out, _ = adarank(*arguments, "--seeds", 1)
+    assert status == 0 and "More seeds are needed to tell eva from uniform" in out
+    assert "One seed gives no interval over seeds and no test; run at least 2." in out
 
 
 BAD = {
@@ -61,12 +65,23 @@ BAD = {
     "plan": (["--plan", "no.json"], "there is no plan file"),
     "task": (["--task", "x"], "task='x' is unknown"),
     "dtype": (["--dtype", "int8"], "dtype='int8' is unknown"),
+    "budget": (["--plan", "{folder}/large.json"], "'large' has 4,608 adapter parameters, +12.5%"),
+    "no number": (["--metric", "metrics:nothing"], "nothing returned None, not a finite number"),
+    "array": (["--metric", "metrics:array"], "array returned array([[0.,"),
+    "failing": (["--metric", "metrics:failing"], "failing failed (KeyError: 'x'); it gets"),
 }
+METRICS = """
+def nothing(predictions, labels): pass
+def array(predictions, labels): return predictions
+def failing(predictions, labels): raise KeyError("x")
+"""
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(adarank, folder, case):
     options, message = BAD[case]
+    options = [option.format(folder=folder) for option in options]
+    Path("metrics.py").write_text(METRICS)
     status, out, err = adarank("compare", folder / "bert", "--data", folder / "texts.csv", *options)
     assert (status, out) == (2, "")
     assert message in err and err.count("\n") == 1

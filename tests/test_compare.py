@@ -20,13 +20,14 @@ from adarank_fast.allocators import ALLOCATORS, Problem, allocate, check_budget
 from adarank_fast.data import TextData, hold_out
 from adarank_fast.loading import MeanPoolClassifier
 from adarank_fast.plan import RankPlan
+from adarank_fast.subject import Subject, calibration
 from adarank_fast.training import Training
 from tests.models import batch, tiny
 from tests.texts import EXAMPLES, save_tiny, tokenizer
 
 ARMS = ("adarank", "uniform", "reversed")
 TIMES = {"step_seconds", "tokens_per_second", "training_seconds", "seconds", "cell_seconds"}
-TIMES |= {"prediction_seconds", "peak_memory_bytes", "date"}
+TIMES |= {"cpu_seconds", "cell_cpu_seconds", "prediction_seconds", "peak_memory_bytes", "date"}
 OPTIONS: dict = dict(
     average_rank=2, epochs=1, batch_size=8, learning_rates=(1e-3, 1e-2), progress=False
 )
@@ -131,6 +132,23 @@ def test_killed_and_resumed_gives_the_same_report(finished, tmp_path, monkeypatc
     again = run(work_dir=tmp_path)
     assert len(calls) == 13
     assert again.results == made.results  # times and date too
+
+
+def test_a_function_hears_of_each_run_and_may_end_the_comparison(tmp_path):
+    heard = []
+
+    def progress(line):
+        heard.append(line)
+        if len(heard) == 2:
+            raise Killed
+
+    options = dict(work_dir=tmp_path, progress=progress, learning_rates=(1e-2,))
+    with pytest.raises(Killed):
+        run(("uniform",), 3, **options)
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 2
+    run(("uniform",), 3, **options)
+    assert len(heard) == 3  # what was finished is not told again
+    assert [line.split("-")[2] for line in heard] == ["seed0", "seed1", "seed2"]
 
 
 def test_arms_and_seeds_can_be_added(tmp_path, monkeypatch):
@@ -366,6 +384,15 @@ def test_tokenised_items():
     assert made.results["settings"]["classes"] == 2
 
 
+@pytest.mark.parametrize("length, count", [(5, 32), (128, 16), (1000, 3)])
+def test_calibration_is_of_so_many_tokens(length, count):
+    items = [{"input_ids": [7] * length, "attention_mask": [1] * length, "labels": 0}] * 40
+    found = calibration(Subject("", "classification", encoder, {}, 0, 2, items, items))
+    assert sum(len(part["input_ids"]) for part in found) == count
+    assert max(len(part["input_ids"]) for part in found) <= 16
+    assert found[0].keys() == {"input_ids", "attention_mask"}
+
+
 def test_hold_out_keeps_equal_texts_together():
     data = TextData([f"t{i % 10}" for i in range(40)], [str(i) for i in range(40)])
     rest, held = hold_out(data, 0.2)
@@ -373,90 +400,6 @@ def test_hold_out_keeps_equal_texts_together():
     assert not set(rest.texts) & set(held.texts)
     kept = set(held.texts)
     assert held.labels == [str(i) for i in range(40) if f"t{i % 10}" in kept]
-
-
-def results_of(difference, items, seeds=3, metric="accuracy"):
-    blank = {"diverged": {}, "rate_at_the_edge": False, "seeds_disagree": {}}
-    return {
-        "settings": {
-            "metric": metric,
-            "seeds": list(range(seeds)),
-            "task": "classification",
-            "greater_is_better": metric == "accuracy",
-        },
-        "baseline": "uniform",
-        "items_are": metric,
-        "arms": {"adarank": blank, "uniform": blank},
-        "differences": {"adarank": {"seeds": difference, "items": items}},
-    }
-
-
-def span(mean, low, high, count=3, p_value=0.01):
-    return {"mean": mean, "low": low, "high": high, "count": count, "p_value": p_value}
-
-
-@pytest.mark.parametrize(
-    "seeds, items, words",
-    [
-        (
-            span(0.004, -0.01, 0.018),
-            span(0.004, -0.01, 0.02, 900),
-            "No evidence of a difference in accuracy between adarank and uniform.",
-        ),
-        (
-            span(0.004, -0.01, 0.018),
-            span(0.004, 0.001, 0.007, 900),
-            "No evidence of a difference in accuracy between adarank and uniform: other seeds may "
-            "undo what these items show.",
-        ),
-        (
-            span(0.02, 0.01, 0.03),
-            span(0.02, 0.005, 0.035, 900),
-            "adarank is better in accuracy than uniform, by more than chance explains.",
-        ),
-        (
-            span(-0.02, -0.03, -0.01),
-            span(-0.02, -0.035, -0.005, 900),
-            "adarank is worse in accuracy than uniform, by more than chance explains.",
-        ),
-        (
-            span(0.02, 0.01, 0.03),
-            span(0.02, -0.005, 0.045, 900),
-            "adarank is better in accuracy than uniform over seeds, on these items; other items "
-            "may say otherwise.",
-        ),
-        (
-            span(0.02, 0.01, 0.03),
-            None,
-            "adarank is better in accuracy than uniform, by more than chance over seeds; other "
-            "items were not looked at.",
-        ),
-        (
-            span(0.02, None, None, 1, None),
-            span(0.02, 0.01, 0.03, 900),
-            "More seeds are needed to tell adarank from uniform in accuracy.",
-        ),
-    ],
-)
-def test_reading_is_honest(seeds, items, words):
-    claim, figures = report.verdicts(results_of(seeds, items))[0]
-    assert claim == words and figures.startswith("adarank less uniform: ")
-    assert report.reading(results_of(seeds, items))[0] == f"{claim} {figures}"
-
-
-def test_figures_behind_a_claim():
-    results = results_of(span(0.004, -0.01, 0.018), span(0.004, -0.01, 0.02, 900))
-    assert report.verdicts(results)[0][1] == (
-        "adarank less uniform: +0.40 points, 95% interval -1.00 to +1.80 points over 3 seeds "
-        "(paired t test, p = 0.01); -1.00 to +2.00 points over 900 held-out items."
-    )
-
-
-def test_a_lower_perplexity_is_better():
-    lower = span(-0.3, -0.4, -0.2), span(-0.02, -0.03, -0.01, 900)
-    claim, figures = report.verdicts(results_of(*lower, metric="perplexity"))[0]
-    assert claim.startswith("adarank is better in perplexity than uniform")
-    assert "-0.3 (below 0 is better), 95% interval -0.4 to -0.2" in figures
 
 
 def test_any_name_and_a_narrow_terminal(finished, tmp_path, capsys):

@@ -21,9 +21,9 @@ from bench.gpu.rows import GROUPS, HEADS, PHILOX
 from bench.gpu.timing import Step, rotating
 
 if _triton.HAS_TRITON:
-    from adarank_kernels import _disagreement_launch as compare
     from adarank_kernels import _grouped_lora_launch as launch
     from adarank_kernels import _philox_kernels
+    from adarank_kernels._disagreement_launch import compare
 
 RANK = 16
 VARIANTS, PAIRED_TOKENS = 8, 512
@@ -156,7 +156,7 @@ def disagreement_kernels(context: Context, row: str) -> list[Row]:
         "disagreement_pairs",
         pairs(VARIANTS, PAIRED_TOKENS, block),
         lambda: (torch.randn(VARIANTS, PAIRED_TOKENS, block, device=context.device),),
-        lambda f: compare.pairs(f),
+        lambda f: compare(f, "l1"),
         compared,
     )
     return rows + in_pairs(
@@ -165,7 +165,7 @@ def disagreement_kernels(context: Context, row: str) -> list[Row]:
         "disagreement_fused",
         product(VARIANTS * tokens, V, D),
         head,
-        lambda h, w: compare.fused(h, w),
+        lambda h, w: compare(h, "l1", weight=w),
         lambda h, w: compared(F.linear(h, w).float()),
     )
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adarank_kernels._dropout import keep_mask
+from adarank_kernels import _skinny
+from adarank_kernels._dropout import keep_mask, threshold
+from adarank_kernels._skinny import Factors
 from adarank_kernels._triton import HAS_TRITON, INTERPRETED, ready
 
 if HAS_TRITON:
@@ -31,16 +33,26 @@ class Spec(NamedTuple):
     adapted: tuple[int, ...]  # the modules with a rank above 0
     A_dtypes: tuple[torch.dtype | None, ...]
     B_dtypes: tuple[torch.dtype | None, ...]
-    folded: bool  # scalings on A; the biases of `ones` in the low-rank product
-    ones: tuple[int, ...]  # modules whose segment of S ends with a column of ones
+    folded: bool  # on the CPU: scalings on B; the biases of `biased` join the low-rank product
+    biased: tuple[int, ...]
     kernels: frozenset[str]  # the Triton kernels that passed their check on this device
+    native: bool = False  # on the CPU: products with few ranks by _skinny
+
+    @property
+    def ones(self) -> tuple[int, ...]:
+        """Modules whose segment of S ends with a column of ones, which meets their bias."""
+        return () if self.native else self.biased
 
     def starts(self, modules: Sequence[int], ones: Sequence[int] = ()) -> list[int]:
         """First columns of these modules' segments, packed side by side; then the total width."""
         starts = [0]
         for m in modules:
             rank = self.ranks[m] + int(m in ones)
-            starts.append(starts[-1] + (launch.padded(rank) if self.kernels else rank))
+            if self.kernels:
+                rank = launch.padded(rank)
+            elif self.native:
+                rank += rank % 2
+            starts.append(starts[-1] + rank)
         return starts
 
     def alpha(self, m: int) -> float:
@@ -103,6 +115,8 @@ def _drop(X: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
         return X
     if "drop" in spec.kernels:
         return launch.drop(X, seed, spec.dropout)
+    if spec.native:
+        return _skinny.drop(X, seed, threshold(spec.dropout), torch.empty_like(X))
     return X * keep_mask(seed, X.shape[0], X.shape[1], spec.dropout)
 
 
@@ -110,12 +124,22 @@ def _add_dropped(total: Tensor | None, X: Tensor, seed: Tensor, spec: Spec) -> T
     """total + drop(X), in place where there is a total."""
     if "drop" in spec.kernels:
         return launch.drop(X, seed, spec.dropout, total)
+    if spec.native:
+        add, out = total is not None, X if total is None else total
+        return _skinny.drop(X, seed, threshold(spec.dropout), out, add)
     X = X.mul_(keep_mask(seed, X.shape[0], X.shape[1], spec.dropout))
     return X if total is None else total.add_(X)
 
 
-def _shrink(X: Tensor, A: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
+def _shrink(
+    X: Tensor, lora_As: Sequence[Tensor | None], starts: list[int], seed: Tensor | None, spec: Spec
+) -> Tensor:
     """S = drop(X) A^T."""
+    if spec.native:
+        S = X.new_empty(X.shape[0], starts[-1])
+        _skinny.narrow(_drop(X, seed, spec), S, _side_by_side(lora_As, spec.adapted, starts))
+        return S
+    A = _pack(lora_As, spec.adapted, starts, spec, X.dtype)
     if "shrink" in spec.kernels:
         return launch.shrink(X, A, seed, spec.dropout)
     return torch.mm(_drop(X, seed, spec), A.t())
@@ -126,6 +150,25 @@ def _expand(base: Tensor, S: Tensor, B: Tensor, alpha: float) -> Tensor:
     if base.dtype == S.dtype:
         return base.addmm_(S, B.t(), alpha=alpha)
     return base.add_(torch.mm(S, B.t()), alpha=alpha)
+
+
+def _side_by_side(
+    lora_As: Sequence[Tensor | None], modules: Sequence[int], starts: list[int]
+) -> Factors:
+    """A of these modules, or its gradients, by the columns of S."""
+    return Factors([lora_As[m] for m in modules], [0] * len(modules), starts[:-1])  # type: ignore[misc]
+
+
+def _alone(B: Tensor) -> Factors:
+    """B of one module, or its gradient, by the columns of its segment of S."""
+    return Factors((B,), (1,), (0,))
+
+
+def _straight(rows: Tensor, spec: Spec) -> Tensor:
+    """Rows as _skinny reads them, their elements side by side; as they are for everyone else."""
+    if not spec.native or (rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]):
+        return rows
+    return rows.contiguous()
 
 
 def _may_overwrite(base: Tensor) -> bool:
@@ -145,12 +188,12 @@ class GroupedLoraLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         M = len(spec.ranks)
         weights, biases, lora_As, lora_Bs, bases = (tensors[i * M : i * M + M] for i in range(5))
-        X = _rows(x)
+        X = _straight(_rows(x), spec)
         starts = spec.starts(spec.adapted, spec.ones)
         first = dict(zip(spec.adapted, starts, strict=False))
         S = None
         if spec.adapted:
-            S = _shrink(X, _pack(lora_As, spec.adapted, starts, spec, x.dtype), seed, spec)
+            S = _shrink(X, lora_As, starts, seed, spec)
             for m in spec.ones:
                 S.select(1, first[m] + spec.ranks[m]).fill_(1.0)
         outputs: list[Tensor] = []
@@ -159,7 +202,7 @@ class GroupedLoraLinear(torch.autograd.Function):
         for m, base in enumerate(bases):
             B = lora_Bs[m] if spec.ranks[m] else None
             bias, weight = biases[m], weights[m]
-            if m in spec.ones:
+            if m in spec.biased:
                 bias = None
             Y = None  # the output, if it has its shape already
             if base is not None:
@@ -177,7 +220,11 @@ class GroupedLoraLinear(torch.autograd.Function):
             else:
                 Y2 = F.linear(X, weight, bias)  # type: ignore[arg-type]
             if S is not None and B is not None:
-                if "expand" in spec.kernels and Y2.dtype == S.dtype:
+                if spec.native:
+                    S_m = S.narrow(1, first[m], B.shape[1] + B.shape[1] % 2)
+                    late = biases[m] if m in spec.biased else None
+                    _skinny.wide(Y2, S_m, _alone(B), spec.scalings[m], late)
+                elif "expand" in spec.kernels and Y2.dtype == S.dtype:
                     later.append((Y2, first[m], B, spec.scalings[m]))
                 else:
                     B = _scaled(B, m, spec, S.dtype)
@@ -231,7 +278,7 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     none: list[Tensor | None] = [None] * M
     dW, dbias, dA, dB, dbase = none[:], none[:], none[:], none[:], none[:]
     dX: Tensor | None = None
-    X = None if x is None else _rows(x)
+    X = None if x is None else _straight(_rows(x), spec)
     S_starts = dict(zip(spec.adapted, spec.starts(spec.adapted, spec.ones), strict=False))
     flat: dict[int, Tensor] = {}  # of the outputs that were used
 
@@ -251,7 +298,7 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     # The low-rank part: dS of the modules that need it, side by side, and dB on the way.
     low_rank = [m for m in spec.adapted if m in flat and (need_x or need_A[m])]
     dS_starts = spec.starts(low_rank)
-    low = {m: flat[m].to(ctx.dtype) for m in spec.adapted if m in flat}
+    low = {m: _straight(flat[m].to(ctx.dtype), spec) for m in spec.adapted if m in flat}
     dS = None
     if low_rank:
         dS = _new_dS(low[low_rank[0]], dS_starts[-1], spec)
@@ -271,15 +318,34 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
                 dB[m] = dB_m.to(spec.B_dtypes[m])
         for m, start in zip(low_rank, dS_starts, strict=False):
             if m not in done:
+                if spec.native:
+                    part = dS.narrow(1, start, spec.ranks[m] + spec.ranks[m] % 2)
+                    _skinny.narrow(low[m], part, _alone(lora_Bs[m]), spec.scalings[m])
+                    continue
                 B = _scaled(lora_Bs[m], m, spec, ctx.dtype)
+                if spec.folded and B.dtype == torch.float32:
+                    B = B.t().contiguous().t()  # MKL is slower and less exact along rows of B
                 part = dS.narrow(1, start, spec.ranks[m])
                 part.addmm_(low[m], B, beta=0.0, alpha=spec.alpha(m))
     for m, dY2 in low.items():
         if need_B[m] and dB[m] is None:
+            if spec.native:
+                S_m = S.narrow(1, S_starts[m], spec.ranks[m] + spec.ranks[m] % 2)
+                dB[m] = dY2.new_empty(dY2.shape[1], spec.ranks[m], dtype=spec.B_dtypes[m])
+                _skinny.outer(dY2, S_m, _alone(dB[m]), spec.scalings[m])  # type: ignore[arg-type]
+                continue
             S_m = S.narrow(1, S_starts[m], spec.ranks[m])
             dB[m] = _dB(S_m, dY2, spec.scalings[m], spec.B_dtypes[m])  # type: ignore[arg-type]
 
-    if dS is not None and need_x:
+    if dS is not None and need_x and spec.native:
+        As = _side_by_side(lora_As, low_rank, dS_starts)
+        if seed is not None or dX is None:
+            through = dS.new_zeros(dS.shape[0], ctx.x_shape[-1])
+            _skinny.wide(through, dS, As)
+            dX = through if seed is None else _add_dropped(dX, through, seed, spec)
+        else:
+            _skinny.wide(dX, dS, As)
+    elif dS is not None and need_x:
         A = _pack(lora_As, low_rank, dS_starts, spec, ctx.dtype)
         if seed is not None:
             dX = _add_dropped(dX, torch.mm(dS, A), seed, spec)
@@ -287,10 +353,19 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
             dX = torch.mm(dS, A) if dX is None else dX.addmm_(dS, A)
     if dS is not None and any(need_A[m] for m in low_rank):
         assert X is not None
-        packed = torch.mm(dS.t(), _drop(X, seed, spec))
-        for m, start in zip(low_rank, dS_starts, strict=False):
-            if need_A[m]:
-                dA[m] = packed.narrow(0, start, spec.ranks[m]).to(spec.A_dtypes[m])
+        dropped = _drop(X, seed, spec)
+        if spec.native:
+            found = [X.new_empty(0)] * M
+            for m in low_rank:
+                found[m] = X.new_empty(spec.ranks[m], X.shape[1], dtype=spec.A_dtypes[m])
+            _skinny.outer(dropped, dS, _side_by_side(found, low_rank, dS_starts))
+        else:
+            packed = torch.mm(dS.t(), dropped)
+            found = [packed] * M
+            for m, start in zip(low_rank, dS_starts, strict=False):
+                found[m] = packed.narrow(0, start, spec.ranks[m]).to(spec.A_dtypes[m])
+        for m in low_rank:
+            dA[m] = found[m] if need_A[m] else None
     if dX is not None:
         dX = dX.view(ctx.x_shape)
     return (None, dX, None, *dW, *dbias, *dA, *dB, *dbase)

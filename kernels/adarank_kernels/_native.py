@@ -49,24 +49,34 @@ void words(uint64_t key, uint64_t first, int64_t rows, int64_t n, uint32_t *rest
 """
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """`SOURCE`'s function, or None where they cannot be built."""
+def build(name: str, source: str, *options: str) -> ctypes.CDLL | None:
+    """`source` as a loaded library, in a temporary folder; None where it cannot be built."""
     names = (os.environ.get("CC"), "cc", "gcc", "clang")
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
     if compiler is None:
         return None
     try:
         with tempfile.TemporaryDirectory(prefix="adarank-") as folder:
-            source, built = Path(folder, "philox.c"), Path(folder, "philox.so")
-            source.write_text(SOURCE)
-            options = ["-std=c99", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(built)]
+            code, built = Path(folder, f"{name}.c"), Path(folder, f"{name}.so")
+            code.write_text(source)
+            flags = ["-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(built)]
             subprocess.run(
-                [compiler, *options, str(source)], check=True, capture_output=True, timeout=60
+                [compiler, *flags, str(code), *options],
+                check=True,
+                capture_output=True,
+                timeout=60,
             )
-            loaded = ctypes.CDLL(str(built))
+            return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("Philox stays in torch: %s did not build it: %s", compiler, error)
+        logger.info("%s stays in torch: %s did not build it: %s", name, compiler, error)
+        return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """`SOURCE`'s function, or None where it cannot be built."""
+    loaded = build("philox", SOURCE)
+    if loaded is None:
         return None
     u64, i64 = ctypes.c_uint64, ctypes.c_int64
     loaded.words.argtypes = (u64, u64, i64, i64, ctypes.c_void_p)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adarank_kernels import _skinny
 from adarank_kernels._dropout import draw_seed, keep_mask, keep_scale
 from adarank_kernels._grouped_lora_checks import check_arguments, check_lengths
 from adarank_kernels._grouped_lora_function import GroupedLoraLinear, Spec, ready_kernels
@@ -37,10 +38,11 @@ class Prepared:
     `fits(x)` says whether a call with x would pass them; `seed` is drawn anew in each call.
     """
 
-    __slots__ = ("spec", "tensors", "_dtypes", "_width", "_dtype", "_device")
+    __slots__ = ("spec", "tensors", "_native", "_dtypes", "_width", "_dtype", "_device")
 
     def __init__(self, spec: Spec, x: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
         self.spec, self.tensors = spec, tensors
+        self._native = _native_spec(spec, x, tensors)
         self._dtypes = [(t, t.dtype, t.device) for t in tensors if t is not None]
         self._width, self._dtype, self._device = x.shape[-1], x.dtype, x.device
 
@@ -55,13 +57,31 @@ class Prepared:
     def __call__(self, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
         spec = self.spec
         kernels = ready_kernels(x)
-        if kernels != spec.kernels:
+        if self._native is not None and _skinny.usable(x):
+            spec = self._native
+        elif kernels != spec.kernels:
             spec = spec._replace(kernels=kernels)
         if spec.dropout == 0.0 or not spec.adapted:
             seed = None
         elif seed is None:
             seed = draw_seed(x.device)
         return GroupedLoraLinear.apply(spec, x, seed, *self.tensors)
+
+
+def _native_spec(spec: Spec, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Spec | None:
+    """`spec` with the products of `_skinny`, if these know the tensors' types."""
+    if not spec.folded or not spec.adapted:
+        return None
+    M, dtypes = len(spec.ranks), (x.dtype, torch.float32)
+    _, biases, lora_As, lora_Bs, bases = (tensors[i * M : i * M + M] for i in range(5))
+    for m in spec.adapted:
+        A, B = lora_As[m], lora_Bs[m]
+        assert A is not None and B is not None
+        if A.dtype not in dtypes or B.dtype not in dtypes:
+            return None
+        if any(t is not None and t.dtype != x.dtype for t in (biases[m], bases[m])):
+            return None
+    return spec._replace(native=True)
 
 
 def prepare(

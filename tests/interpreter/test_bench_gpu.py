@@ -63,4 +63,4 @@ def test_a_wrong_kernel_is_found_and_left_out(tiny: pytest.MonkeyPatch) -> None:
 def test_plain_torch_computes_what_the_pairs_kernel_does() -> None:
     f = torch.randn(8, 5, 300, generator=torch.Generator().manual_seed(0))
     plain = (f[:, None] - f).abs().sum(-1)
-    torch.testing.assert_close(_disagreement_launch.pairs(f).float(), plain)
+    torch.testing.assert_close(_disagreement_launch.compare(f, "l1").float(), plain)

@@ -1,0 +1,65 @@
+"""What `adarank compare` adds to its training runs, and how long the default comparison takes.
+
+    python -m bench.bench_compare               (or `make bench-compare`): about 20 minutes
+    python -m bench.bench_compare --items 200   a trial on fewer questions; writes nothing
+
+MiniLM on TREC with 50 classes, adarank and uniform, three seeds, everything else by default, in a
+new folder, report included. Results go to bench/results/compare.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from typing import Any
+
+import adarank_fast as ada
+from adarank_fast.assets import minilm, trec
+from bench.results_file import write_results
+
+ROW = "MiniLM, TREC with 50 classes"
+
+
+def measure(*arguments: Any, **options: Any) -> dict[str, float]:
+    """Seconds of a comparison and its report by the clock, and of their parts.
+
+    Args:
+        arguments, options: of `ada.compare`.
+
+    Returns:
+        "seconds" of everything; "run_seconds" of the runs: a model made, trained and evaluated;
+        "training_seconds" of their training steps alone; "prediction_seconds" of AdaRank's plan.
+        "added" is what is not runs, as a share of them, "added_to_steps" what is not training
+        steps, as a share of these.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        report = ada.compare(*arguments, work_dir=folder, **options)
+        report.save(folder)
+        seconds = time.perf_counter() - started
+    runs, steps = (report.results[f"{part}_seconds"] for part in ("cell", "training"))
+    return {
+        "seconds": seconds,
+        "run_seconds": runs,
+        "training_seconds": steps,
+        "prediction_seconds": report.results["arms"]["adarank"]["prediction_seconds"],
+        "added": seconds / runs - 1,
+        "added_to_steps": seconds / steps - 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--items", type=int, help="train and evaluate on so many only")
+    items = parser.parse_args().items
+    train, held_out = trec(fine=True)
+    figures = measure(minilm(), train[:items], held_out[:items])
+    for name, value in figures.items():
+        print(f"{name}: {value:.1%}" if name.startswith("added") else f"{name}: {value:.1f}")
+    if items is None:
+        print(f"wrote {write_results('compare', ROW, figures).name}")
+
+
+if __name__ == "__main__":
+    main()
