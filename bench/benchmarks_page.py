@@ -170,6 +170,10 @@ def disagreement(rows: Mapping[str, Row]) -> str:
     return table(header, lines)
 
 
+def peak(row: Row) -> float:
+    return row["peak_bytes"]["ours"] / row["peak_bytes"]["peft"]
+
+
 def lora(rows: Mapping[str, Row]) -> str:
     blocks = {name: row for name, row in rows.items() if name != "summary"}
     summary = rows.get("summary", {})
@@ -198,7 +202,10 @@ def lora(rows: Mapping[str, Row]) -> str:
         if key in summary:
             found = summary[key]
             count = found if isinstance(found, int) else len(found)
-            lines.append((title, f"{count} of {len(blocks)}", NONE, NONE))
+            told = f"{count} of {len(blocks)}"
+            if count and "peak" in key:
+                told += f", by {max(map(peak, blocks.values())) - 1:.2%} at most"
+            lines.append((title, told, NONE, NONE))
     parts = [table(("figure", "found", "target", ""), lines)] if lines else []
     middle = [
         (
@@ -206,7 +213,9 @@ def lora(rows: Mapping[str, Row]) -> str:
             f"{1e3 * row['median_seconds']['frozen']:.1f}",
             *(share(row["overhead"].get(variant)) for variant in VARIANTS),
             ratio(row.get("ours_over_peft")),
-            f"{row['peak_bytes']['ours'] / row['peak_bytes']['peft']:.3f}",
+            share(row.get("arithmetic")),
+            share(row.get("profiled_overhead", {}).get("python")),
+            f"{peak(row):.3f}",
             str(row["repetitions"]),
         )
         for name, row in blocks.items()
@@ -220,6 +229,8 @@ def lora(rows: Mapping[str, Row]) -> str:
         "of PEFT's default",
         "of ours, float32 adapters",
         "ours / PEFT",
+        "LoRA's FLOPs at the base's rate",
+        "in our node, profiled",
         "peak / PEFT's",
         "repetitions",
     )
@@ -323,7 +334,11 @@ BENCHMARKS = (
         "and with PEFT. Overhead is the step less the frozen base's, in the first table the sum "
         "over rows of ours over the sum of the other's, in the second a share of the frozen step. "
         "PEFT's default keeps float32 adapters on a bfloat16 base. All rows are made by one "
-        "command; `python -m bench.bench_lora --slices 1` measures the next one.",
+        "command; `python -m bench.bench_lora --slices 1` measures the next one. LoRA's own FLOPs "
+        "at the base's rate are what arithmetic alone would cost; *in our node* is what a profile "
+        "puts into the autograd node itself: the compiled products with few ranks and its Python. "
+        "The rest of the overhead is outside it: the base products beside other data in the "
+        "caches, PEFT's modules, and gradients that are accumulated.",
         lora,
     ),
     Benchmark(
