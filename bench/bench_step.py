@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -89,7 +88,7 @@ def adapted(model: WithLoss, dtype: torch.dtype, mixed: bool) -> WithLoss:
         plan = ada.RankPlan(ranks, plan.sizes)
     model = twin(model)
     torch.manual_seed(1)
-    model.model = get_peft_model(model.model, plan.to_lora_config(), autocast_adapter_dtype=False)
+    model.model = ada.restore(ada.inject(model.model, plan))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)

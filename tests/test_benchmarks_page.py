@@ -54,6 +54,8 @@ def lora(ratio, interval):
         "median_seconds": {"frozen": 0.1},
         "overhead": {"peft": 0.2, "ours": 0.08, "ours, uniform": 0.07},
         "ours_over_peft": found,
+        "arithmetic": 0.03,
+        "profiled_overhead": {"python": 0.05},
         "peak_bytes": {"ours": 90, "peft": 100},
         "repetitions": 7,
         "machine": HERE,
@@ -145,7 +147,7 @@ def test_lora(tmp_path):
     assert cells(text, "rows slower than PEFT, whole interval above 1")[1] == "1 of 1"
     assert cells(text, "block")[1:] == [
         *("100.0", "20.0%", "8.0%", "7.0%", "-", "-"),
-        *("0.42 (0.38 to 0.46)", "0.900", "7"),
+        *("0.42 (0.38 to 0.46)", "3.0%", "5.0%", "0.900", "7"),
     ]
     text = built(tmp_path, lora=lora(0.52, [0.48, 0.56]))
     assert cells(text, matching)[3] == "**missed**, target within the interval"
