@@ -125,11 +125,18 @@ def _js(f: Tensor, pairs: bool) -> Tensor:
 def tv_of_deltas(f: Tensor, p: Tensor, pairs: bool) -> Tensor:
     """tv of p and of p_k ~ p exp(f_k), k > 0, f [R, s, V] and p [s, V] float32; overwrites f.
 
-    p_k - p = p (e_k - z_k) / (1 + z_k), e_k = exp(f_k) - 1, z_k = sum p e_k: every term keeps its
-    digits, so float32 is enough.
+    p_k - p = p (e_k - z_k) / (1 + z_k), e_k = exp(f_k - a_k) - 1, z_k = sum p e_k, for any a_k.
+    With a_k = sum p f_k, e_k is small where p is not: every term keeps its digits, also where all
+    outputs moved by 20, so float32 is enough.
     """
-    e = f[1:].expm1_()
-    z = torch.matmul(e.transpose(0, 1), p[..., None]).transpose(0, 1)  # [R - 1, s, 1]
+
+    def mean(f: Tensor) -> Tensor:
+        """sum_v p f: [R - 1, s, 1]."""
+        return torch.matmul(f.transpose(0, 1), p[..., None]).transpose(0, 1)
+
+    e = f[1:]
+    e.sub_(mean(e)).expm1_()
+    z = mean(e)
     e.sub_(z).mul_(1 / (1 + z)).mul_(p)
     f[0] = 0
     return l1(f, pairs) / 2

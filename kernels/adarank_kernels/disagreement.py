@@ -41,7 +41,7 @@ METRICS = ("l1", "tv", "kl", "js", "argmax")
 LOGITS_BYTES = 80 << 20  # of a token chunk's logits
 CACHE_BYTES = 2 << 20  # of an operand of the elementwise passes
 ROWS = 512  # of a product whose outputs are needed only block by block
-LARGE = 30.0  # differences of logits beyond it are exponentiated in float64
+LARGE = 30.0  # moves of a token's logits that differ by more are exponentiated in float64
 OUTPUTS = 4096  # of a block; wider products take more time per output (measured)
 
 
@@ -331,7 +331,7 @@ def _compare_logits(
         return metrics.relative(logits, far, bias, metric, pairs)
     moderate = ~far
     if metric == "tv":
-        moderate &= (logits[1:].amax((0, 2)) < LARGE) & (logits[1:].amin((0, 2)) > -LARGE)
+        moderate &= ((logits[1:].amax(2) - logits[1:].amin(2)) < LARGE).all(0)
     shift = 0.0 if bias is None else bias.double()
     found = []
     for start in range(0, c, few := _few(logits)):

@@ -101,6 +101,18 @@ def test_small_differences_keep_their_digits(metric, activation, relative, pairs
     assert ours.max() < 1e-5
 
 
+@pytest.mark.parametrize("metric", ["tv", "kl", "js"])
+@pytest.mark.parametrize("move", [-20.0, 20.0, 60.0])
+def test_logits_that_all_move_alike_keep_their_digits(metric, move) -> None:
+    hidden, weight = variants(3, 20, 64, 0.1), head(700, 64)
+    hidden[:, :, 0], weight[:, 0] = 0.0, 64.0
+    hidden[1:, :, 0] = move / 64.0  # as language models do: softmax does not see it
+    right = exact(hidden, weight, metric=metric)
+    torch.testing.assert_close(
+        pairwise_disagreement(hidden, weight, metric=metric).double(), right, rtol=2e-5, atol=0
+    )
+
+
 def test_bfloat16_sees_what_its_logits_cannot() -> None:
     hidden = variants(3, 30, 64, 0.01, torch.bfloat16)
     weight = head(300, 64, torch.bfloat16)
