@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.import_utils import is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
@@ -99,6 +100,8 @@ _FUSED: dict[type, type] = {lora.Linear: FusedLinear, TorchaoLoraLinear: FusedTo
 
 def _fused_classes() -> dict[type, type]:
     """PEFT class -> fused class; bitsandbytes' only where it is installed."""
+    if not is_bnb_available():
+        return _FUSED
     from peft.tuners.lora import bnb
 
     for name in ("Linear4bit", "Linear8bitLt"):

@@ -50,6 +50,38 @@ def test_core_import_leaves_the_leaves_alone(tmp_path):
     assert run(code, tmp_path) == "[]"
 
 
+def test_the_main_job_needs_none_of_the_optional_packages(tmp_path):
+    code = """
+import importlib.util, sys
+
+OPTIONAL = ("bitsandbytes", "matplotlib", "scipy", "torchao", "trl")
+
+class Missing:
+    def find_spec(name, *rest):
+        if name.partition(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: (
+    None if name.partition(".")[0] in OPTIONAL else find(name, *rest)
+)
+sys.meta_path.insert(0, Missing)
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import adarank_fast as ada
+
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+batch = {"input_ids": torch.arange(10).view(2, 5)}
+plan = ada.predict_ranks(model.eval(), [batch], 2, trials=1, progress=False)
+peft_model = ada.inject(model, plan)
+peft_model(**batch, labels=batch["input_ids"]).loss.backward()
+print(ada.fusion_report(peft_model).fused_share)
+"""
+    paths = str(ROOT), str(ROOT / "kernels")
+    assert run(code, tmp_path, *paths).splitlines()[-1] == "1.0"
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
