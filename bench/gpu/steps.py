@@ -26,7 +26,7 @@ def block_row(context: Context, row: str) -> list[Row]:
     models = block_models(context, kind, targets, dropout)
     labels = context.sets(LORA_SETS)
     if not dropout:
-        labels = {label: kernels for label, kernels in labels.items() if label != "+ drop"}
+        labels = {k: v for k, v in labels.items() if k not in ("+ drop", "+ shrink")}
     best = DEFAULT if DEFAULT in labels else "vendor GEMMs"
     variants: dict[str, tuple[nn.Module, str]] = {
         name: (models[name], "vendor GEMMs") for name in ("frozen", "peft")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -78,14 +79,20 @@ def _device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def _unrolled(sums: Tensor, R: int, metric: str) -> Tensor:
     """[tokens, K, K] of rows and shifts -> [R, R, tokens]."""
-    K = sums.shape[-1]
-    i = torch.arange(R, device=sums.device)[:, None]
+    i, shift = _pairs(R, sums.shape[-1], metric == "kl", sums.device)
+    return sums[:, i, shift].permute(1, 2, 0).contiguous()
+
+
+@lru_cache(maxsize=256)
+def _pairs(R: int, K: int, ordered: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where `pairs_kernel` puts the sum of rows i and j: [R, R] of rows and of shifts."""
+    i = torch.arange(R)[:, None]
     j = i.t()
-    if metric != "kl":  # one sum for (i, j) and (j, i): of that row from which j is K / 2 at most
+    if not ordered:  # one sum for (i, j) and (j, i): of that row from which j is K / 2 at most
         low, high = torch.minimum(i, j), torch.maximum(i, j)
         near = high - low <= K // 2
         i, j = torch.where(near, low, high), torch.where(near, high, low)
-    return sums[:, i, (j - i) % K].permute(1, 2, 0).contiguous()
+    return i.to(device), ((j - i) % K).to(device)
 
 
 def row_statistics(

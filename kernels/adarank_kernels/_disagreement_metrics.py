@@ -147,10 +147,11 @@ def relative(logits: Tensor, far: Tensor, bias: Tensor | None, metric: str, pair
 
     Rows k > 0 are differences to row 0 or, where `far` [c], logits without bias as row 0 is.
     """
-    shift = 0.0 if bias is None else bias.double()
-    centre = logits[0].double()
-    lse = (centre + shift).logsumexp(-1, keepdim=True)
-    base = (centre + shift - lse).clamp_min_(RULED_OUT)  # any will do that is finite
-    shift = torch.where(far[:, None], 0, centre) + shift - lse - base
+    log_p = logits[0].double()
+    if bias is not None:
+        log_p += bias
+    log_p -= log_p.logsumexp(-1, keepdim=True)
+    base = log_p.clamp_min(RULED_OUT)  # any will do that is finite
     logits[0].masked_fill_(~far[:, None], 0)
+    shift = log_p.sub_(base).sub_(logits[0])
     return launch.compare(logits, metric, pairs, bias=shift.float(), base=base.float())

@@ -88,7 +88,7 @@ def _pack(
 ) -> Tensor:
     """Stack [r, in] to [R, in] in the compute dtype; a lone A of that dtype is not copied.
 
-    Rows beyond a module's rank are zero, or (folded) any: their columns of S are written over.
+    Rows beyond a module's rank repeat others: their columns of S are not read, of dS zero.
     """
     pieces: list[Tensor] = []
     for i, m in enumerate(modules):
@@ -96,8 +96,7 @@ def _pack(
         more = starts[i + 1] - starts[i] - A.shape[0]
         pieces.append(A)
         if more:
-            row = A[:1] if spec.folded else A.new_zeros(()).expand(more, A.shape[1])
-            pieces.append(row)
+            pieces.append(A[:more] if more <= len(A) else A[:1].expand(more, -1))
     packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return packed.to(dtype)
 
@@ -133,16 +132,20 @@ def _add_dropped(total: Tensor | None, X: Tensor, seed: Tensor, spec: Spec) -> T
 
 def _shrink(
     X: Tensor, lora_As: Sequence[Tensor | None], starts: list[int], seed: Tensor | None, spec: Spec
-) -> Tensor:
-    """S = drop(X) A^T."""
+) -> tuple[Tensor, Tensor | None]:
+    """S = drop(X) A^T; and A as it was packed for a kernel, which the backward pass can use again.
+
+    Not on the CPU, where packing takes no launch and memory is short.
+    """
     if spec.native:
         S = X.new_empty(X.shape[0], starts[-1])
         _skinny.narrow(_drop(X, seed, spec), S, _side_by_side(lora_As, spec.adapted, starts))
-        return S
+        return S, None
     A = _pack(lora_As, spec.adapted, starts, spec, X.dtype)
-    if "shrink" in spec.kernels:
-        return launch.shrink(X, A, seed, spec.dropout)
-    return torch.mm(_drop(X, seed, spec), A.t())
+    kept = A if spec.kernels else None
+    if seed is not None and "shrink" in spec.kernels:  # without dropout the vendor's is as fast
+        return launch.shrink(X, A, seed, spec.dropout), kept
+    return torch.mm(_drop(X, seed, spec), A.t()), kept
 
 
 def _expand(base: Tensor, S: Tensor, B: Tensor, alpha: float) -> Tensor:
@@ -191,9 +194,9 @@ class GroupedLoraLinear(torch.autograd.Function):
         X = _straight(_rows(x), spec)
         starts = spec.starts(spec.adapted, spec.ones)
         first = dict(zip(spec.adapted, starts, strict=False))
-        S = None
+        S = packed = None
         if spec.adapted:
-            S = _shrink(X, lora_As, starts, seed, spec)
+            S, packed = _shrink(X, lora_As, starts, seed, spec)
             for m in spec.ones:
                 S.select(1, first[m] + spec.ranks[m]).fill_(1.0)
         outputs: list[Tensor] = []
@@ -250,6 +253,7 @@ class GroupedLoraLinear(torch.autograd.Function):
             x if any(need_W) or any(need_A) else None,
             S if any(need_B) else None,
             seed,
+            packed if need_x else None,
             *(weights if need_x else absent),
             *(lora_As if need_x else absent),
             *(lora_Bs if need_x or any(need_A) else absent),
@@ -271,7 +275,7 @@ class GroupedLoraLinear(torch.autograd.Function):
 def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     spec: Spec = ctx.spec
     M = len(spec.ranks)
-    x, S, seed, *saved = ctx.saved_tensors
+    x, S, seed, packed, *saved = ctx.saved_tensors
     weights, lora_As, lora_Bs = saved[:M], saved[M : 2 * M], saved[2 * M :]
     need_x, _, *needs = ctx.needs_input_grad[1:]
     need_W, need_bias, need_A, need_B, need_base = (needs[i * M : i * M + M] for i in range(5))
@@ -346,7 +350,9 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
         else:
             _skinny.wide(dX, dS, As)
     elif dS is not None and need_x:
-        A = _pack(lora_As, low_rank, dS_starts, spec, ctx.dtype)
+        A = packed
+        if A is None or len(low_rank) < len(spec.adapted):
+            A = _pack(lora_As, low_rank, dS_starts, spec, ctx.dtype)
         if seed is not None:
             dX = _add_dropped(dX, torch.mm(dS, A), seed, spec)
         else:

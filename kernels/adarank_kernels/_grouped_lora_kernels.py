@@ -5,10 +5,10 @@ Packed layout: A is [sum of padded ranks, in], each module's rows padded with ze
 launch: their tensors come as separate pointers, so nothing is copied to be launched together and
 outputs stay tensors of their own. Column tiles come from a table of int32 rows, cached by shape.
 
-    shrink    S = drop(X) A^T                 one pass over X for all ranks
+    shrink    S = drop(X) A^T                 one pass over X for all ranks (with dropout only)
     expand    Y_m += s_m S_m B_m^T            one launch; each tile loops over its own padded rank
     down      dS_m = s_m dY_m B_m and         one pass over dY; dB from partial sums of row blocks
-              dB_m = s_m dY_m^T S_m           that are added in a fixed order
+              dB_m = s_m dY_m^T S_m           that are added in a fixed order (opt-in)
     drop      out (+)= drop(in)               for the operands of the vendor's GEMMs
     fused     Y = s S B^T + X W^T + b         the low-rank product as first K-steps (opt-in)
 """

@@ -22,10 +22,10 @@ PADDING = 16  # the smallest K of a tensor-core product
 DOWN_MAX_RANK = 32
 
 # One known-good configuration each; BLOCK_R follows the rank, in these steps.
-SHRINK = {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-SHRINK_BLOCKS_R = (16, 32, 64, 128)
+SHRINK = {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+SHRINK_BLOCKS_R = (16, 32, 64)
 EXPAND = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2}
-DOWN = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+DOWN = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
 DOWN_BLOCKS_R = (16, 32)
 DROP = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1}
 FUSED = {
@@ -79,7 +79,6 @@ def _one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return list(tensors) if same else [t.to(dtype) for t in tensors]
 
 
-@lru_cache(maxsize=4096)
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     width = 8
     filled = [(*row, *(0,) * (width - len(row))) for row in rows]
@@ -100,6 +99,15 @@ def expand_tiles(
         for m, (offset, rank, out) in enumerate(zip(offsets, ranks, outs, strict=True))
         for first in range(0, out if rank else 0, block)
     )
+
+
+@lru_cache(maxsize=4096)
+def _expand_table(
+    offsets: tuple[int, ...], ranks: tuple[int, ...], outs: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, int]:
+    """`expand_tiles` on the device, and how many there are."""
+    tiles = expand_tiles(offsets, ranks, outs, EXPAND["BLOCK_N"])
+    return _table(tiles, device), len(tiles)
 
 
 def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
@@ -147,13 +155,13 @@ def expand(
     for i in range(0, len(products), SLOTS):
         some = slice(i, i + SLOTS)
         ys, Bs = list(products[some]), _one_dtype(lora_Bs[some], S.dtype)
-        ranks, outs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
+        ranks, outs = tuple(B.shape[1] for B in Bs), tuple(B.shape[0] for B in Bs)
         if any(y.data_ptr() % 16 for y in ys):
             for y, offset, B, scaling in zip(ys, offsets[some], Bs, scalings[some], strict=True):
                 y.addmm_(S[:, offset : offset + B.shape[1]], B.to(S.dtype).t(), alpha=scaling)
             continue
-        tiles = expand_tiles(offsets[some], ranks, outs, EXPAND["BLOCK_N"])
-        grid = (cdiv(S.shape[0], EXPAND["BLOCK_M"]), len(tiles))
+        table, tiles = _expand_table(tuple(offsets[some]), ranks, outs, S.device)
+        grid = (cdiv(S.shape[0], EXPAND["BLOCK_M"]), tiles)
         with _on(S):
             kernels.expand_kernel[grid](
                 S,
@@ -161,13 +169,34 @@ def expand(
                 *[ys[0]] * (SLOTS - len(ys)),
                 *_slots(Bs),
                 _floats(tuple(scalings[some]), S.device),
-                _table(tiles, S.device),
+                table,
                 S.shape[0],
                 S.stride(0),
                 ALIGNED=_aligned(ys, outs),
                 PRECISION=_precision(S.dtype),
                 **EXPAND,
             )
+
+
+@lru_cache(maxsize=4096)
+def _down_table(
+    offsets: tuple[int, ...],
+    ranks: tuple[int, ...],
+    outs: tuple[int, ...],
+    dS_offsets: tuple[int, ...],
+    block_r: int,
+    device: torch.device,
+) -> tuple[Tensor, tuple[int, ...], int]:
+    """A row per module; its first column of the partial sums; their width."""
+    columns = [cdiv(out, 16) * 16 * block_r for out in outs]
+    firsts = tuple(sum(columns[:m]) for m in range(len(columns)))
+    rows = tuple(
+        (m, offset, rank, padded(rank), first, out, dS_offset)
+        for m, (offset, rank, first, out, dS_offset) in enumerate(
+            zip(offsets, ranks, firsts, outs, dS_offsets, strict=True)
+        )
+    )
+    return _table(rows, device), firsts, sum(columns)
 
 
 def down(
@@ -188,18 +217,13 @@ def down(
     for i in range(0, len(dYs), SLOTS):
         some = slice(i, i + SLOTS)
         Bs = _one_dtype(lora_Bs[some], S.dtype)
-        ranks, outs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
+        ranks, outs = tuple(B.shape[1] for B in Bs), tuple(B.shape[0] for B in Bs)
         block_r = next_block(max(ranks), DOWN_BLOCKS_R)
-        chunks = cdiv(N, DOWN["BLOCK_M"])
-        columns = [cdiv(out, 16) * 16 for out in outs]
-        firsts = [sum(columns[:m]) * block_r for m in range(len(columns))]
-        partial = S.new_empty(chunks, sum(columns) * block_r, dtype=torch.float32)
-        rows = tuple(
-            (m, offset, rank, padded(rank), first, out, dS_offset)
-            for m, (offset, rank, first, out, dS_offset) in enumerate(
-                zip(offsets[some], ranks, firsts, outs, dS_offsets[some], strict=True)
-            )
+        table, firsts, width = _down_table(
+            tuple(offsets[some]), ranks, outs, tuple(dS_offsets[some]), block_r, S.device
         )
+        chunks = cdiv(N, DOWN["BLOCK_M"])
+        partial = S.new_empty(chunks, width, dtype=torch.float32)
         gs = _slots(dYs[some])
         if N:
             with _on(S):
@@ -210,7 +234,7 @@ def down(
                     *_slots(Bs),
                     partial,
                     _floats(tuple(scalings[some]), S.device),
-                    _table(rows, S.device),
+                    table,
                     N,
                     S.stride(0),
                     dS.stride(0),
@@ -371,6 +395,6 @@ def _check_fused(p: dict[str, Any]) -> None:
 
 register("lora_shrink", _each_dtype(_check_shrink))
 register("lora_expand", _each_dtype(_check_expand))
-register("lora_down", _each_dtype(_check_down))
+register("lora_down", _each_dtype(_check_down), opt_in=True)
 register("lora_drop", _each_dtype(_check_drop))
 register("lora_fused", _each_dtype(_check_fused), opt_in=True)

@@ -43,6 +43,8 @@ CACHE_BYTES = 2 << 20  # of an operand of the elementwise passes
 ROWS = 512  # of a product whose outputs are needed only block by block
 LARGE = 30.0  # moves of a token's logits that differ by more are exponentiated in float64
 OUTPUTS = 4096  # of a block; wider products take more time per output (measured)
+GPU_BYTES = 256 << 20  # of the outputs that exist at once on CUDA, where few launches count more
+GPU_OUTPUTS = 16384
 
 
 def pairwise_disagreement(
@@ -176,7 +178,11 @@ def _chunk_tokens(
     """How many tokens to compare at once."""
     rows = len(hidden) + (reference is not None)
     outputs = hidden.shape[2] if weight is None else len(weight)
-    if metric == "l1" and activation is None and weight is not None:
+    in_blocks = metric == "l1" and activation is None and weight is not None
+    if hidden.is_cuda:
+        width = min(outputs, GPU_OUTPUTS) if in_blocks else outputs
+        return max(1, GPU_BYTES // (rows * width * _working(hidden.dtype).itemsize))
+    if in_blocks:
         return max(1, ROWS // rows)
     space = LOGITS_BYTES // 8 if weight is None else LOGITS_BYTES  # no product to feed
     return max(1, space // (rows * outputs * _working(hidden.dtype).itemsize))
@@ -283,14 +289,15 @@ def _multiply(rows: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor) -> 
         rows = torch.ldexp(rows, -exponents)
     working = rows.dtype
     rows = rows.to(dtype)
-    for start in range(0, len(weight), OUTPUTS):
-        block = weight[start : start + OUTPUTS].to(dtype)
+    width = out.shape[1] if rows.is_cuda else OUTPUTS
+    for start in range(0, len(weight), width):
+        block = weight[start : start + width].to(dtype)
         first = start if out.shape[1] == len(weight) else 0
         product = out[:, first : first + len(block)]
         if dtype == working:
             torch.mm(rows, block.t(), out=product)
         elif rows.is_cuda:
-            product.copy_(torch.mm(rows, block.t(), out_dtype=working))
+            torch.mm(rows, block.t(), out_dtype=working, out=product)
         else:
             product.copy_(torch.mm(rows, block.t()))
         if exponents is not None:
@@ -304,7 +311,8 @@ def _compare_deltas(
     """Sum of |rows W^T| differences, [R, R, c] or [R - 1, c]; rows before `first` are zero."""
     R, c, D = rows.shape
     found = rows.new_zeros((R, R, c) if pairs else (R - 1, c), dtype=torch.float64)
-    products = rows.new_zeros(R * c, min(OUTPUTS, len(weight)))
+    width = min(GPU_OUTPUTS if rows.is_cuda else OUTPUTS, len(weight))
+    products = rows.new_zeros(R * c, width)
     wanted = rows[first:].reshape(-1, D)
     for width in _multiply(wanted, weight, dtype, products[first * c :]):
         block = products[:, :width].unflatten(0, (R, c))

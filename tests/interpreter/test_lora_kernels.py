@@ -126,17 +126,21 @@ def test_self_checks_pass(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("fused", [False, True])
-def test_op_through_the_kernels(dtype: torch.dtype, dropout: float, fused: bool) -> None:
+@pytest.mark.parametrize("asked_for", [(), ("lora_down",), ("lora_down", "lora_fused")])
+def test_op_through_the_kernels(
+    dtype: torch.dtype, dropout: float, asked_for: tuple[str, ...]
+) -> None:
     group = make_group((2, 70), train_base=True, dropout=dropout, seed=torch.tensor([41]))
     exact = group.results(grouped_lora_linear_ref)  # float64
     torchs = group.to(dtype).results(grouped_lora_linear_ref)
-    _triton.enable("lora_fused", fused)
+    for name in asked_for:
+        _triton.enable(name)
     try:
         ours = group.to(dtype).results(grouped_lora_linear)
         again = group.to(dtype).results(grouped_lora_linear)
     finally:
-        _triton.enable("lora_fused", False)
+        for name in asked_for:
+            _triton.enable(name, False)
     assert_as_good_as_torch(ours, torchs, exact)
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
