@@ -374,10 +374,8 @@ def machines(rows: Mapping[str, Row]) -> str:
     for name, row in rows.items():
         here = row["machine"]
         packages = ", ".join(f"{p} {number}" for p, number in here["versions"].items() if number)
-        told = (
-            f"{here['cpu']} ({here['cpu_capability']}), {here['threads']} threads; Python "
-            f"{here['python']}, {packages}; {here['date']}"
-        )
+        cpu = f"{here['cpu']} ({here['cpu_capability']}), {here['threads']} threads"
+        told = f"{here.get('gpu') or cpu}; Python {here['python']}, {packages}; {here['date']}"
         groups.setdefault(told, []).append(name)
     if len(groups) == 1:
         return f"Measured on {next(iter(groups))}."

@@ -5,7 +5,8 @@
 A stub driver stands in for the GPU, so kernels go through Triton's real launch specialisation
 (alignment of pointers and sizes) down to cubin / hsaco. Exit status 1 if an offered configuration
 breaks a rule on sm_80 or sm_90: register spills, no tensor-core instruction in a GEMM kernel (wgmma
-on sm_90), shared memory over the limit, narrow stores although rows are aligned. Nothing is timed.
+on sm_90, but for shrink), shared memory over the limit, narrow stores although rows are aligned.
+Nothing is timed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ SHARED_PER_SM = {"sm_80": 167936, "sm_90": 233472, "sm_100": 233472, "gfx942": 6
 MMA_FLOPS_PER_CLOCK = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
 TENSOR_CORE = {
     "sm_80": r"^HMMA",
-    "sm_90": r"^[HQ]GMMA",
+    "sm_90": r"^[HQ]GMMA",  # of 64 rows at least
     "sm_100": r"^UTC\w*MMA|^[HQ]G?MMA",
     "gfx942": r"^v_mfma",
 }
@@ -94,6 +95,11 @@ class Case:
     options: dict[str, Any]
     flops_per_step: int = 0  # of one block and one iteration of the hot loop; 0: no GEMM
     aligned: bool = True  # every stored row starts at 16 bytes: stores must be wide
+    skinny: bool = False  # a tile of few rows and columns, bound by memory: HMMA will do
+
+    def tensor_core(self, target: str) -> str:
+        """A pattern of the instructions that it must have."""
+        return r"^HMMA" if self.skinny and target == "sm_90" else TENSOR_CORE[target]
 
 
 def cases() -> Iterator[Case]:
@@ -116,6 +122,8 @@ def cases() -> Iterator[Case]:
                 [t, t, t, int64, 8192, K, R, K, 6554],
                 options,
                 2 * launch.SHRINK["BLOCK_M"] * launch.SHRINK["BLOCK_K"] * R,
+                aligned=R == 64,  # of fewer, a thread holds less than 16 bytes
+                skinny=True,
             )
         for b, aligned in itertools.product((t, fp32), (True, False)):
             suffix = (" B fp32" if b is fp32 else "") + ("" if aligned else " ragged")
@@ -281,13 +289,13 @@ def read_cuda(compiled: Any, target: str, case: Case) -> dict[str, Any]:
         "stack_bytes": stack,
         "shared_bytes": shared,
         "occupancy": round(blocks * warps / 64, 3),
-        "tensor_core": _count(ops, TENSOR_CORE[target]),
+        "tensor_core": _count(ops, case.tensor_core(target)),
         "loads_16B": _count(ops, r"^LDG\.\S*128|^LDGSTS\.\S*128|^UTMALDG"),
         "loads": _count(ops, r"^LDG|^UTMALDG"),
         "stores_16B": _count(ops, r"^STG\.\S*128|^UTMASTG"),
         "stores": _count(ops, r"^STG|^UTMASTG"),
     }
-    loop = _hot_loop(code, TENSOR_CORE[target]) if case.flops_per_step else []
+    loop = _hot_loop(code, case.tensor_core(target)) if case.flops_per_step else []
     if loop:  # four schedulers issue one instruction each per clock, for all warps of a block
         figures["issue_clocks"] = round(len(loop) * warps / 4)
         figures["mma_clocks"] = round(case.flops_per_step / MMA_FLOPS_PER_CLOCK[target])
@@ -313,7 +321,7 @@ def read_amd(compiled: Any, target: str, case: Case) -> dict[str, Any]:
         "stack_bytes": number(r"\.private_segment_fixed_size:"),
         "shared_bytes": shared,
         "occupancy": round(blocks * compiled.metadata.num_warps / 32, 3),
-        "tensor_core": _count(ops, TENSOR_CORE[target]),
+        "tensor_core": _count(ops, case.tensor_core(target)),
         "loads_16B": _count(ops, r"^(buffer|global)_load_dwordx4"),
         "loads": _count(ops, r"^(buffer|global|flat)_load"),
         "stores_16B": _count(ops, r"^(buffer|global)_store_dwordx4"),

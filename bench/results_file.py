@@ -26,6 +26,7 @@ def machine() -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }

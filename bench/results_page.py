@@ -35,7 +35,7 @@ shown. The second says how many ranks change when a prediction looks at somethin
 yet.
 """
 TRAINED = """
-Every arm has its own learning rate, the best of three after one epoch on a validation split of
+Every arm has its own learning rate, the best of four after one epoch on a validation split of
 the training data, and three epochs; the language model has 200 steps of 1,024 tokens of MR's
 sentences. [comparing.md](comparing.md) has all definitions. `random` deals AdaRank's ranks out
 at random, `reversed` gives the highest to the module that earned the lowest.

@@ -66,8 +66,8 @@ class Experiment:
     arms: tuple[str, ...] = ("adarank", "uniform")
 
 
-SHORT = dict(max_length=64, epochs=3, learning_rates=(1e-3, 2e-3, 4e-3))
-HIGHER = (2e-3, 4e-3, 8e-3)  # few steps for 50 classes
+SHORT = dict(max_length=64, epochs=3, learning_rates=(1e-3, 2e-3, 4e-3, 8e-3))
+HIGHER = (2e-3, 4e-3, 8e-3, 1.6e-2)  # few steps for 50 classes
 TRAINING = {
     "minilm-trec-r2": Experiment(
         "MiniLM, TREC with 50 classes, average rank 2",
@@ -95,7 +95,7 @@ TRAINING = {
             epochs=2,
             max_steps=200,
             trials=3,
-            learning_rates=(5e-4, 1e-3, 2e-3),
+            learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
         ),
     ),
     "minilm-mr-r2": Experiment(

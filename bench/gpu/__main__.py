@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="bench.gpu", description="Check and time everything on a GPU.")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} repetitions a row")
+    parser.add_argument("--repetitions", type=int, metavar="N", help=f"of a row ({REPETITIONS})")
     parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/gpu/CARD-DATE.json")
     parser.add_argument("--dtype", choices=rows.DTYPES, default="bfloat16", help="to time")
     parser.add_argument("--only", metavar="PATTERN", help="jobs that match this regular expression")
@@ -47,7 +48,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--only {options.only!r} matches none of: {'; '.join(rows.names())}")
     if options.out and not options.out.absolute().parent.is_dir():
         parser.error(f"--out {options.out}: its folder does not exist")
-    options.repetitions = QUICK if options.quick else REPETITIONS
+    if options.repetitions is None:
+        options.repetitions = QUICK if options.quick else REPETITIONS
+    if options.repetitions < 1:
+        parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
     return options
 
 
