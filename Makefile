@@ -81,9 +81,13 @@ results-page: $(VENV)/.installed
 
 # On a machine with a CUDA or ROCm card: checks and times everything, writes one file to send back.
 # Elsewhere it says that there is no GPU. Options: make bench-gpu ARGS="--quick --only blocks"
-.PHONY: bench-gpu roofline
+.PHONY: bench-gpu gpu-page roofline
 bench-gpu: $(VENV)/.installed
 	PYTHONPATH=.:kernels $(BIN)/python -m bench.gpu $(ARGS)
+
+# docs/gpu.md, of the files of all cards in bench/results/gpu; nothing is timed.
+gpu-page: $(VENV)/.installed
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.gpu.page
 
 # Projected times on GPUs that need not be here, counted from bytes and FLOPs; nothing is timed.
 roofline: $(VENV)/.installed

@@ -28,6 +28,8 @@ from adarank_kernels import philox_normal
 
 FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
 
+COMPARED = 15  # variants at once beside the clean pass: as many as the kernels take
+
 Stds = Mapping[str, tuple[float, float]]  # target name -> of its weight, of its bias
 
 
@@ -163,10 +165,15 @@ class Prober:
         return (sums / self._count).tolist()
 
     def _probe_batch(self, index: int, chunk: Sequence[Variant], noise: _Noise) -> Tensor:
-        """[variants of the chunk] float64: disagreement summed over the positions of one batch."""
+        """[variants of the chunk] float64: disagreement summed over the positions of one batch.
+
+        Hidden states wait for each other before they meet the head, as every comparison multiplies
+        those of the clean pass, too.
+        """
         replay = self._replay
         clean = replay.clean[index]
-        parts = []
+        parts: list[Tensor] = []
+        waiting: list[Tensor] = []
         runs = math.ceil(len(chunk) / folds_for(replay, index, self._memory))
         step = math.ceil(len(chunk) / runs)  # of one size: a few variants alone are slow
         for start in range(0, len(chunk), step):
@@ -174,11 +181,17 @@ class Prober:
             outputs = self._outputs(index, chunk, noise, some)
             if outputs.isnan().any() and not clean.isnan().any() and replay.keep_everything():
                 outputs = self._outputs(index, chunk, noise, some)
-            parts.append(
-                disagreement_sums(
-                    outputs, clean, self._masks[index], self._metric, replay.head
-                ).sum(1)
-            )
+            waiting.append(outputs)
+            held = sum(outputs.nbytes for outputs in waiting)
+            more = some.stop < len(chunk) and sum(map(len, waiting)) + step <= COMPARED
+            if replay.head is None or not more or held > self._memory.activations // 8:
+                outputs = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+                waiting = []
+                parts.append(
+                    disagreement_sums(
+                        outputs, clean, self._masks[index], self._metric, replay.head
+                    ).sum(1)
+                )
         return torch.cat(parts)
 
     def _outputs(self, index: int, chunk: Sequence[Variant], noise: _Noise, some: range) -> Tensor:

@@ -178,11 +178,17 @@ def show(console: Console, found: dict[str, Any], path: Path, titles: dict[str, 
     console.print(f"{state} {path}", markup=False, soft_wrap=True)
 
 
+def best_seconds(row: Row) -> float | None:
+    """Of either timer: a graph copies slower than a stream on some cards."""
+    times = [row[key] for key in ("eager_seconds", "graph_seconds") if row.get(key)]
+    return min(times, default=None)
+
+
 def card_rates(rows: Iterable[Row]) -> str:
     """The card's own bandwidth and matmul rate in words."""
     said = []
     for row in rows:
-        seconds = row.get("graph_seconds", row.get("eager_seconds"))
+        seconds = best_seconds(row)
         if seconds and row.get("flops"):
             said.append(f"{row['variant']}: {row['flops'] / seconds / 1e12:.4g} TFLOP/s")
         elif seconds:

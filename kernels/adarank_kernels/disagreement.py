@@ -339,7 +339,8 @@ def _compare_logits(
         return metrics.relative(logits, far, bias, metric, pairs)
     moderate = ~far
     if metric == "tv":
-        moderate &= ((logits[1:].amax(2) - logits[1:].amin(2)) < LARGE).all(0)
+        low, high = logits[1:].aminmax(dim=2)
+        moderate &= (high - low < LARGE).all(0)
     shift = 0.0 if bias is None else bias.double()
     found = []
     for start in range(0, c, few := _few(logits)):

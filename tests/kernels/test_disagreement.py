@@ -113,6 +113,16 @@ def test_logits_that_all_move_alike_keep_their_digits(metric, move) -> None:
     )
 
 
+def test_a_large_vocabulary_adds_up_exactly() -> None:
+    hidden, weight = variants(2, 8, 32, 0.05), head(49152, 32, scale=3.0)
+    right = exact(hidden, weight, metric="tv")
+    for ours in (
+        pairwise_disagreement(hidden, weight, metric="tv")[1, 0],
+        pairwise_disagreement(hidden[1:], weight, metric="tv", reference=hidden[0])[0],
+    ):
+        torch.testing.assert_close(ours.double(), right[1, 0], rtol=3e-6, atol=0)
+
+
 def test_bfloat16_sees_what_its_logits_cannot() -> None:
     hidden = variants(3, 30, 64, 0.01, torch.bfloat16)
     weight = head(300, 64, torch.bfloat16)
