@@ -12,6 +12,7 @@ from adarank_fast.plan import RankPlan
 from adarank_fast.statistics import Interval
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
+UNSTEADY = 1.2  # of the sweep's loss
 NONE = "-"
 
 
@@ -194,6 +195,24 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def unsteady(results: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Arm -> seeds whose run ended worse than one epoch of the sweep at the same rate did.
+
+    By the metric, and by more than `UNSTEADY` in the loss: the rate does not last three epochs.
+    """
+    sign = 1 if results["settings"]["greater_is_better"] else -1
+    swept = {(cell["arm"], cell["learning_rate"]): cell for cell in results.get("sweep", [])}
+    found: dict[str, list[int]] = {}
+    for run in results.get("runs", []):
+        cell = swept.get((run["arm"], run["learning_rate"]))
+        if cell is None or run["diverged"] or cell["diverged"]:
+            continue
+        worse = sign * run["value"] < sign * cell["value"]
+        if worse and run["loss"] > UNSTEADY * cell["loss"]:
+            found.setdefault(run["arm"], []).append(run["seed"])
+    return found
+
+
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """What else a reader must know."""
     settings, baseline = results["settings"], results["baseline"]
@@ -202,6 +221,12 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         for arm, numbers in results["arms"].items()
         for seed, reason in numbers["diverged"].items()
     ]
+    for arm, numbers in unsteady(results).items():
+        lines.append(
+            f"{len(numbers)} of {len(settings['seeds'])} runs of {arm} fell apart: they ended "
+            "worse than its sweep, whose one epoch chose a learning rate that more epochs do not "
+            "stand; give lower ones."
+        )
     compared = [found for found in results["differences"].values() if found is not None]
     seeds = len(settings["seeds"])
     if seeds == 1:
@@ -235,6 +260,11 @@ def _claim(
     items = Interval(**by_item) if by_item else None
     if seeds.low is None:
         return f"More seeds are needed to tell {arm} from {baseline} in {metric}."
+    if apart := [name for name in (arm, baseline) if name in unsteady(results)]:
+        return (
+            f"Nothing can be said of {arm} and {baseline}: runs of {' and '.join(apart)} fell "
+            "apart at the learning rate that the sweep chose."
+        )
     if not seeds.excludes_zero:
         claim = f"No evidence of a difference in {metric} between {arm} and {baseline}"
         if items is not None and items.excludes_zero:

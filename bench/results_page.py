@@ -35,10 +35,13 @@ shown. The second says how many ranks change when a prediction looks at somethin
 yet.
 """
 TRAINED = """
-Every arm has its own learning rate, the best of four after one epoch on a validation split of
-the training data, and three epochs; the language model has 200 steps of 1,024 tokens of MR's
-sentences. [comparing.md](comparing.md) has all definitions. `random` deals AdaRank's ranks out
-at random, `reversed` gives the highest to the module that earned the lowest.
+Every arm has its own learning rate, the best of three or four after one epoch on a validation
+split of the training data, and three epochs; the language model has 200 steps of 1,024 tokens of
+MR's sentences. [comparing.md](comparing.md) has all definitions. `random` deals AdaRank's ranks
+out at random, `reversed` gives the highest to the module that earned the lowest. The comparisons
+"up to 0.008" say more about sweeps than about ranks: one epoch of one seed chose 0.008, at which
+three epochs may fall apart (runs that end near the share of the largest class, or at a loss far
+above the sweep's); the same comparisons with rates up to 0.004 are those to read.
 """
 PLANS = """
 A prediction as usual: mean-pooled last hidden state, l1, seed 0, 32 TREC questions and five
@@ -49,9 +52,10 @@ another seed changes is chance: less than that says nothing. `accumulating` and 
 the published procedure, whose noise stays, in two readings ([method.md](method.md)).
 """
 COST = """
-The runs shared the machine with other work and were halted now and then: times by the clock are
-no benchmark (those are in [benchmarks.md](benchmarks.md)), nor are the times of steps in the
-files. CPU hours are those of both cores added up.
+Runs on CPUs shared the machine with other work and were halted now and then, and on the GPU ten
+or more shared one card: times by the clock are no benchmark (those are in
+[benchmarks.md](benchmarks.md)), nor are the times of steps. CPU hours are those of all cores
+added up.
 """
 
 QUESTIONS = {  # a line of the second table: rows of the files that it sums up

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from bench.counts import Cost
-from bench.gpu import checks, report, run, steps, timing
+from bench.gpu import checks, page, report, run, steps, timing
 from bench.gpu.__main__ import parse
 from bench.gpu.context import Context, Row, summary
 from bench.gpu.rows import names
@@ -395,3 +395,37 @@ def test_the_cards_rates_in_words() -> None:
         {"variant": "failed", "status": "out of memory"},
     ]
     assert report.card_rates(rows) == "copy: 4 GB/s; product: 1.5 TFLOP/s"
+
+
+def test_the_committed_page_is_of_the_committed_files() -> None:
+    assert page.PAGE.read_text(encoding="utf-8") == page.page()
+
+
+def test_page_of_a_small_run(tmp_path: Path) -> None:
+    assert "No card yet" in page.page(tmp_path)
+    step = {"row": "tiny", "status": "ok"}
+    found = {
+        "machine": report.machine() | {"card": "Example card", "gpu": "Example card"},
+        "options": {"tokens": [4, 1024], "dtype": "bfloat16", "repetitions": 7},
+        "failures": ["lora_down: wrong"],
+        "checks": [{"status": "passed"}, {"status": "failed"}],
+        "sections": {
+            "card": [{"variant": "copy", "eager_seconds": 1.0, "graph_seconds": 2.0, "bytes": 3e9}],
+            "blocks": [
+                step | {"variant": "frozen", "graph_seconds": 1e-3, "eager_seconds": 2e-3},
+                step | {"variant": "peft", "graph_seconds": 3e-3, "eager_seconds": 4e-3},
+                step | {"variant": "ours, all that passed", "graph_seconds": 2e-3},
+            ],
+            "kernels": [
+                step | {"variant": "plain torch", "graph_seconds": 4e-6},
+                step | {"variant": "kernel", "graph_seconds": 2e-6, "bandwidth_share": 0.5},
+            ],
+            "ops": [step | {"variant": "x", "eager_seconds": 5e-3, "peak_extra_bytes": 2**20}],
+        },
+    }
+    (tmp_path / "card.json").write_text(json.dumps(found))
+    text = page.page(tmp_path)
+    assert "1 of 2 checks passed. copy: 3 GB/s." in text and "- lora_down: wrong" in text
+    assert "| tiny | 1 | 2 | 1 | 0.50 | - | - | - |" in text
+    assert "| tiny | 2 | - | - | - | - | - | - |" in text
+    assert "| tiny | 4.0 | 2.0 | 2.00 | 50% |" in text and "| tiny | x | 5 | 1 |" in text

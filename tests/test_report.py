@@ -89,3 +89,28 @@ def test_a_lower_perplexity_is_better():
     claim, figures = report.verdicts(results_of(*lower, metric="perplexity"))[0]
     assert claim.startswith("adarank is better in perplexity than uniform")
     assert "-0.3 (below 0 is better), 95% interval -0.4 to -0.2" in figures
+
+
+def test_runs_that_end_worse_than_the_sweep_say_nothing_of_ranks():
+    results = results_of(span(0.1, 0.05, 0.15), span(0.1, 0.08, 0.12, 900))
+    results["sweep"] = [
+        {"arm": arm, "learning_rate": 8e-3, "value": 0.8, "loss": 0.5, "diverged": None}
+        for arm in ("adarank", "uniform")
+    ]
+
+    def run(arm, seed, value, loss):
+        known = {"arm": arm, "seed": seed, "learning_rate": 8e-3, "diverged": None}
+        return known | {"value": value, "loss": loss}
+
+    steady = [run("adarank", seed, 0.82, 0.9) for seed in range(3)]  # surer of its errors, no worse
+    results["runs"] = steady + [run("uniform", seed, 0.79, 0.59) for seed in range(3)]
+    assert report.verdicts(results)[0][0].startswith("adarank is better")
+    results["runs"] = [*steady, run("uniform", 0, 0.81, 0.4), run("uniform", 2, 0.3, 2.0)]
+    assert report.unsteady(results) == {"uniform": [2]}
+    assert report.verdicts(results)[0][0] == (
+        "Nothing can be said of adarank and uniform: runs of uniform fell apart at the learning "
+        "rate that the sweep chose."
+    )
+    assert any(
+        line.startswith("1 of 3 runs of uniform fell apart") for line in report.remarks(results)
+    )

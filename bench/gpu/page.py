@@ -25,27 +25,28 @@ Row = Mapping[str, Any]
 
 TEXT = """# On a GPU
 
-What `make bench-gpu` measured where a card was at hand. Written by `make gpu-page` from the files in
-`bench/results/gpu`; do not edit. [fusing.md](fusing.md) and [disagreement.md](disagreement.md) say
-what follows from it. Every kernel and op was first checked against float64: an error of at most
+What `make bench-gpu` measured where a card was at hand. Written by `make gpu-page` from the files
+in `bench/results/gpu`; do not edit. [fusing.md](fusing.md) and [disagreement.md](disagreement.md)
+say what follows from it. Every kernel and op was first checked against float64: an error of at most
 twice plain PyTorch's in the same dtype, plus 1e-6 (of the largest value, where that is above 1).
 """
 BLOCKS = """
 Forward and backward of one transformer block, {tokens} tokens, {dtype}, average rank 16, mixed;
-medians of {repetitions}. Under a CUDA graph no launch is counted, only the card's own work; in eager
-mode the step of a small model waits for Python. Overhead is a step less the frozen base's; "float32"
-is PEFT's default, float32 adapters on the base. Ours has the kernels that run by default.
+medians of {repetitions}. Under a CUDA graph no launch is counted, only the card's own work; in
+eager mode the step of a small model waits for Python. Overhead is a step less the frozen base's;
+"float32" is PEFT's default, float32 adapters on the base. Ours has the kernels that run by default.
 """
 KERNELS = """
-Each kernel beside plain PyTorch on the same operands, under a CUDA graph; a share of what the card's
-own copy moves a second, from the bytes that must be moved at least. Operands of a few megabytes may
-wait in the cache: shares above 100%. `shrink` is used with dropout only; `down`, `fused` and the
-fused head are off until asked for.
+Each kernel beside plain PyTorch on the same operands, under a CUDA graph; a share of what the
+card's own copy moves a second, from the bytes that must be moved at least. Operands of a few
+megabytes may wait in the cache: shares near or above 100%. `shrink` is used with dropout only;
+`down`, `fused` and the fused head are off until asked for.
 """
 OPS = """
-The disagreement of eight variants of 2,048 tokens through a real head, and extra memory at its peak.
-`materialised` forms all outputs in the model's dtype; ours has float32 outputs of differences, a
-chunk of tokens at a time.
+The disagreement of eight variants of 2,048 tokens through a head in a real model's shape, and extra
+memory at its peak; and a perturbed linear for eight variants of 512 tokens. `materialised` forms
+all outputs in the model's dtype; ours has float32 outputs of differences, a chunk of tokens at a
+time.
 """
 
 
@@ -141,7 +142,9 @@ def _wrapped(text: str) -> str:
 def page(folder: Path = FOLDER / "gpu") -> str:
     """The whole page, of the files in `folder`."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    cards = [card(found) for found in files] or ["No card yet: `make bench-gpu` on one writes a file."]
+    cards = [card(found) for found in files] or [
+        "No card yet: `make bench-gpu` on one writes a file."
+    ]
     return "\n\n".join([TEXT.rstrip(), *cards]) + "\n"
 
 
