@@ -392,7 +392,7 @@ def traffic() -> str:
         lines.append(f"| {name} | {text(forward)} | {text(backward)} | {qkv:g} X | {gate:g} X |")
     return "\n".join(lines) + (
         "\n\nFLOPs are the same for all: 6·tokens·sum r_m·(in + out_m), beside the frozen base's"
-        " 4·tokens·in·sum out_m. `down` also writes and reads its partial sums of dB: about r/64 Y"
+        " 4·tokens·in·sum out_m. `down` also writes and reads its partial sums of dB: about r/32 Y"
         " each way.\n"
     )
 

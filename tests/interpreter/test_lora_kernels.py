@@ -10,6 +10,7 @@ from adarank_kernels import _grouped_lora_launch as launch
 from adarank_kernels import _triton, grouped_lora_linear, grouped_lora_linear_ref
 from adarank_kernels._dropout import keep_mask
 from adarank_kernels._triton import check_close
+from bench import counts
 from tests.kernels.lora_cases import assert_as_good_as_torch, make_group
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,6 +118,11 @@ def test_fused(dtype: torch.dtype, bias: bool, transposed: bool) -> None:
     exact = exact + (b.double() if b is not None else 0.0)
     torchs = torch.nn.functional.linear(X, W, b) + 1.5 * (part @ B.t())
     check_close(launch.fused(X, weight, b, S, B, 1.5), torchs, exact)
+
+
+def test_the_counts_know_the_tiles_of_down() -> None:
+    assert counts.DOWN_BLOCK_M == launch.DOWN["BLOCK_M"]
+    assert counts.DOWN_BLOCKS_R == launch.DOWN_BLOCKS_R
 
 
 @pytest.mark.parametrize("name", ["shrink", "expand", "down", "drop", "fused"])
