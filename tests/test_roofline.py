@@ -42,9 +42,9 @@ def test_counts_of_one_group() -> None:
     assert pass_elements((0, 3, 2), 10, (30, 20)) == 30 + 2 * 50
     assert product(2, 3, 5) == Cost(2 * (10 + 15 + 6), 60)
     assert expand(7, 2, (3, 5)) == Cost(2 * (7 * (2 * 8 + 2 * 2) + 8 * 2), 2 * 7 * 2 * 8)
-    # one block of 128 rows, padded to rank 16, float32, written and read
+    # two blocks of 64 rows, padded to rank 16, float32, written and read
     assert down_partial_bytes(100, 9, 30) == 2 * 4 * 2 * 30 * 16
-    moved = 2 * (100 * (30 + 2 * 9) + 30 * 9) + 2 * 4 * 30 * 16
+    moved = 2 * (100 * (30 + 2 * 9) + 30 * 9) + 2 * 4 * 2 * 30 * 16
     assert down(100, 9, (30,)) == Cost(moved, 4 * 100 * 9 * 30)
     assert Cost(100.0, 30.0).seconds(10.0, 10.0) == 10.0
     assert Cost(100.0, 30.0).seconds(100.0, 10.0) == 3.0
