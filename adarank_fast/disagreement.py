@@ -40,6 +40,7 @@ def disagreement_sums(
         mask = mask.expand(reference.shape[:-1]).flatten()
         if not mask.any():
             return torch.zeros(K, B, dtype=torch.float64, device=outputs.device)
+        mask = None if mask.all() else mask
     else:
         mask = None
     values = pairwise_disagreement(

@@ -176,22 +176,23 @@ class Prober:
         waiting: list[Tensor] = []
         runs = math.ceil(len(chunk) / folds_for(replay, index, self._memory))
         step = math.ceil(len(chunk) / runs)  # of one size: a few variants alone are slow
+        room = (self._memory.activations - step * replay.live[index] * 5 // 4) // 2  # joined: twice
         for start in range(0, len(chunk), step):
             some = range(start, min(start + step, len(chunk)))
             outputs = self._outputs(index, chunk, noise, some)
             if outputs.isnan().any() and not clean.isnan().any() and replay.keep_everything():
                 outputs = self._outputs(index, chunk, noise, some)
             waiting.append(outputs)
-            held = sum(outputs.nbytes for outputs in waiting)
             more = some.stop < len(chunk) and sum(map(len, waiting)) + step <= COMPARED
-            if replay.head is None or not more or held > self._memory.activations // 8:
+            if replay.head is None or not more or (len(waiting) + 1) * outputs.nbytes > room:
                 outputs = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
                 waiting = []
-                parts.append(
-                    disagreement_sums(
-                        outputs, clean, self._masks[index], self._metric, replay.head
-                    ).sum(1)
-                )
+                # on a GPU more than the kernels take at once would go without them
+                for piece in outputs.split(COMPARED if outputs.is_cuda else len(outputs)):
+                    sums = disagreement_sums(
+                        piece, clean, self._masks[index], self._metric, replay.head
+                    )
+                    parts.append(sums.sum(1))
         return torch.cat(parts)
 
     def _outputs(self, index: int, chunk: Sequence[Variant], noise: _Noise, some: range) -> Tensor:

@@ -12,7 +12,7 @@ from adarank_fast.plan import RankPlan
 from adarank_fast.statistics import Interval
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
-UNSTEADY = 1.2  # of the sweep's loss
+UNSTEADY, UNSTEADY_NATS = 0.2, 0.3  # of the sweep's loss; or this much
 NONE = "-"
 
 
@@ -198,7 +198,8 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 def unsteady(results: Mapping[str, Any]) -> dict[str, list[int]]:
     """Arm -> seeds whose run ended worse than one epoch of the sweep at the same rate did.
 
-    By the metric, and by more than `UNSTEADY` in the loss: the rate does not last three epochs.
+    By the metric, and in the loss by more than a share or a number of nats: far more than lies
+    between the sweep's validation split and the held-out items.
     """
     sign = 1 if results["settings"]["greater_is_better"] else -1
     swept = {(cell["arm"], cell["learning_rate"]): cell for cell in results.get("sweep", [])}
@@ -208,7 +209,7 @@ def unsteady(results: Mapping[str, Any]) -> dict[str, list[int]]:
         if cell is None or run["diverged"] or cell["diverged"]:
             continue
         worse = sign * run["value"] < sign * cell["value"]
-        if worse and run["loss"] > UNSTEADY * cell["loss"]:
+        if worse and run["loss"] - cell["loss"] > min(UNSTEADY * cell["loss"], UNSTEADY_NATS):
             found.setdefault(run["arm"], []).append(run["seed"])
     return found
 

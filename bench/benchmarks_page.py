@@ -375,7 +375,8 @@ def machines(rows: Mapping[str, Row]) -> str:
         here = row["machine"]
         packages = ", ".join(f"{p} {number}" for p, number in here["versions"].items() if number)
         cpu = f"{here['cpu']} ({here['cpu_capability']}), {here['threads']} threads"
-        told = f"{here.get('gpu') or cpu}; Python {here['python']}, {packages}; {here['date']}"
+        gpu = f"{here['gpu']} beside " if here.get("gpu") else ""
+        told = f"{gpu}{cpu}; Python {here['python']}, {packages}; {here['date']}"
         groups.setdefault(told, []).append(name)
     if len(groups) == 1:
         return f"Measured on {next(iter(groups))}."

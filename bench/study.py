@@ -177,10 +177,10 @@ def show() -> None:
     for name in NAMES:
         if name in TRAINING:
             asked = TRAINING[name].seeds
-            print(f"{name:16} {_finished(name)} of {asked} seeds: {TRAINING[name].title}")
+            print(f"{name:18} {_finished(name)} of {asked} seeds: {TRAINING[name].title}")
         else:
             done, asked = study_plans.progress(name)
-            print(f"{name:16} {done} of {asked} predictions: {study_plans.EXPERIMENTS[name]}")
+            print(f"{name:18} {done} of {asked} predictions: {study_plans.EXPERIMENTS[name]}")
 
 
 def main() -> None:

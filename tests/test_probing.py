@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import adarank_fast as ada
+from adarank_fast import probing
 from adarank_fast.checkpoint import Checkpoint
 from adarank_fast.memory import Memory
 from adarank_fast.outputs import choose_output
@@ -97,6 +98,27 @@ def test_the_head_itself_can_be_a_target():
         mask="attention_mask",
     )  # fmt: skip
     assert plan.scores["lm_head"].trials == pytest.approx(naive["lm_head"], rel=1e-5)
+
+
+def test_hidden_states_that_wait_for_each_other_give_the_same_values(monkeypatch):
+    monkeypatch.setitem(probing.FOLDED_TOKENS, "cpu", 40)  # a few variants a run
+    calls, compare = [], probing.disagreement_sums
+
+    def counted(outputs, *rest):
+        calls.append(len(outputs))
+        return compare(outputs, *rest)
+
+    monkeypatch.setattr(probing, "disagreement_sums", counted)
+    plans, counts = [], []
+    for most in (1, 5, 15):
+        monkeypatch.setattr(probing, "COMPARED", most)
+        calls.clear()
+        plans.append(predict(tiny("llama"), [batch("llama")], trials=3, metric="tv"))
+        counts.append(len(calls))
+        assert max(calls) <= max(most, 2) and sum(calls) == 3 * len(plans[0].ranks)
+    assert counts[0] > counts[1] > counts[2]
+    assert_same(plans[0], plans[1], rel=1e-5)
+    assert_same(plans[0], plans[2], rel=1e-5)
 
 
 class Experts(nn.Module):

@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="bench.gpu", description="Check and time everything on a GPU.")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} repetitions a row")
-    parser.add_argument("--repetitions", type=int, metavar="N", help=f"of a row ({REPETITIONS})")
+    how_often = parser.add_mutually_exclusive_group()
+    how_often.add_argument("--quick", action="store_true", help=f"{QUICK} repetitions a row")
+    how_often.add_argument("--repetitions", type=int, metavar="N", help=f"of a row ({REPETITIONS})")
     parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/gpu/CARD-DATE.json")
     parser.add_argument("--dtype", choices=rows.DTYPES, default="bfloat16", help="to time")
     parser.add_argument("--only", metavar="PATTERN", help="jobs that match this regular expression")

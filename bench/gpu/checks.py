@@ -34,15 +34,15 @@ Check = dict[str, Any]  # "op", "case", "kernels", "dtype", "status", "share" of
 Named = dict[str, Tensor]
 
 LORA = ("lora_shrink", "lora_expand", "lora_drop")
-DEFAULT = "all that passed"
+DEFAULT = "default"
 # What may run beside the vendor's GEMMs: label -> kernels.
 LORA_SETS = {
     "vendor GEMMs": (),
     **{f"+ {name.removeprefix('lora_')}": (name,) for name in LORA},
     "+ down": ("lora_down",),
     DEFAULT: LORA,
-    "all + down": (*LORA, "lora_down"),
-    "all + fused GEMM": (*LORA, "lora_fused"),
+    f"{DEFAULT} + down": (*LORA, "lora_down"),
+    f"{DEFAULT} + fused GEMM": (*LORA, "lora_fused"),
 }
 DISAGREEMENT_SETS = {
     "vendor GEMMs": (),
@@ -109,7 +109,8 @@ def check_ops(device: torch.device, timed: str, kernels: Sequence[Check]) -> Ite
         ):
             usable = usable_sets(sets, kernels)
             if dtype != timed:  # what users get, only
-                label = [label for label in usable if "fused" not in label][-1]
+                unasked = [label for label in usable if "fused" not in label]
+                label = DEFAULT if DEFAULT in usable else unasked[-1]
                 usable = {label: usable[label]}
             for op, case, check in checks(device, DTYPES[dtype]):
                 for label, chosen in usable.items():

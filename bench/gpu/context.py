@@ -85,6 +85,12 @@ class Context:
         return copies(int(cost.bytes), self.device)
 
 
+def best_seconds(row: Row) -> float | None:
+    """Of either timer: a graph copies slower than a stream on some cards."""
+    times = [row[key] for key in ("eager_seconds", "graph_seconds") if row.get(key)]
+    return min(times, default=None)
+
+
 def summary(timer: str, values: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles of one step's repetitions, in seconds."""
     if not values:
@@ -115,9 +121,7 @@ def measure_card(context: Context) -> list[Row]:
     rows = context.measure("card", steps)
     for row, cost in zip(rows, (Cost(2 * size), product(n, n, n, a.itemsize)), strict=True):
         row |= {"bytes": cost.bytes, "flops": cost.flops}
-        if row["status"] == "ok":
-            # of either timer: a graph copies slower than a stream on some cards
-            seconds = min(row[key] for key in ("eager_seconds", "graph_seconds") if key in row)
+        if seconds := best_seconds(row):
             if cost.flops:
                 context.rate = cost.flops / seconds
             else:

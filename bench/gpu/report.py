@@ -17,7 +17,7 @@ from rich.table import Table
 
 from adarank_fast.plan import replacing
 from bench.gpu.checks import Check
-from bench.gpu.context import Row
+from bench.gpu.context import Row, best_seconds
 from bench.gpu.timing import OUT_OF_MEMORY
 from bench.results_file import FOLDER, machine
 
@@ -176,12 +176,6 @@ def show(console: Console, found: dict[str, Any], path: Path, titles: dict[str, 
         console.print(f"FAILED {line}", style="red", markup=False)
     state = "written to" if found["finished"] else "not finished; what there is was written to"
     console.print(f"{state} {path}", markup=False, soft_wrap=True)
-
-
-def best_seconds(row: Row) -> float | None:
-    """Of either timer: a graph copies slower than a stream on some cards."""
-    times = [row[key] for key in ("eager_seconds", "graph_seconds") if row.get(key)]
-    return min(times, default=None)
 
 
 def card_rates(rows: Iterable[Row]) -> str:

@@ -153,8 +153,10 @@ def relative(logits: Tensor, far: Tensor, bias: Tensor | None, metric: str, pair
     log_p = logits[0].double()
     if bias is not None:
         log_p += bias
-    log_p -= log_p.logsumexp(-1, keepdim=True)
+    lse = log_p.logsumexp(-1, keepdim=True)
+    log_p -= lse
     base = log_p.clamp_min(RULED_OUT)  # any will do that is finite
+    alone = -lse if bias is None else bias.double() - lse  # of rows that hold their own logits
+    shift = torch.where(far[:, None], alone, log_p).sub_(base)
     logits[0].masked_fill_(~far[:, None], 0)
-    shift = log_p.sub_(base).sub_(logits[0])
     return launch.compare(logits, metric, pairs, bias=shift.float(), base=base.float())

@@ -309,6 +309,7 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
         done: list[int] = []
         if "down" in spec.kernels:
             done = [m for m in low_rank if need_B[m] and spec.ranks[m] <= launch.DOWN_MAX_RANK]
+        if done:
             found = launch.down(
                 [low[m] for m in done],
                 S,
@@ -366,10 +367,10 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
                 found[m] = X.new_empty(spec.ranks[m], X.shape[1], dtype=spec.A_dtypes[m])
             _skinny.outer(dropped, dS, _side_by_side(found, low_rank, dS_starts))
         else:
-            packed = torch.mm(dS.t(), dropped)
-            found = [packed] * M
+            stacked = torch.mm(dS.t(), dropped)
+            found = [stacked] * M
             for m, start in zip(low_rank, dS_starts, strict=False):
-                found[m] = packed.narrow(0, start, spec.ranks[m]).to(spec.A_dtypes[m])
+                found[m] = stacked.narrow(0, start, spec.ranks[m]).to(spec.A_dtypes[m])
         for m in low_rank:
             dA[m] = found[m] if need_A[m] else None
     if dX is not None:

@@ -1,11 +1,12 @@
 """Triton kernels of the grouped LoRA linear; `_grouped_lora_launch.py` launches them.
 
-Packed layout: A is [sum of padded ranks, in], each module's rows padded with zeros to a multiple of
-16, so every segment of S and dS [N, sum of padded ranks] starts aligned. Up to four modules share a
-launch: their tensors come as separate pointers, so nothing is copied to be launched together and
-outputs stay tensors of their own. Column tiles come from a table of int32 rows, cached by shape.
+Packed layout: A is [sum of padded ranks, in], each module's rows filled up to a multiple of 16 (S
+is not read there, dS is zero), so every segment of S and dS [N, sum of padded ranks] starts
+aligned. Up to four modules share a launch: their tensors come as separate pointers, so nothing is
+copied to be launched together and outputs stay tensors of their own. Column tiles come from a table
+of int32 rows, cached by shape.
 
-    shrink    S = drop(X) A^T                 one pass over X for all ranks (with dropout only)
+    shrink    S = drop(X) A^T                 a pass over X for 64 columns (with dropout only)
     expand    Y_m += s_m S_m B_m^T            one launch; each tile loops over its own padded rank
     down      dS_m = s_m dY_m B_m and         one pass over dY; dB from partial sums of row blocks
               dB_m = s_m dY_m^T S_m           that are added in a fixed order (opt-in)

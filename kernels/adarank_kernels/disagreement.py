@@ -180,7 +180,7 @@ def _chunk_tokens(
     outputs = hidden.shape[2] if weight is None else len(weight)
     in_blocks = metric == "l1" and activation is None and weight is not None
     if hidden.is_cuda:
-        width = min(outputs, GPU_OUTPUTS) if in_blocks else outputs
+        width = max(min(outputs, GPU_OUTPUTS) if in_blocks else outputs, hidden.shape[2])
         return max(1, GPU_BYTES // (rows * width * _working(hidden.dtype).itemsize))
     if in_blocks:
         return max(1, ROWS // rows)
@@ -289,7 +289,9 @@ def _multiply(rows: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor) -> 
         rows = torch.ldexp(rows, -exponents)
     working = rows.dtype
     rows = rows.to(dtype)
-    width = out.shape[1] if rows.is_cuda else OUTPUTS
+    width = OUTPUTS
+    if rows.is_cuda:  # in one go, unless the weights of a block must be cast
+        width = out.shape[1] if weight.dtype == dtype else GPU_OUTPUTS
     for start in range(0, len(weight), width):
         block = weight[start : start + width].to(dtype)
         first = start if out.shape[1] == len(weight) else 0

@@ -134,7 +134,8 @@ def grouped_lora_linear(
     """M linears of one input, each with a low-rank term: x W_m^T + b_m + s_m drop(x) A_m^T B_m^T.
 
     Ranks and widths may all differ. One autograd node for the group, which keeps x and the packed
-    [N, sum r] product for backward, and does no work for gradients that nobody needs.
+    [N, sum r] product for backward (on CUDA the packed A as well), and does no work for gradients
+    that nobody needs.
 
     Args:
         x: [..., in], any strides; N rows in all, none included.

@@ -151,6 +151,18 @@ def test_op_through_the_kernels(
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
+def test_down_where_only_a_is_trained() -> None:
+    group = make_group((33,), bias=False)
+    for B in group.lora_Bs:
+        if B is not None:
+            B.requires_grad_(False)
+    _triton.enable("lora_down")
+    try:
+        group.results(grouped_lora_linear)
+    finally:
+        _triton.enable("lora_down", False)
+
+
 def test_op_through_the_kernels_with_float32_adapters_and_foreign_base() -> None:
     group = make_group((33,), bias=False)
     exact = group.results(grouped_lora_linear_ref)
