@@ -20,6 +20,7 @@ from adarank_fast.memory import Memory
 from adarank_fast.outputs import choose_output
 from adarank_fast.probing import Prober, Variant, measure_stds
 from adarank_fast.replay import BY_CONTENT, FOLDED, Replay, undisturbed
+from adarank_fast.reuse import _Same
 from adarank_fast.targets import find_targets
 from adarank_fast.trials import pooled_variation
 from adarank_fast.twin import twin
@@ -65,6 +66,24 @@ def test_products_that_no_perturbation_reached_are_not_computed_again(monkeypatc
     # variants: query, key, value, output; two items each; after attention all four differ
     pooler = (8, 32)
     assert rows == [(6, 32), (8, 48), (8, 32), pooler]
+
+
+@pytest.mark.parametrize(
+    "clean",
+    [
+        torch.arange(24.0).view(2, 3, 4),
+        torch.arange(15.0).view(1, 3, 5).bfloat16(),  # 30 bytes
+        torch.arange(25.0)[1:].view(2, 3, 4),  # starts between eight bytes
+        torch.arange(24.0).view(2, 4, 3).transpose(1, 2),
+    ],
+    ids=["eight bytes at a time", "odd size", "odd start", "other strides"],
+)
+def test_inputs_are_compared_whatever_their_layout(clean):
+    changed = clean.clone()
+    changed[-1, -1, -1] += 1
+    for variants in (torch.stack([clean, changed, clean]), torch.stack([changed, clean, clean])):
+        found = _Same()(variants.flatten(0, 1), variants, clean)
+        assert found == [torch.equal(variant, clean) for variant in variants]
 
 
 def test_the_head_is_tapped_only_where_it_makes_the_output():
