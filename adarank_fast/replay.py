@@ -8,6 +8,7 @@ under variant k.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from adarank_fast.agreement import is_same, is_twice, rounding
 from adarank_fast.batches import batch_size, fold, take
-from adarank_fast.memory import LiveBytes, tokens
+from adarank_fast.memory import LEAST, LiveBytes, tokens
 from adarank_fast.outputs import Batch, Output, accepted
 from adarank_fast.record import Recorded, answer
 from adarank_fast.reuse import Forward, LinearRecord, plain_linears
@@ -129,8 +130,14 @@ class Replay:
         self._boundary, self._opened = 0, -1  # blocks that answer; the block whose linears do
         self._record: list[dict[str, Any]] = [{} for _ in batches]
         self._linears: list[LinearRecord] = []
+        inner = {*self._modules.values(), *(target.module for target in targets)}
+        self._entrances: dict[nn.Module, list[bool] | None] = dict.fromkeys(
+            find_entrances(self.root, inner)
+        )
         self._record_clean_passes()
         self._check_folding(sample)
+        self._entered: list[dict[nn.Module, Any]] = [{} for _ in batches]
+        self._record_entrances()
         self._read_rows: list[dict[nn.Module, Rows]] = [{} for _ in batches]
         if targets and self.order and self.head is None:
             self._find_unread(sample)
@@ -205,6 +212,8 @@ class Replay:
         inputs = fold(self.batches[index], folds)
         forwards = self._answers(self._record[index], self.order[: self._boundary], folds)
         if not parameters:
+            entered = self._entered[index]
+            forwards |= {m: answer(entered[m], self._entrances[m], folds) for m in entered}
             forwards |= {m: rows.only(m.forward) for m, rows in self._read_rows[index].items()}
             forwards |= self._linears[index].forwards(folds, forwards) if self._linears else {}
         for module, wrap in wraps.items():
@@ -284,6 +293,7 @@ class Replay:
     def _trace(self, batch: Batch, keep: bool = False) -> tuple[Trace, Tensor]:
         trace = Trace(keep)
         forwards = {t.module: trace.target(t.name, t.module.forward) for t in self.targets}
+        forwards |= {module: trace.entrance(module) for module in self._entrances}
         for path, module in self._modules.items():  # a block may itself be a target
             forwards[module] = trace.block(path, forwards.get(module, module.forward))
         value = self._read(forwards, batch)
@@ -303,7 +313,7 @@ class Replay:
         self.clean: list[Tensor] = []
         self._rows: list[dict[str, list[int]]] = []
         self._tokens: list[int] = []
-        orders, breaks = [], set()
+        orders, breaks, entrances = [], set(), self._entrances
         longest = max(self.batches, key=lambda batch: tokens(batch) / batch_size(batch))
         for batch in self.batches:
             if batch is longest:  # counting takes time
@@ -316,10 +326,33 @@ class Replay:
             self._tokens.append(trace.tokens or batch_size(batch))
             orders.append(trace.order)
             breaks |= trace.breaks
+            fit = trace.entered.keys() - trace.changeable
+            entrances = {module: flags for module, flags in entrances.items() if module in fit}
         self.live = [counted.peak * tokens(batch) // tokens(longest) for batch in self.batches]
         once = len(set(orders[0])) == len(orders[0])
         self.order = orders[0] if once and all(o == orders[0] for o in orders) else []
         self._needed = breaks
+        self._entrances = entrances
+
+    def _record_entrances(self) -> None:
+        """What the embeddings return, unless it is much: nothing that is perturbed changes it."""
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise _Reached
+
+        first = {self._modules[path]: stop for path in self.order[:1]}
+        for batch, entered in zip(self.batches, self._entered, strict=True):
+            trees: dict[str, Any] = {}
+            names = {module: str(i) for i, module in enumerate(self._entrances)}
+            recorders = {m: _recorder(i, m.forward, trees, False) for m, i in names.items()}
+            if first and recorders:
+                with contextlib.suppress(_Reached), patched(recorders | first):
+                    self.root(**accepted(self.root, batch))
+                entered |= {module: trees[i] for module, i in names.items()}
+        trees_kept = [list(entered.values()) for entered in self._entered]
+        kept = [x for x in tree_flatten(trees_kept)[0] if isinstance(x, Recorded)]
+        if sum(x.nbytes for x in kept) > LEAST:
+            self._entered = [{} for _ in self.batches]
 
     def _find_unread(self, sample: Batch) -> None:
         """Rows of the last block's linear layers to leave out; tried on a small batch first."""
@@ -364,6 +397,7 @@ class Replay:
                 if not all(is_twice(two, one) or is_same(two, one) for two, one in pairs):
                     reason = f"block {path} does not give a row per item"
         traces = first, single, double
+        self._entrances = {} if reason else _repeating(self._entrances, single, double)
         self.routes = {
             name: reason or self._why_not_folded(name, batch_size(sample), *traces) or FOLDED
             for name in (target.name for target in self.targets)
@@ -398,6 +432,35 @@ class Replay:
         """Of what blocks returned, held where they returned it."""
         leaves = tree_flatten(self._record)[0]
         return sum(x.nbytes for x in leaves if isinstance(x, Recorded) and not x.offloaded)
+
+
+def find_entrances(root: nn.Module, inner: set[nn.Module]) -> Iterator[nn.Module]:
+    """Topmost modules with embeddings and more (a norm, say), but nothing `inner`."""
+    for child in root.children():
+        inside = set(child.modules())
+        embeds = any(isinstance(module, nn.Embedding) for module in inside)
+        if embeds and len(inside) > 1:
+            if inside & inner:
+                yield from find_entrances(child, inner)
+            else:
+                yield child
+
+
+def _repeating(
+    entrances: Mapping[nn.Module, Any], single: Trace, double: Trace
+) -> dict[nn.Module, list[bool] | None]:
+    """Of those, the ones whose outputs repeat in a folded batch or stay as they are; which do."""
+    found: dict[nn.Module, list[bool] | None] = {}
+    for module in entrances:
+        both = [trace.entered.get(module, []) for trace in (double, single)]
+        changeable = module in single.changeable or module in double.changeable
+        if changeable or not both[1] or len(both[0]) != len(both[1]):
+            continue
+        pairs = list(zip(*both, strict=True))
+        repeats = [is_twice(two, one) for two, one in pairs]
+        if all(twice or is_same(*pair) for twice, pair in zip(repeats, pairs, strict=True)):
+            found[module] = repeats
+    return found
 
 
 def _recorder(path: str, original: Forward, record: dict[str, Any], offload: bool) -> Forward:

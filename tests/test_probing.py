@@ -68,6 +68,55 @@ def test_products_that_no_perturbation_reached_are_not_computed_again(monkeypatc
     assert rows == [(6, 32), (8, 48), (8, 32), pooler]
 
 
+def test_embeddings_answer_from_the_record():
+    with undisturbed(model := tiny("bert")):
+        inputs = batch("bert", lengths=(9, 7))
+        targets = find_targets(model, "attention")
+        replay = Replay(model, choose_output(model, "auto", inputs), [inputs], targets)
+        calls = []
+        model.embeddings.register_forward_pre_hook(lambda *_: calls.append(1))
+        for position in (0, 2):
+            replay.advance(position)
+            calls.clear()
+            folded = replay.run(0, 3, {})
+            assert not calls
+            for variant in folded:
+                torch.testing.assert_close(variant, replay.clean[0], rtol=1e-5, atol=1e-6)
+
+
+class Quantised(nn.Module):
+    """Embeddings of what a first linear layer makes of the input: perturbing it changes them."""
+
+    class Codes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.norm = nn.Embedding(8, 6), nn.LayerNorm(6)
+
+        def forward(self, codes):
+            return self.norm(self.table(codes))
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.codes = nn.Linear(6, 8), self.Codes()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+
+    def forward(self, x):
+        h = self.codes(self.first(x).argmax(-1))
+        for layer in self.layers:
+            h = h + layer(h).tanh()
+        return h.mean(1)
+
+
+def test_embeddings_that_a_perturbation_reaches_are_computed():
+    torch.manual_seed(0)
+    model, inputs = Quantised().eval(), {"x": torch.randn(4, 5, 6)}
+    modules = {"first": "first", "layers.0": "layers.0", "layers.1": "layers.1"}
+    plan = predict(model, [inputs], target_modules=list(modules), output=lambda o, i: o, trials=3)
+    naive = naive_disagreements(model, [inputs], modules, lambda o, i: o, 3)
+    for name, values in naive.items():
+        assert plan.scores[name].trials == pytest.approx(values, rel=1e-5) and max(values) > 0
+
+
 @pytest.mark.parametrize(
     "clean",
     [
