@@ -74,7 +74,8 @@ def test_embeddings_answer_from_the_record():
         targets = find_targets(model, "attention")
         replay = Replay(model, choose_output(model, "auto", inputs), [inputs], targets)
         calls = []
-        model.embeddings.register_forward_pre_hook(lambda *_: calls.append(1))
+        words = model.embeddings.word_embeddings
+        words.register_forward_pre_hook(lambda *_: calls.append(1))
         for position in (0, 2):
             replay.advance(position)
             calls.clear()
@@ -111,7 +112,8 @@ def test_embeddings_that_a_perturbation_reaches_are_computed():
     torch.manual_seed(0)
     model, inputs = Quantised().eval(), {"x": torch.randn(4, 5, 6)}
     modules = {"first": "first", "layers.0": "layers.0", "layers.1": "layers.1"}
-    plan = predict(model, [inputs], target_modules=list(modules), output=lambda o, i: o, trials=3)
+    options = dict(target_modules=list(modules), average_rank=2, trials=3)
+    plan = predict(model, [inputs], **options, output=lambda outputs: outputs)
     naive = naive_disagreements(model, [inputs], modules, lambda o, i: o, 3)
     for name, values in naive.items():
         assert plan.scores[name].trials == pytest.approx(values, rel=1e-5) and max(values) > 0
