@@ -24,6 +24,7 @@ def naive_disagreements(
     seed: int = 0,
     mask: str | None = None,
     metric: str = "l1",
+    precise: bool = True,
 ) -> dict[str, list[float]]:
     """Mean |f_perturbed(x) - f(x)|, or total variation, of every module and trial.
 
@@ -35,16 +36,20 @@ def naive_disagreements(
         trials: per module.
         seed: of the noise, as `predict_ranks` draws it.
         metric: "l1" or "tv".
+        precise: compare in float64, to check with; else in float32, as one would: to time.
     """
+    wide = torch.float64 if precise else torch.float32
+
+    def compared(outputs: Tensor) -> Tensor:
+        return outputs.to(wide).softmax(-1) if metric == "tv" else outputs
 
     def distance(f: Tensor, g: Tensor) -> Tensor:
-        if metric == "tv":
-            return (f.double().softmax(-1) - g.double().softmax(-1)).abs().sum(-1) / 2
-        return (f - g).abs().double()
+        difference = (f - g).abs()
+        return difference.sum(-1) / 2 if metric == "tv" else difference.to(wide)
 
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    clean = [read(model(**batch), batch) for batch in batches]
+    clean = [compared(read(model(**batch), batch)) for batch in batches]
     found: dict[str, list[float]] = {}
     for name, path in modules.items():
         module = model.get_submodule(path)
@@ -57,7 +62,7 @@ def naive_disagreements(
                 module.bias.add_(bias_noise)
             total, count = 0.0, 0
             for batch, reference in zip(batches, clean, strict=True):
-                difference = distance(read(model(**batch), batch), reference)
+                difference = distance(compared(read(model(**batch), batch)), reference)
                 if mask is not None:
                     difference = difference[batch[mask].bool()]
                 total += difference.sum().item()

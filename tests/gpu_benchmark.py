@@ -7,16 +7,17 @@ import torch
 
 from adarank_kernels import _triton
 from bench.counts import SHAPES, Shape
-from bench.gpu import checks, kernels, ops, rows, steps
+from bench.gpu import checks, kernels, ops, predictions, rows, steps
 from bench.gpu.context import Context
 from bench.gpu.timing import Clock
 
 TINY = ("blocks: tiny", "kernels: tiny group", "kernels: tiny head", "kernels: philox")
 TINY_OPS = ("ops: tiny l1", "ops: tiny tv", "ops: tiny perturbed")
+TINY_PREDICTIONS = ("predictions: tiny writer", "predictions: tiny encoder")
 
 
 def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of a few thousand parameters under the names of `TINY` and `TINY_OPS`."""
+    """Models of a few thousand parameters under the names above."""
     monkeypatch.setitem(SHAPES, "tiny", Shape(64, 96, 32, 80, 16, True, 1, 200))
     monkeypatch.setitem(rows.BLOCKS, "tiny", ("tiny", "all-linear", 0.1))
     monkeypatch.setitem(rows.GROUPS, "tiny group", ("tiny", "q/k/v"))
@@ -27,6 +28,12 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rows.PERTURBED, "tiny perturbed", "tiny")
     monkeypatch.setattr(ops, "HEAD_TOKENS", 120)
     monkeypatch.setattr(ops, "LINEAR_TOKENS", 9)
+    monkeypatch.setitem(SHAPES, "tiny writer", Shape(64, 64, 32, 80, 16, True, 1, 200))
+    monkeypatch.setitem(SHAPES, "tiny encoder", Shape(32, 32, 32, 48, 16, False, 2, 200))
+    for kind, trials in (("tiny writer", 1), ("tiny encoder", 2)):
+        monkeypatch.setitem(rows.PREDICTIONS, kind, (kind, "attention", trials))
+    monkeypatch.setattr(predictions, "ENCODED", (3, 7))
+    monkeypatch.setattr(predictions, "WRITTEN", (2, 9))
     small = {"small": ((21,), 64, (0, 3, 20), (40, 16, 33))}
     monkeypatch.setattr(checks, "GROUPS", small)
     monkeypatch.setattr(checks, "OUTPUTS", (3, 40, 16, 50))

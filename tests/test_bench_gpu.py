@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 
 from bench.counts import Cost
-from bench.gpu import checks, page, report, run, steps, timing
+from bench.gpu import checks, page, predictions, report, run, steps, timing
 from bench.gpu.__main__ import parse
 from bench.gpu.context import Context, Row, summary
 from bench.gpu.rows import names
 from bench.gpu.timing import Graphs, Step, interleaved, rotating
-from tests.gpu_benchmark import TINY, TINY_OPS, cpu_context, make_tiny
+from tests.gpu_benchmark import TINY, TINY_OPS, TINY_PREDICTIONS, cpu_context, make_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -248,7 +248,7 @@ def saved(context: Context, jobs: list[str]) -> tuple[int, dict[str, Any]]:
 def test_everything_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny(monkeypatch)
     context = cpu_context()
-    status, found = saved(context, [*TINY, *TINY_OPS])
+    status, found = saved(context, [*TINY, *TINY_OPS, *TINY_PREDICTIONS])
     assert found["failures"] == [] and status == 0 and found["finished"]
     assert {c["status"] for c in found["checks"]} == {"passed"}
     ops = {c["op"] for c in found["checks"]}
@@ -274,6 +274,12 @@ def test_everything_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         timed = row["variant"] != "kernel"  # no card, no interpreter
         assert ("eager_seconds" in row) == timed == (row["status"] == "ok")
     assert all(row["eager_seconds"] > 0 for row in found["sections"]["ops"])
+    predicted = [(row["row"], row["variant"]) for row in found["sections"]["predictions"]]
+    assert predicted == [
+        (name, variant)
+        for name, probes in (("tiny writer", 4), ("tiny encoder", 16))
+        for variant in ("one forward", f"naive loop, {probes} probes", "ours")
+    ]
     assert context.bandwidth and context.rate
 
 
@@ -322,6 +328,22 @@ def test_a_block_that_computes_something_else_is_not_timed(
     ours = [row for row in found["sections"]["blocks"] if row["variant"].startswith("ours")]
     assert status == 1 and len(ours) == 2
     assert all("error" in row["status"] and "eager_seconds" not in row for row in ours)
+
+
+def test_a_prediction_of_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny(monkeypatch)
+    monkeypatch.setattr(run, "check_ops", lambda *args: iter(()))
+    loop = predictions.naive_disagreements
+
+    def other(*args: Any, **kwargs: Any) -> dict[str, list[float]]:
+        found = loop(*args, **kwargs)
+        return {name: [1.001 * value for value in values] for name, values in found.items()}
+
+    monkeypatch.setattr(predictions, "naive_disagreements", other)
+    status, found = saved(cpu_context(), ["predictions: tiny writer"])
+    *others, ours = found["sections"]["predictions"]
+    assert status == 1 and all("eager_seconds" in row for row in others)
+    assert "error" in ours["status"] and "eager_seconds" not in ours
 
 
 def test_a_row_without_memory_is_said_and_the_rest_goes_on(
@@ -424,6 +446,7 @@ def test_page_of_a_small_run(tmp_path: Path) -> None:
                 step | {"variant": "kernel", "graph_seconds": 2e-6, "bandwidth_share": 0.5},
             ],
             "ops": [step | {"variant": "x", "eager_seconds": 5e-3, "peak_extra_bytes": 2**20}],
+            "predictions": [step | {"variant": "ours", "eager_seconds": 0.25}],
         },
     }
     (tmp_path / "card.json").write_text(json.dumps(found))
@@ -432,3 +455,4 @@ def test_page_of_a_small_run(tmp_path: Path) -> None:
     assert "| tiny | 1 | 2 | 1 | 0.50 | - | - | - |" in text
     assert "| tiny | 2 | - | - | - | - | - | - |" in text
     assert "| tiny | 4.0 | 2.0 | 2.00 | 50% |" in text and "| tiny | x | 5 | 1 |" in text
+    assert "| tiny | ours | 250 | - |" in text

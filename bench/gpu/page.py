@@ -16,6 +16,7 @@ from typing import Any
 from adarank_fast.plan import replacing
 from bench.benchmarks_page import machines, table
 from bench.gpu.checks import DEFAULT
+from bench.gpu.predictions import SAMPLE
 from bench.gpu.report import card_rates
 from bench.results_file import FOLDER
 
@@ -47,6 +48,13 @@ The disagreement of eight variants of 2,048 tokens through a head in a real mode
 memory at its peak; and a perturbed linear for eight variants of 512 tokens. `materialised` forms
 all outputs in the model's dtype; ours has float32 outputs of differences, a chunk of tokens at a
 time.
+"""
+PREDICTIONS = """
+`predict_ranks` of models in real shapes with random weights: 64 questions of 16 tokens and the mean
+difference of the pooled state for MiniLM and MPNet-base, five trials a module; 2,048 tokens and
+total variation of all logits for the language models, one trial. Before it is timed, its scores are
+checked against a naive loop in float64. The naive loop, full forwards and full outputs, is
+extrapolated from {sample} probes across the depth.
 """
 
 
@@ -132,6 +140,8 @@ def card(found: Mapping[str, Any]) -> str:
         parts += [_wrapped(KERNELS), kernels(sections["kernels"])]
     if sections.get("ops"):
         parts += [_wrapped(OPS), ops(sections["ops"])]
+    if sections.get("predictions"):
+        parts += [_wrapped(PREDICTIONS.format(sample=SAMPLE)), ops(sections["predictions"])]
     return "\n\n".join(parts)
 
 

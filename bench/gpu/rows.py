@@ -26,12 +26,19 @@ DISAGREEMENTS = {  # name -> model, metric
 }
 PERTURBED = {f"perturbed q of {kind}": kind for kind in ("SmolLM2-135M", "Llama-3-8B")}
 PHILOX = {"philox": (4096, 4096)}
+PREDICTIONS = {  # name -> model, targets, trials
+    "MiniLM, attention": ("MiniLM", "attention", 5),
+    "MPNet-base, attention": ("MPNet-base", "attention", 5),
+    "SmolLM2-135M, all-linear": ("SmolLM2-135M", "all-linear", 1),
+    "Qwen3-0.6B, all-linear": ("Qwen3-0.6B", "all-linear", 1),
+}
 
 SECTIONS = {  # of the report: title, jobs in their order
     "card": ("The card's own rates", []),
     "blocks": ("Training steps of one block, forward and backward", [*BLOCKS]),
     "kernels": ("Triton kernels beside plain PyTorch", [*GROUPS, *HEADS, *PHILOX]),
     "ops": ("Ops of a prediction", [*DISAGREEMENTS, *PERTURBED]),
+    "predictions": ("Whole predictions, models of random weights", [*PREDICTIONS]),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.console import Console
 
-from bench.gpu import kernels, ops, report, rows, steps
+from bench.gpu import kernels, ops, predictions, report, rows, steps
 from bench.gpu.checks import Check, check_kernels, check_ops
 from bench.gpu.context import Context, Row, measure_card
 from bench.gpu.timing import Events, Graphs, Timer, reason, release
@@ -22,6 +22,7 @@ MEASURES: list[tuple[dict, Callable[[Context, str], list[Row]]]] = [
     (rows.PHILOX, kernels.philox_kernel),
     (rows.DISAGREEMENTS, ops.disagreement_row),
     (rows.PERTURBED, ops.perturbed_row),
+    (rows.PREDICTIONS, predictions.prediction_row),
 ]
 
 

@@ -28,13 +28,15 @@ def nothing() -> None:
 class Step:
     """What is timed: `run` does it `calls` times; `before` is not timed (kernels, old gradients).
 
+    A `run` that does a part of it has fewer than one call: its time is extrapolated.
+
     `run` returns what it wrote, or None where it adds into its operands: a captured graph is only
     believed if a replay writes those tensors again. `captured` False: it waits for the card itself.
     """
 
     run: Callable[[], Outputs]
     before: Callable[[], None] = nothing
-    calls: int = 1
+    calls: float = 1
     captured: bool = True
 
 
