@@ -55,6 +55,11 @@ class _Fused:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state, counting = self._adarank, not torch.compiler.is_compiling()
+        if counting and state.place and not (args or kwargs):
+            output = state.group.hand_out(state.place, x)  # type: ignore[union-attr]
+            if output is not None:  # the first member looked at all of them
+                state.fused += 1
+                return output
         reason = "extra arguments" if args or kwargs else _reason(self, x)
         if reason:
             if counting:
@@ -66,7 +71,7 @@ class _Fused:
                 state.owner.saw(self, x)  # type: ignore[arg-type]
         elif not state.owner.settled:
             _warn_compiled_early()
-        group = state.group
+        group = state.group  # which may be new
         if group is not None and group.whole and (state.place or _all_fusable(group.members, x)):
             output = group.call(state.place, x, _compute)
             if output is not None:

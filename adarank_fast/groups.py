@@ -29,16 +29,20 @@ class Group:
 
     def call(self, place: int, x: Tensor, compute: Compute) -> Tensor | None:
         """The output of the member at `place`; None if the group cannot answer for it."""
+        if place:
+            return self.hand_out(place, x)
         mode = _mode(x)
-        if place == 0:
-            self.clear()
-            if mode is None:
-                return None
-            outputs = compute(self.members, x)
-            self._input, self._mode = x, mode
-            self._outputs = dict(enumerate(outputs[1:], start=1))
-            return outputs[0]
-        if self._input is not x or self._mode != mode:
+        self.clear()
+        if mode is None:
+            return None
+        outputs = compute(self.members, x)
+        self._input, self._mode = x, mode
+        self._outputs = dict(enumerate(outputs[1:], start=1))
+        return outputs[0]
+
+    def hand_out(self, place: int, x: Tensor) -> Tensor | None:
+        """What the first member computed for the one at `place`, once, for this very input."""
+        if self._input is not x or self._mode != _mode(x):
             return None
         output = self._outputs.pop(place, None)
         if not self._outputs:

@@ -39,7 +39,7 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "OUTPUTS", (3, 40, 16, 50))
     monkeypatch.setattr(kernels, "PAIRED_TOKENS", 4)
     monkeypatch.setattr(steps, "CHECKED_TOKENS", 20)
-    for state in ("_opt_in", "_status"):  # choosing kernels changes them
+    for state in ("_opt_in", "_status", "_settled"):  # choosing kernels changes them
         monkeypatch.setattr(_triton, state, dict(getattr(_triton, state)))
 
 

@@ -63,15 +63,8 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def choose(device: torch.device, kernels: Sequence[str]) -> None:
-    """From now on exactly these Triton kernels run on the device.
-
-    Under the interpreter only the opt-in ones can be chosen.
-    """
-    for name in _triton._checks:
-        chosen = name in kernels
-        if name in _triton._opt_in:
-            _triton.enable(name, chosen)
-        _triton._status[name, str(device)] = "passed" if chosen else "not chosen"
+    """From now on exactly these Triton kernels run on the device."""
+    _triton.choose(kernels, device)
 
 
 def check_kernels(device: torch.device) -> Iterator[Check]:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from adarank_kernels import _skinny
 from adarank_kernels._dropout import keep_mask, threshold
 from adarank_kernels._skinny import Factors
-from adarank_kernels._triton import HAS_TRITON, INTERPRETED, ready
+from adarank_kernels._triton import HAS_TRITON, INTERPRETED, ready_among
 
 if HAS_TRITON:
     from adarank_kernels import _grouped_lora_launch as launch
@@ -37,6 +37,17 @@ class Spec(NamedTuple):
     biased: tuple[int, ...]
     kernels: frozenset[str]  # the Triton kernels that passed their check on this device
     native: bool = False  # on the CPU: products with few ranks by _skinny
+    columns: tuple[int, ...] = ()  # `starts` of the adapted modules in S; see `placed`
+    first: tuple[int, ...] = ()  # of each module its first column in S; 0 if it has none
+
+    def placed(self, **changes: Any) -> Spec:
+        """With these changes, and the columns that go with them."""
+        spec = self._replace(**changes)
+        columns = tuple(spec.starts(spec.adapted, spec.ones))
+        first = dict(zip(spec.adapted, columns, strict=False))
+        return spec._replace(
+            columns=columns, first=tuple(first.get(m, 0) for m in range(len(spec.ranks)))
+        )
 
     @property
     def ones(self) -> tuple[int, ...]:
@@ -60,15 +71,16 @@ class Spec(NamedTuple):
         return 1.0 if self.folded else self.scalings[m]
 
 
-_ANY_WIDTH = ("expand", "down", "drop")
-_KERNELS = (*_ANY_WIDTH, "shrink", "fused")
+_ANY_WIDTH = ("lora_expand", "lora_down", "lora_drop")
+_KERNELS = (*_ANY_WIDTH, "lora_shrink", "lora_fused")
 
 
 def ready_kernels(x: Tensor) -> frozenset[str]:
+    """The Triton kernels that may run on this input."""
     if not INTERPRETED and (x.device.type != "cuda" or torch.compiler.is_compiling()):
         return _NO_KERNELS
-    names = _KERNELS if launch.rows_aligned(_rows(x)) else _ANY_WIDTH
-    return frozenset(name for name in names if ready(f"lora_{name}", x.device, x.dtype))
+    names = _KERNELS if launch.rows_aligned(x) else _ANY_WIDTH
+    return ready_among(names, x.device, x.dtype)
 
 
 _NO_KERNELS: frozenset[str] = frozenset()
@@ -98,21 +110,25 @@ def _pack(
         if more:
             pieces.append(A[:more] if more <= len(A) else A[:1].expand(more, -1))
     packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return packed.to(dtype)
+    return _cast(packed, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call costs a microsecond
 
 
 def _scaled(B: Tensor, m: int, spec: Spec, dtype: torch.dtype) -> Tensor:
     """B_m in the compute dtype, times s_m where folded."""
     if spec.folded and spec.scalings[m] != 1.0:
         B = B * spec.scalings[m]
-    return B.to(dtype)
+    return _cast(B, dtype)
 
 
 def _drop(X: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
     """X with its dropped elements at zero; their scale is in spec.scalings."""
     if seed is None:
         return X
-    if "drop" in spec.kernels:
+    if "lora_drop" in spec.kernels:
         return launch.drop(X, seed, spec.dropout)
     if spec.native:
         return _skinny.drop(X, seed, threshold(spec.dropout), torch.empty_like(X))
@@ -121,7 +137,7 @@ def _drop(X: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
 
 def _add_dropped(total: Tensor | None, X: Tensor, seed: Tensor, spec: Spec) -> Tensor:
     """total + drop(X), in place where there is a total."""
-    if "drop" in spec.kernels:
+    if "lora_drop" in spec.kernels:
         return launch.drop(X, seed, spec.dropout, total)
     if spec.native:
         add, out = total is not None, X if total is None else total
@@ -131,19 +147,22 @@ def _add_dropped(total: Tensor | None, X: Tensor, seed: Tensor, spec: Spec) -> T
 
 
 def _shrink(
-    X: Tensor, lora_As: Sequence[Tensor | None], starts: list[int], seed: Tensor | None, spec: Spec
+    X: Tensor, lora_As: Sequence[Tensor | None], seed: Tensor | None, spec: Spec
 ) -> tuple[Tensor, Tensor | None]:
     """S = drop(X) A^T; and A as it was packed for a kernel, which the backward pass can use again.
 
     Not on the CPU, where packing takes no launch and memory is short.
     """
     if spec.native:
-        S = X.new_empty(X.shape[0], starts[-1])
-        _skinny.narrow(_drop(X, seed, spec), S, _side_by_side(lora_As, spec.adapted, starts))
+        S = X.new_empty(X.shape[0], spec.columns[-1])
+        factors = _side_by_side(lora_As, spec.adapted, spec.columns)
+        _skinny.narrow(_drop(X, seed, spec), S, factors)
         return S, None
-    A = _pack(lora_As, spec.adapted, starts, spec, X.dtype)
+    A = _pack(lora_As, spec.adapted, spec.columns, spec, X.dtype)
     kept = A if spec.kernels else None
-    if seed is not None and "shrink" in spec.kernels:  # without dropout the vendor's is as fast
+    if (
+        seed is not None and "lora_shrink" in spec.kernels
+    ):  # without dropout the vendor's is as fast
         return launch.shrink(X, A, seed, spec.dropout), kept
     return torch.mm(_drop(X, seed, spec), A.t()), kept
 
@@ -156,10 +175,10 @@ def _expand(base: Tensor, S: Tensor, B: Tensor, alpha: float) -> Tensor:
 
 
 def _side_by_side(
-    lora_As: Sequence[Tensor | None], modules: Sequence[int], starts: list[int]
+    lora_As: Sequence[Tensor | None], modules: Sequence[int], starts: Sequence[int]
 ) -> Factors:
     """A of these modules, or its gradients, by the columns of S."""
-    return Factors([lora_As[m] for m in modules], [0] * len(modules), starts[:-1])  # type: ignore[misc]
+    return Factors([lora_As[m] for m in modules], [0] * len(modules), list(starts[:-1]))  # type: ignore[misc]
 
 
 def _alone(B: Tensor) -> Factors:
@@ -192,13 +211,14 @@ class GroupedLoraLinear(torch.autograd.Function):
         M = len(spec.ranks)
         weights, biases, lora_As, lora_Bs, bases = (tensors[i * M : i * M + M] for i in range(5))
         X = _straight(_rows(x), spec)
-        starts = spec.starts(spec.adapted, spec.ones)
-        first = dict(zip(spec.adapted, starts, strict=False))
+        first = spec.first
         S = packed = None
         if spec.adapted:
-            S, packed = _shrink(X, lora_As, starts, seed, spec)
+            S, packed = _shrink(X, lora_As, seed, spec)
             for m in spec.ones:
                 S.select(1, first[m] + spec.ranks[m]).fill_(1.0)
+        compiling = torch.compiler.is_compiling()
+        in_order = (spec.folded or bool(spec.kernels)) and x.is_contiguous()
         outputs: list[Tensor] = []
         dirty: list[Tensor] = []
         later: list[tuple[Tensor, int, Tensor, float]] = []  # for one launch of expand
@@ -214,12 +234,13 @@ class GroupedLoraLinear(torch.autograd.Function):
                     Y, Y2 = base, _rows(base)
                 else:
                     Y2 = _rows(base).clone(**_CONTIGUOUS)
-            elif B is not None and "fused" in spec.kernels:
+            elif B is not None and "lora_fused" in spec.kernels:
                 Y2 = launch.fused(X, weight, bias, S[:, first[m] :], B, spec.scalings[m])  # type: ignore
                 B = None
-            elif spec.folded and bias is None and x.is_contiguous():  # no view on the way out
-                Y = F.linear(x, weight)  # type: ignore[arg-type]
-                Y2 = Y if x.dim() == 2 else Y.view(-1, Y.shape[-1])
+            elif in_order and (bias is None or spec.kernels):  # no view on the way out
+                Y = Y2 = F.linear(x, weight, bias)  # type: ignore[arg-type]
+                if not spec.kernels and x.dim() != 2:
+                    Y2 = Y.view(-1, Y.shape[-1])
             else:
                 Y2 = F.linear(X, weight, bias)  # type: ignore[arg-type]
             if S is not None and B is not None:
@@ -227,14 +248,14 @@ class GroupedLoraLinear(torch.autograd.Function):
                     S_m = S.narrow(1, first[m], B.shape[1] + B.shape[1] % 2)
                     late = biases[m] if m in spec.biased else None
                     _skinny.wide(Y2, S_m, _alone(B), spec.scalings[m], late)
-                elif "expand" in spec.kernels and Y2.dtype == S.dtype:
+                elif "lora_expand" in spec.kernels and Y2.dtype == S.dtype:
                     later.append((Y2, first[m], B, spec.scalings[m]))
                 else:
                     B = _scaled(B, m, spec, S.dtype)
                     if m in spec.ones:
                         B = torch.cat([B, biases[m].unsqueeze(1)], 1)  # type: ignore[union-attr]
                     _expand(Y2, S.narrow(1, first[m], B.shape[1]), B, spec.alpha(m))
-            if Y is None and x.dim() == 2 and not torch.compiler.is_compiling():
+            if Y is None and x.dim() == 2 and not compiling:
                 Y = Y2
             elif Y is None:  # torch.compile of torch 2.11 loses the gradient of what addmm_ changed
                 Y = _unsafe_view(Y2, [*x.shape[:-1], Y2.shape[-1]])
@@ -283,7 +304,7 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     dW, dbias, dA, dB, dbase = none[:], none[:], none[:], none[:], none[:]
     dX: Tensor | None = None
     X = None if x is None else _straight(_rows(x), spec)
-    S_starts = dict(zip(spec.adapted, spec.starts(spec.adapted, spec.ones), strict=False))
+    S_starts = spec.first
     flat: dict[int, Tensor] = {}  # of the outputs that were used
 
     for m, dY in enumerate(dYs):
@@ -301,13 +322,14 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
 
     # The low-rank part: dS of the modules that need it, side by side, and dB on the way.
     low_rank = [m for m in spec.adapted if m in flat and (need_x or need_A[m])]
-    dS_starts = spec.starts(low_rank)
-    low = {m: _straight(flat[m].to(ctx.dtype), spec) for m in spec.adapted if m in flat}
+    same = len(low_rank) == len(spec.adapted) and not spec.ones
+    dS_starts = spec.columns if same else spec.starts(low_rank)
+    low = {m: _straight(_cast(flat[m], ctx.dtype), spec) for m in spec.adapted if m in flat}
     dS = None
     if low_rank:
-        dS = _new_dS(low[low_rank[0]], dS_starts[-1], spec)
+        dS = _new_dS(low[low_rank[0]], dS_starts[-1], sum(spec.ranks[m] for m in low_rank), spec)
         done: list[int] = []
-        if "down" in spec.kernels:
+        if "lora_down" in spec.kernels:
             done = [m for m in low_rank if need_B[m] and spec.ranks[m] <= launch.DOWN_MAX_RANK]
         if done:
             found = launch.down(
@@ -340,7 +362,8 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
                 _skinny.outer(dY2, S_m, _alone(dB[m]), spec.scalings[m])  # type: ignore[arg-type]
                 continue
             S_m = S.narrow(1, S_starts[m], spec.ranks[m])
-            dB[m] = _dB(S_m, dY2, spec.scalings[m], spec.B_dtypes[m])  # type: ignore[arg-type]
+            dB_of = _dB_on_gpu if spec.kernels else _dB
+            dB[m] = dB_of(S_m, dY2, spec.scalings[m], spec.B_dtypes[m])  # type: ignore[arg-type]
 
     if dS is not None and need_x and spec.native:
         As = _side_by_side(lora_As, low_rank, dS_starts)
@@ -370,7 +393,7 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
             stacked = torch.mm(dS.t(), dropped)
             found = [stacked] * M
             for m, start in zip(low_rank, dS_starts, strict=False):
-                found[m] = stacked.narrow(0, start, spec.ranks[m]).to(spec.A_dtypes[m])
+                found[m] = _cast(stacked.narrow(0, start, spec.ranks[m]), spec.A_dtypes[m])
         for m in low_rank:
             dA[m] = found[m] if need_A[m] else None
     if dX is not None:
@@ -378,10 +401,17 @@ def _backward(ctx: Any, dYs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     return (None, dX, None, *dW, *dbias, *dA, *dB, *dbase)
 
 
-def _new_dS(like: Tensor, width: int, spec: Spec) -> Tensor:
+def _new_dS(like: Tensor, width: int, written: int, spec: Spec) -> Tensor:
     """[N, width]; zeros where padding, or a compiler, would otherwise read what nobody wrote."""
-    fill = like.new_zeros if spec.kernels or torch.compiler.is_compiling() else like.new_empty
+    padding = spec.kernels and written < width
+    fill = like.new_zeros if padding or torch.compiler.is_compiling() else like.new_empty
     return fill(like.shape[0], width)
+
+
+def _dB_on_gpu(S: Tensor, dY: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """scaling dY^T S, rounded once: one launch, as factors and transposes cost a GEMM nothing."""
+    dB = dY.new_empty(dY.shape[1], S.shape[1])
+    return _cast(dB.addmm_(dY.t(), S, beta=0.0, alpha=scaling), dtype)
 
 
 def _dB(S: Tensor, dY: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

@@ -44,9 +44,14 @@ def padded(rank: int) -> int:
     return cdiv(rank, PADDING) * PADDING
 
 
-def rows_aligned(X: Tensor) -> bool:
-    """Whether rows of X start at 16 elements: else shrink and fused would spill."""
-    return X.shape[-1] % 16 == 0 and (X.stride(-1) != 1 or X.stride(0) % 16 == 0)
+def rows_aligned(x: Tensor) -> bool:
+    """Whether the rows of x [..., in] start at 16 elements: else shrink and fused would spill.
+
+    Rows that are not in order are copied first.
+    """
+    if x.shape[-1] % 16:
+        return False
+    return x.is_contiguous() or x.stride(-1) != 1 or all(s % 16 == 0 for s in x.stride()[:-1])
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -68,15 +73,18 @@ def _aligned(tensors: Sequence[Tensor], widths: Sequence[int]) -> bool:
 
 def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Four pointers, each at 16 bytes; unused slots repeat the first."""
-    held = [t.contiguous() for t in tensors]
+    held = [t if t.is_contiguous() else t.contiguous() for t in tensors]
     held = [t if t.data_ptr() % 16 == 0 else t.clone() for t in held]
     return held + [held[0]] * (SLOTS - len(held))
 
 
 def _one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As they are if their dtypes agree (a launch has one pointer type), else all in `dtype`."""
-    same = len({t.dtype for t in tensors}) == 1
-    return list(tensors) if same else [t.to(dtype) for t in tensors]
+    first = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != first:
+            return [t.to(dtype) for t in tensors]
+    return list(tensors)
 
 
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
@@ -102,12 +110,16 @@ def expand_tiles(
 
 
 @lru_cache(maxsize=4096)
-def _expand_table(
-    offsets: tuple[int, ...], ranks: tuple[int, ...], outs: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, int]:
-    """`expand_tiles` on the device, and how many there are."""
+def _expand_constants(
+    offsets: Sequence[int],
+    shapes: tuple[torch.Size, ...],
+    scalings: Sequence[float],
+    device: torch.device,
+) -> tuple[Tensor, int, Tensor]:
+    """`expand_tiles` on the device, how many there are, and the scalings, of B's shapes."""
+    outs, ranks = zip(*shapes, strict=True)
     tiles = expand_tiles(offsets, ranks, outs, EXPAND["BLOCK_N"])
-    return _table(tiles, device), len(tiles)
+    return _table(tiles, device), len(tiles), _floats(tuple(scalings), device)
 
 
 def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
@@ -146,33 +158,37 @@ def expand(
     lora_Bs: Sequence[Tensor],
     scalings: Sequence[float],
 ) -> None:
-    """products[m] [N, out_m] += scalings[m] S_m B_m^T, in place, four modules a launch.
+    """products[m] [..., out_m] += scalings[m] S_m B_m^T, in place, four modules a launch.
 
     Products must be contiguous; `offsets` are the first columns of the modules in S.
     """
-    if not S.shape[0]:
-        return
-    for i in range(0, len(products), SLOTS):
+    N = S.shape[0]
+    for i in range(0, len(products) if N else 0, SLOTS):
         some = slice(i, i + SLOTS)
         ys, Bs = list(products[some]), _one_dtype(lora_Bs[some], S.dtype)
-        ranks, outs = tuple(B.shape[1] for B in Bs), tuple(B.shape[0] for B in Bs)
         if any(y.data_ptr() % 16 for y in ys):
             for y, offset, B, scaling in zip(ys, offsets[some], Bs, scalings[some], strict=True):
-                y.addmm_(S[:, offset : offset + B.shape[1]], B.to(S.dtype).t(), alpha=scaling)
+                S_m = S[:, offset : offset + B.shape[1]]
+                y.view(N, -1).addmm_(S_m, B.to(S.dtype).t(), alpha=scaling)
             continue
-        table, tiles = _expand_table(tuple(offsets[some]), ranks, outs, S.device)
-        grid = (cdiv(S.shape[0], EXPAND["BLOCK_M"]), tiles)
+        shapes = tuple([B.shape for B in Bs])
+        table, tiles, factors = _expand_constants(
+            tuple(offsets[some]), shapes, tuple(scalings[some]), S.device
+        )
+        aligned = True
+        for out, _ in shapes:
+            aligned = aligned and not out % 16
         with _on(S):
-            kernels.expand_kernel[grid](
+            kernels.expand_kernel[cdiv(N, EXPAND["BLOCK_M"]), tiles](
                 S,
                 *ys,
                 *[ys[0]] * (SLOTS - len(ys)),
                 *_slots(Bs),
-                _floats(tuple(scalings[some]), S.device),
+                factors,
                 table,
-                S.shape[0],
+                N,
                 S.stride(0),
-                ALIGNED=_aligned(ys, outs),
+                ALIGNED=aligned,
                 PRECISION=_precision(S.dtype),
                 **EXPAND,
             )

@@ -7,7 +7,7 @@ it synchronises); a wrong number, a launch error or a missing compiler keeps the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -27,6 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-prec
 _checks: dict[str, Callable[[torch.device], None]] = {}
 _opt_in: dict[str, bool] = {}  # kernels that wait for `enable`
 _status: dict[tuple[str, str], str] = {}
+_settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
 
 
 def register(name: str, check: Callable[[torch.device], None], opt_in: bool = False) -> None:
@@ -41,6 +42,31 @@ def enable(name: str, on: bool = True) -> None:
     if name not in _opt_in:
         raise ValueError(f"name must be one of {sorted(_opt_in)}, got {name!r}")
     _opt_in[name] = on
+    _settled.clear()
+
+
+def choose(names: Collection[str], device: torch.device) -> None:
+    """From now on exactly these kernels run on the device, checked or not: for benchmarks.
+
+    Under the interpreter only the opt-in ones can be chosen.
+    """
+    for name in _checks:
+        if name in _opt_in:
+            enable(name, name in names)
+        _status[name, str(device)] = "passed" if name in names else "not chosen"
+    _settled.clear()
+
+
+def ready_among(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+    """The kernels among `names` that are `ready`; remembered once every check is through."""
+    key = names, device, dtype
+    found = _settled.get(key)
+    if found is None:
+        found = frozenset(name for name in names if ready(name, device, dtype))
+        waiting = (name for name in names if _opt_in.get(name, True))
+        if not INTERPRETED and all((name, str(device)) in _status for name in waiting):
+            _settled[key] = found
+    return found
 
 
 def ready(name: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -100,10 +126,12 @@ __all__ = [
     "INTERPRETED",
     "cdiv",
     "check_close",
+    "choose",
     "enable",
     "kernel_status",
     "next_block",
     "ready",
+    "ready_among",
     "register",
     "triton",
 ]

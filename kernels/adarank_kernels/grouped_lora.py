@@ -60,7 +60,7 @@ class Prepared:
         if self._native is not None and _skinny.usable(x):
             spec = self._native
         elif kernels != spec.kernels:
-            spec = spec._replace(kernels=kernels)
+            spec = self.spec = spec.placed(kernels=kernels)
         if spec.dropout == 0.0 or not spec.adapted:
             seed = None
         elif seed is None:
@@ -81,7 +81,7 @@ def _native_spec(spec: Spec, x: Tensor, tensors: tuple[Tensor | None, ...]) -> S
             return None
         if any(t is not None and t.dtype != x.dtype for t in (biases[m], bases[m])):
             return None
-    return spec._replace(native=True)
+    return spec.placed(native=True)
 
 
 def prepare(
@@ -115,7 +115,7 @@ def prepare(
             if bias.dtype == x.dtype
         ),
         ready_kernels(x),
-    )
+    ).placed()
     return Prepared(spec, x, (*weights, *biases, *lora_As, *lora_Bs, *bases))
 
 

@@ -15,6 +15,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(_triton, "_checks", {})
     monkeypatch.setattr(_triton, "_opt_in", {})
     monkeypatch.setattr(_triton, "_status", {})
+    monkeypatch.setattr(_triton, "_settled", {})
     monkeypatch.setattr(_triton, "HAS_TRITON", True)
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
