@@ -120,9 +120,18 @@ def _fused_classes() -> dict[type, type]:
 
 def _all_fusable(members: Sequence[Layer], x: Tensor) -> bool:
     """Whether the first member, itself fusable, may compute the others too: one mask for all."""
-    if any(_reason(member, x) for member in members[1:]):
-        return False
-    return all(dropout_of(member) == dropout_of(members[0]) for member in members[1:])
+    dropout = _dropout(members[0])
+    for member in members[1:]:
+        if _reason(member, x) or _dropout(member) != dropout:
+            return False
+    return True
+
+
+def _dropout(layer: Layer) -> float:
+    known: Known | None = layer._adarank.known
+    if known is None or torch.compiler.is_compiling():
+        return dropout_of(layer)
+    return known.dropout
 
 
 def _reason(layer: Layer, x: Tensor) -> str:

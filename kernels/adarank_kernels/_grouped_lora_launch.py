@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adarank_kernels import _dropout
 from adarank_kernels import _grouped_lora_kernels as kernels
-from adarank_kernels._triton import cdiv, check_close, next_block, register
+from adarank_kernels._triton import cdiv, check_close, kind, launch, next_block, register
 
 SLOTS = 4  # modules a launch
 PADDING = 16  # the smallest K of a tensor-core product
@@ -58,8 +58,19 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # ignored for 16-bit operands
 
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
+
+
+def _key(tensors: Sequence[Tensor], integers: Sequence[int]) -> tuple[Any, ...]:
+    """For `launch`."""
+    pointers = [(t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    return tensors[0].device, *pointers, *map(kind, integers)
 
 
 def _rows_in_order(matrix: Tensor) -> Tensor:
@@ -131,23 +142,16 @@ def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
         return S
     block_r = next_block(R, SHRINK_BLOCKS_R)
     grid = (cdiv(N, SHRINK["BLOCK_M"]), cdiv(R, block_r))
+    tensors = (X, A, S, X if seed is None else seed)
+    integers = (N, K, R, X.stride(0), _dropout.threshold(dropout))
+    constants = SHRINK | {
+        "BLOCK_R": block_r,
+        "EVEN_K": K % SHRINK["BLOCK_K"] == 0,
+        "DROPOUT": seed is not None,
+        "PRECISION": _precision(X.dtype),
+    }
     with _on(X):
-        kernels.shrink_kernel[grid](
-            X,
-            A,
-            S,
-            X if seed is None else seed,
-            N,
-            K,
-            R,
-            X.stride(0),
-            _dropout.threshold(dropout),
-            BLOCK_R=block_r,
-            EVEN_K=K % SHRINK["BLOCK_K"] == 0,
-            DROPOUT=seed is not None,
-            PRECISION=_precision(X.dtype),
-            **SHRINK,
-        )
+        launch(kernels.shrink_kernel, _key(tensors, integers), grid, tensors + integers, constants)
     return S
 
 
@@ -178,20 +182,13 @@ def expand(
         aligned = True
         for out, _ in shapes:
             aligned = aligned and not out % 16
+        ys += [ys[0]] * (SLOTS - len(ys))
+        arguments = (S, *ys, *_slots(Bs), factors, table, N, S.stride(0))
+        key = S.device, S.dtype, Bs[0].dtype, S.data_ptr() % 16 == 0, kind(N), kind(S.stride(0))
+        constants = EXPAND | {"ALIGNED": aligned, "PRECISION": _precision(S.dtype)}
+        grid = cdiv(N, EXPAND["BLOCK_M"]), tiles
         with _on(S):
-            kernels.expand_kernel[cdiv(N, EXPAND["BLOCK_M"]), tiles](
-                S,
-                *ys,
-                *[ys[0]] * (SLOTS - len(ys)),
-                *_slots(Bs),
-                factors,
-                table,
-                N,
-                S.stride(0),
-                ALIGNED=aligned,
-                PRECISION=_precision(S.dtype),
-                **EXPAND,
-            )
+            launch(kernels.expand_kernel, key, grid, arguments, constants)
 
 
 @lru_cache(maxsize=4096)
@@ -275,18 +272,11 @@ def drop(X: Tensor, seed: Tensor, dropout: float, out: Tensor | None = None) -> 
     result = X.new_empty(N, K) if out is None else out
     if X.numel():
         grid = (cdiv(N, DROP["BLOCK_M"]), cdiv(K, DROP["BLOCK_K"]))
+        tensors = (X, result, seed)
+        integers = (N, K, X.stride(0), _dropout.threshold(dropout))
+        key, constants = _key(tensors, integers), DROP | {"ADD": add}
         with _on(X):
-            kernels.drop_kernel[grid](
-                X,
-                result,
-                seed,
-                N,
-                K,
-                X.stride(0),
-                _dropout.threshold(dropout),
-                ADD=add,
-                **DROP,
-            )
+            launch(kernels.drop_kernel, key, grid, tensors + integers, constants)
     return result
 
 

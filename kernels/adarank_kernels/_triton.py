@@ -7,7 +7,8 @@ it synchronises); a wrong number, a launch error or a missing compiler keeps the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,11 +23,13 @@ except ImportError:  # Windows, macOS
 logger = logging.getLogger(__name__)
 
 INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
+Constants = Mapping[str, Any]
 DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
 
 _checks: dict[str, Callable[[torch.device], None]] = {}
 _opt_in: dict[str, bool] = {}  # kernels that wait for `enable`
 _status: dict[tuple[str, str], str] = {}
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # what `launch` has launched
 _settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
 
 
@@ -103,6 +106,42 @@ def kernel_status(device: torch.device | str = "cuda") -> dict[str, str]:
     }
 
 
+def launch(
+    kernel: Any,
+    key: Hashable,
+    grid: tuple[int, int],
+    arguments: Sequence[Any],
+    constants: Constants,
+) -> None:
+    """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
+
+    That reads every argument of every launch, which takes longer than a small kernel does.
+
+    Args:
+        key: with the constants, what settles all that Triton specialises on: the device, dtypes,
+            which pointers start at 16 bytes, and `kind` of each integer.
+        constants: the constexprs, which the kernel names last, and num_warps, num_stages.
+    """
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    key = id(kernel), key, tuple(constants.values())  # a kernel's own hash takes a lock
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, given = found
+        compiled[grid[0], grid[1], 1](*arguments, *given)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    if compiled is not None:
+        given = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        _compiled[key] = compiled, given
+
+
+def kind(value: int) -> tuple[bool, bool, bool]:
+    """What Triton makes a difference of in an integer."""
+    return value % 16 == 0, value == 1, value < 2**31
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -129,6 +168,8 @@ __all__ = [
     "choose",
     "enable",
     "kernel_status",
+    "kind",
+    "launch",
     "next_block",
     "ready",
     "ready_among",

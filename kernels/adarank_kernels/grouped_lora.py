@@ -28,7 +28,8 @@ from torch import Tensor
 from adarank_kernels import _skinny
 from adarank_kernels._dropout import draw_seed, keep_mask, keep_scale
 from adarank_kernels._grouped_lora_checks import check_arguments, check_lengths
-from adarank_kernels._grouped_lora_function import GroupedLoraLinear, Spec, ready_kernels
+from adarank_kernels._grouped_lora_function import GroupedLoraLinear
+from adarank_kernels._grouped_lora_parts import Spec, ready_kernels
 from adarank_kernels._triton import INTERPRETED
 
 

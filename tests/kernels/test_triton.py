@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -68,3 +70,66 @@ def test_never_on_the_cpu_in_float32_or_during_capture(
 def test_nan_fails_the_check() -> None:
     with pytest.raises(ArithmeticError):
         _triton.check_close(torch.tensor([float("nan")]), torch.zeros(1), torch.zeros(1).double())
+
+
+class Kernel:
+    """What `launch` needs of a jitted function; writes down who launched."""
+
+    arg_names = ["x", "n", "BLOCK", "FLAG"]
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*arguments: Any, **constants: Any) -> Any:
+            self.log.append(("looked up", grid, arguments, constants))
+            return Compiled(self.log)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, log: list[tuple[Any, ...]]) -> None:
+        self.log = log
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.log.append(("directly", grid, arguments))
+
+
+def test_a_second_launch_takes_no_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_compiled", {})
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    kernel, other = Kernel(), Kernel()
+    constants = {"num_warps": 4, "FLAG": True, "BLOCK": 16}
+    _triton.launch(kernel, "key", (2, 3), (7, 8), constants)
+    _triton.launch(kernel, "key", (5, 1), (9, 10), constants)
+    assert kernel.log == [
+        ("looked up", (2, 3), (7, 8), constants),
+        ("directly", (5, 1, 1), (9, 10, 16, True)),  # constants in the signature's order
+    ]
+    _triton.launch(kernel, "another key", (2, 3), (7, 8), constants)
+    _triton.launch(kernel, "key", (2, 3), (7, 8), constants | {"BLOCK": 32})
+    _triton.launch(other, "key", (2, 3), (7, 8), constants)
+    assert [entry[0] for entry in kernel.log[2:] + other.log] == ["looked up"] * 3
+    monkeypatch.setattr(_triton, "INTERPRETED", True)
+    _triton.launch(kernel, "key", (2, 3), (7, 8), constants)
+    assert kernel.log[-1] == ("looked up", (2, 3), (7, 8), constants)
+
+
+def test_what_triton_tells_apart_in_integers() -> None:
+    values = (0, 1, 7, 16, 33, 48, 2**31, 2**31 + 1)
+    kinds = [_triton.kind(value) for value in values]
+    assert kinds[0] == kinds[3] == kinds[5] and kinds[2] == kinds[4]
+    assert len(set(kinds)) == 5
+
+
+def test_settled_states_are_remembered_until_they_change(registry: list[str]) -> None:
+    device, names = torch.device("cuda:0"), ("good", "bad", "asked")
+    for _ in range(2):
+        assert _triton.ready_among(names, device, torch.bfloat16) == {"good"}
+    assert registry == ["good", "bad"]
+    _triton.enable("asked")
+    assert _triton.ready_among(names, device, torch.bfloat16) == {"good", "asked"}
+    _triton.choose(["bad"], device)
+    assert _triton.ready_among(names, device, torch.bfloat16) == {"bad"}
+    assert _triton.ready_among(names, torch.device("cpu"), torch.bfloat16) == set()
