@@ -128,7 +128,8 @@ def card(found: Mapping[str, Any]) -> str:
     tokens = f"{options['tokens'][0]} x {options['tokens'][1]:,}"
     told = options | {"tokens": tokens}
     passed = sum(check["status"] == "passed" for check in found["checks"])
-    parts = [f"## {here['card']}"]
+    only = f", --only {options['only']}" if options.get("only") else ""
+    parts = [f"## {here['card']}{only}"]
     lead = f"{passed} of {len(found['checks'])} checks passed. {card_rates(sections['card'])}. "
     parts.append(_wrapped(lead + machines({"all": found})))
     parts += [f"- {line}" for line in found["failures"]]
@@ -151,7 +152,8 @@ def _wrapped(text: str) -> str:
 
 def page(folder: Path = FOLDER / "gpu") -> str:
     """The whole page, of the files in `folder`."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     cards = [card(found) for found in files] or [
         "No card yet: `make bench-gpu` on one writes a file."
     ]

@@ -27,10 +27,10 @@ DISAGREEMENTS = {  # name -> model, metric
 PERTURBED = {f"perturbed q of {kind}": kind for kind in ("SmolLM2-135M", "Llama-3-8B")}
 PHILOX = {"philox": (4096, 4096)}
 PREDICTIONS = {  # name -> model, targets, trials
-    "MiniLM, attention": ("MiniLM", "attention", 5),
-    "MPNet-base, attention": ("MPNet-base", "attention", 5),
-    "SmolLM2-135M, all-linear": ("SmolLM2-135M", "all-linear", 1),
-    "Qwen3-0.6B, all-linear": ("Qwen3-0.6B", "all-linear", 1),
+    "ranks of MiniLM, attention": ("MiniLM", "attention", 5),
+    "ranks of MPNet-base, attention": ("MPNet-base", "attention", 5),
+    "ranks of SmolLM2-135M, all-linear": ("SmolLM2-135M", "all-linear", 1),
+    "ranks of Qwen3-0.6B, all-linear": ("Qwen3-0.6B", "all-linear", 1),
 }
 
 SECTIONS = {  # of the report: title, jobs in their order

@@ -106,7 +106,7 @@ class GroupedLoraLinear(torch.autograd.Function):
                 B = None
             elif in_order and (bias is None or spec.kernels):  # no view on the way out
                 Y = Y2 = F.linear(x, weight, bias)  # type: ignore[arg-type]
-                if not spec.kernels and x.dim() != 2:
+                if x.dim() != 2 and "lora_expand" not in spec.kernels:
                     Y2 = Y.view(-1, Y.shape[-1])
             else:
                 Y2 = F.linear(X, weight, bias)  # type: ignore[arg-type]

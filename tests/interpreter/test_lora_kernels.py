@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from adarank_kernels import _grouped_lora_launch as launch
-from adarank_kernels import _triton, grouped_lora_linear, grouped_lora_linear_ref
+from adarank_kernels import (
+    _grouped_lora_parts,
+    _triton,
+    grouped_lora_linear,
+    grouped_lora_linear_ref,
+)
 from adarank_kernels._dropout import keep_mask
 from adarank_kernels._triton import check_close
 from bench import counts
@@ -149,6 +154,18 @@ def test_op_through_the_kernels(
             _triton.enable(name, False)
     assert_as_good_as_torch(ours, torchs, exact)
     assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+@pytest.mark.parametrize("left", ["shrink", "expand", "down", "drop", "fused"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_one_kernel_alone(left: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others failed their checks on this device: torch's products take their places."""
+    chosen = frozenset({f"lora_{left}"})
+    monkeypatch.setattr(_grouped_lora_parts, "ready_among", lambda names, *_: chosen & {*names})
+    group = make_group((2, 35), train_base=True, dropout=dropout, seed=torch.tensor([7]))
+    exact = group.results(grouped_lora_linear_ref)
+    torchs = group.to(torch.bfloat16).results(grouped_lora_linear_ref)
+    assert_as_good_as_torch(group.to(torch.bfloat16).results(grouped_lora_linear), torchs, exact)
 
 
 def test_down_where_only_a_is_trained() -> None:
