@@ -93,11 +93,16 @@ class Known:
         self.A, self.B, self.scaling = self.lora_A.weight, self.lora_B.weight, layer.scaling[name]
         self.inner = (self.base, self.lora_A, self.lora_B)
 
-    def holds(self, layer: Layer, x: Tensor) -> bool:
-        own, name = layer.__dict__, self.name
+    def in_force(self, layer: Layer) -> bool:
+        """Whether the adapter is still the active one, neither disabled nor merged."""
+        own = layer.__dict__
         if own["_disable_adapters"] or own["merged_adapters"] or own.get("_is_replica"):
             return False
-        if own["_active_adapter"] != self.active or name in own["lora_variant"]:
+        return own["_active_adapter"] == self.active
+
+    def holds(self, layer: Layer, x: Tensor) -> bool:
+        own, name = layer.__dict__, self.name
+        if not self.in_force(layer) or name in own["lora_variant"]:
             return False
         parts = own["_modules"]
         if (

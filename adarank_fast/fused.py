@@ -55,15 +55,19 @@ class _Fused:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state, counting = self._adarank, not torch.compiler.is_compiling()
-        if counting and state.place and not (args or kwargs):
-            output = state.group.hand_out(state.place, x)  # type: ignore[union-attr]
-            if output is not None:  # the first member looked at all of them
+        known = state.known
+        if counting and state.place and known is not None and not (args or kwargs):
+            # The first member looked at all of them; an adapter may have been switched since.
+            output = state.group.hand_out(state.place, x) if known.in_force(self) else None  # type: ignore[union-attr]
+            if output is not None:
                 state.fused += 1
                 return output
         reason = "extra arguments" if args or kwargs else _reason(self, x)
         if reason:
             if counting:
                 state.fallbacks[reason] += 1
+                if state.group is not None:
+                    state.group.clear()
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if counting:
             state.fused += 1
@@ -72,10 +76,13 @@ class _Fused:
         elif not state.owner.settled:
             _warn_compiled_early()
         group = state.group  # which may be new
-        if group is not None and group.whole and (state.place or _all_fusable(group.members, x)):
-            output = group.call(state.place, x, _compute)
-            if output is not None:
-                return output
+        if group is not None and group.whole:
+            if state.place or _all_fusable(group.members, x):
+                output = group.call(state.place, x, _compute)
+                if output is not None:
+                    return output
+            else:
+                group.clear()
         return _compute([self], x)[0]
 
 
@@ -141,6 +148,8 @@ def _reason(layer: Layer, x: Tensor) -> str:
     state: _State = layer._adarank
     if state.known is not None and state.known.holds(layer, x):
         return ""
+    if state.known is not None and state.group is not None:
+        state.group.clear()  # what waits there was computed of something else
     reason = why_not(layer, x)
     plain = not reason and type(layer.base_layer) is nn.Linear and has_plain_base(layer)
     state.known = Known(layer) if plain else None

@@ -23,9 +23,8 @@ class Group:
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self.members = list(members)
         self.whole = True  # False: a member stayed away once; computed one by one since
-        self._input: Tensor | None = None
-        self._mode: tuple[Any, ...] = ()
-        self._outputs: dict[int, Tensor] = {}  # place -> what that member will hand out
+        # (input, what must hold still, place -> what that member will hand out)
+        self._pending: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
 
     def call(self, place: int, x: Tensor, compute: Compute) -> Tensor | None:
         """The output of the member at `place`; None if the group cannot answer for it."""
@@ -36,26 +35,27 @@ class Group:
         if mode is None:
             return None
         outputs = compute(self.members, x)
-        self._input, self._mode = x, mode
-        self._outputs = dict(enumerate(outputs[1:], start=1))
+        if len(outputs) > 1:
+            self._pending = x, mode, dict(enumerate(outputs[1:], start=1))
         return outputs[0]
 
     def hand_out(self, place: int, x: Tensor) -> Tensor | None:
         """What the first member computed for the one at `place`, once, for this very input."""
-        if self._input is not x or self._mode != _mode(x):
+        pending = self._pending
+        if pending is None or pending[0] is not x or pending[1] != _mode(x):
             return None
-        output = self._outputs.pop(place, None)
-        if not self._outputs:
-            self._input = None
+        output = pending[2].pop(place, None)
+        if not pending[2]:
+            self._pending = None
         return output
 
     def clear(self) -> None:
-        self._input = None
-        self._outputs = {}
+        """Forget what nobody asked for."""
+        self._pending = None
 
     def owner_returned(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Forward hook of the owner: nothing outlives its forward."""
-        if self._outputs:
+        if self._pending is not None:
             if output is not None:  # None: an exception, or checkpointing stopped early
                 self.whole = False
             self.clear()

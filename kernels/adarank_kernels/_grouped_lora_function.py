@@ -104,8 +104,8 @@ class GroupedLoraLinear(torch.autograd.Function):
             elif B is not None and "lora_fused" in spec.kernels:
                 Y2 = launch.fused(X, weight, bias, S[:, first[m] :], B, spec.scalings[m])  # type: ignore
                 B = None
-            elif in_order and (bias is None or spec.kernels):  # no view on the way out
-                Y = Y2 = F.linear(x, weight, bias)  # type: ignore[arg-type]
+            elif in_order and bias is None:  # no view on the way out; with a bias there is one
+                Y = Y2 = F.linear(x, weight)  # type: ignore[arg-type]
                 if x.dim() != 2 and "lora_expand" not in spec.kernels:
                     Y2 = Y.view(-1, Y.shape[-1])
             else:

@@ -115,23 +115,27 @@ def launch(
 ) -> None:
     """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
 
-    That reads every argument of every launch, which takes longer than a small kernel does.
+    That reads every argument of every launch, which takes longer than a small kernel does. Triton's
+    hooks before a run, and what its debug knobs say later, are passed over with it. ROCm is left to
+    Triton, which looks at the sizes of the storages there, too.
 
     Args:
         key: with the constants, what settles all that Triton specialises on: the device, dtypes,
             which pointers start at 16 bytes, and `kind` of each integer.
         constants: the constexprs, which the kernel names last, and num_warps, num_stages.
     """
-    if INTERPRETED:
+    if INTERPRETED or torch.version.hip:
         kernel[grid](*arguments, **constants)
         return
-    key = id(kernel), key, tuple(constants.values())  # a kernel's own hash takes a lock
+    key = id(kernel), key, tuple(constants.items())  # a kernel's own hash takes a lock
     found = _compiled.get(key)
     if found is not None:
         compiled, given = found
         compiled[grid[0], grid[1], 1](*arguments, *given)
         return
     compiled = kernel[grid](*arguments, **constants)
+    if hasattr(compiled, "result"):  # compiled in the background
+        compiled = compiled.result()
     if compiled is not None:
         given = tuple(constants[name] for name in kernel.arg_names if name in constants)
         _compiled[key] = compiled, given

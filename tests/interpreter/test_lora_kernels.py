@@ -168,6 +168,18 @@ def test_one_kernel_alone(left: str, dropout: float, monkeypatch: pytest.MonkeyP
     assert_as_good_as_torch(group.to(torch.bfloat16).results(grouped_lora_linear), torchs, exact)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ranks", [(3,), (3, 0, 8)])
+def test_outputs_may_be_changed_in_place(bias: bool, ranks: tuple[int, ...]) -> None:
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    weights = [torch.randn(24, 16) for _ in ranks]
+    biases = [torch.randn(24) if bias else None for _ in ranks]
+    As = [torch.randn(r, 16, requires_grad=True) if r else None for r in ranks]
+    Bs = [torch.randn(24, r, requires_grad=True) if r else None for r in ranks]
+    for y in grouped_lora_linear(x, weights, As, Bs, [1.0] * len(ranks), biases):
+        y.relu_()
+
+
 def test_down_where_only_a_is_trained() -> None:
     group = make_group((33,), bias=False)
     for B in group.lora_Bs:
