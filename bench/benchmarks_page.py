@@ -312,7 +312,8 @@ BENCHMARKS = (
         "make bench-prediction",
         "`predict_ranks` against its floor, the measured time of the model's own forward over what "
         "no replay can avoid, and against the naive loop of full forwards, which is extrapolated "
-        "from a sample of its probes. Attention modules of MiniLM and MPNet-base on 64 TREC "
+        "from a sample of its probes; it compares in float32 and keeps what it needs of the clean "
+        "run. Attention modules of MiniLM and MPNet-base on 64 TREC "
         "questions, five trials; all linears of SmolLM2-135M on 2,048 tokens, one trial. Noise: "
         "share of the prediction spent drawing it. About 3 is reached from 2.5 on.",
         prediction,

@@ -341,8 +341,10 @@ def _compare_logits(
         return metrics.relative(logits, far, bias, metric, pairs)
     moderate = ~far
     if metric == "tv":
-        low, high = logits[1:].aminmax(dim=2)
-        moderate &= (high - low < LARGE).all(0)
+        moves = logits[1:]
+        low, high = moves.aminmax()  # of all tokens: eight times as fast as token by token
+        if not high - low < LARGE:
+            moderate &= (moves.amax(2) - moves.amin(2) < LARGE).all(0)
     shift = 0.0 if bias is None else bias.double()
     found = []
     for start in range(0, c, few := _few(logits)):
