@@ -111,9 +111,13 @@ def test_a_second_launch_takes_no_look_up(monkeypatch: pytest.MonkeyPatch) -> No
     _triton.launch(kernel, "key", (2, 3), (7, 8), constants | {"BLOCK": 32})
     _triton.launch(other, "key", (2, 3), (7, 8), constants)
     assert [entry[0] for entry in kernel.log[2:] + other.log] == ["looked up"] * 3
-    monkeypatch.setattr(_triton, "INTERPRETED", True)
-    _triton.launch(kernel, "key", (2, 3), (7, 8), constants)
-    assert kernel.log[-1] == ("looked up", (2, 3), (7, 8), constants)
+    for where, name, value in ((_triton, "INTERPRETED", True), (torch.version, "hip", "6.4")):
+        with monkeypatch.context() as patch:  # the interpreter; a ROCm build
+            patch.setattr(where, name, value)
+            _triton.launch(kernel, "key", (2, 3), (7, 8), constants)
+        assert kernel.log[-1] == ("looked up", (2, 3), (7, 8), constants)
+        _triton.launch(kernel, "key", (2, 3), (7, 8), constants)
+        assert kernel.log[-1][0] == "directly"
 
 
 def test_what_triton_tells_apart_in_integers() -> None:
