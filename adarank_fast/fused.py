@@ -77,6 +77,8 @@ class _Fused:
             _warn_compiled_early()
         group = state.group  # which may be new
         if group is not None and group.whole:
+            if counting:
+                group.under(self.__dict__["_active_adapter"], first=not state.place)
             if state.place or _all_fusable(group.members, x):
                 output = group.call(state.place, x, _compute)
                 if output is not None:

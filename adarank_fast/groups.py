@@ -7,6 +7,7 @@ the others hand theirs out. Nothing is kept longer than one forward of the owner
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
@@ -25,6 +26,7 @@ class Group:
         self.whole = True  # False: a member stayed away once; computed one by one since
         # (input, what must hold still, place -> what that member will hand out)
         self._pending: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
+        self._adapter: Any = None  # under which
 
     def call(self, place: int, x: Tensor, compute: Compute) -> Tensor | None:
         """The output of the member at `place`; None if the group cannot answer for it."""
@@ -48,6 +50,13 @@ class Group:
         if not pending[2]:
             self._pending = None
         return output
+
+    def under(self, adapter: Any, first: bool) -> None:
+        """Say which adapter is active; what waits under another one is forgotten."""
+        if first:
+            self._adapter = copy.copy(adapter)
+        elif self._adapter != adapter:
+            self.clear()
 
     def clear(self) -> None:
         """Forget what nobody asked for."""

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import adarank_fast as ada
+from adarank_fast import fused as fused_layers
 from tests.fused_models import (
     assert_equal,
     fusable,
@@ -162,9 +163,12 @@ def test_other_orders_members_and_inputs(order, copies):
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
 
 
-def test_layers_called_by_themselves_while_adapters_are_switched():
+@pytest.mark.parametrize("plain_base", [True, False])  # False: as of a quantised one
+def test_layers_called_by_themselves_while_adapters_are_switched(plain_base, monkeypatch):
     """Nobody's forward ends in between, so outputs may still wait when the adapter is another."""
     torch.manual_seed(0)
+    if not plain_base:
+        monkeypatch.setattr(fused_layers, "has_plain_base", lambda layer: False)
     config = LoraConfig(r=2, target_modules=["a", "b", "c"])
     plain = get_peft_model(Odd(), config)
     plain.add_adapter("other", config)
