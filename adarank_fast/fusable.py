@@ -77,6 +77,12 @@ def active_name(layer: Layer) -> str:
     return next(name for name in layer.active_adapters if name in layer.lora_A)
 
 
+def switched_off(layer: Layer) -> bool:
+    """Whether its adapters are disabled or merged, or it is a replica."""
+    own = layer.__dict__
+    return bool(own["_disable_adapters"] or own["merged_adapters"] or own.get("_is_replica"))
+
+
 class Known:
     """A layer found fusable and what that rested on, so that it need not be found again.
 
@@ -93,16 +99,11 @@ class Known:
         self.A, self.B, self.scaling = self.lora_A.weight, self.lora_B.weight, layer.scaling[name]
         self.inner = (self.base, self.lora_A, self.lora_B)
 
-    def in_force(self, layer: Layer) -> bool:
-        """Whether the adapter is still the active one, neither disabled nor merged."""
-        own = layer.__dict__
-        if own["_disable_adapters"] or own["merged_adapters"] or own.get("_is_replica"):
-            return False
-        return own["_active_adapter"] == self.active
-
     def holds(self, layer: Layer, x: Tensor) -> bool:
         own, name = layer.__dict__, self.name
-        if not self.in_force(layer) or name in own["lora_variant"]:
+        if switched_off(layer) or own["_active_adapter"] != self.active:
+            return False
+        if name in own["lora_variant"]:
             return False
         parts = own["_modules"]
         if (

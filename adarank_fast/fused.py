@@ -20,7 +20,14 @@ from peft.tuners import lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
-from adarank_fast.fusable import Known, active_name, dropout_of, has_plain_base, why_not
+from adarank_fast.fusable import (
+    Known,
+    active_name,
+    dropout_of,
+    has_plain_base,
+    switched_off,
+    why_not,
+)
 from adarank_fast.groups import Group, Owner, owner_path, remove_hooks
 from adarank_kernels import grouped_lora_linear
 from adarank_kernels._triton import kernel_status
@@ -55,10 +62,11 @@ class _Fused:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state, counting = self._adarank, not torch.compiler.is_compiling()
-        known = state.known
-        if counting and state.place and known is not None and not (args or kwargs):
-            # The first member looked at all of them; an adapter may have been switched since.
-            output = state.group.hand_out(state.place, x) if known.in_force(self) else None  # type: ignore[union-attr]
+        active = self._active_adapter  # type: ignore[attr-defined]
+        adapter = active if isinstance(active, str) else tuple(active)
+        if counting and state.place and not (args or kwargs or switched_off(self)):
+            # The first member looked at all of them.
+            output = state.group.hand_out(state.place, x, adapter)  # type: ignore[union-attr]
             if output is not None:
                 state.fused += 1
                 return output
@@ -77,10 +85,8 @@ class _Fused:
             _warn_compiled_early()
         group = state.group  # which may be new
         if group is not None and group.whole:
-            if counting:
-                group.under(self.__dict__["_active_adapter"], first=not state.place)
             if state.place or _all_fusable(group.members, x):
-                output = group.call(state.place, x, _compute)
+                output = group.call(state.place, x, adapter, _compute)
                 if output is not None:
                     return output
             else:
@@ -150,8 +156,6 @@ def _reason(layer: Layer, x: Tensor) -> str:
     state: _State = layer._adarank
     if state.known is not None and state.known.holds(layer, x):
         return ""
-    if state.known is not None and state.group is not None:
-        state.group.clear()  # what waits there was computed of something else
     reason = why_not(layer, x)
     plain = not reason and type(layer.base_layer) is nn.Linear and has_plain_base(layer)
     state.known = Known(layer) if plain else None

@@ -7,7 +7,6 @@ the others hand theirs out. Nothing is kept longer than one forward of the owner
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
@@ -26,37 +25,37 @@ class Group:
         self.whole = True  # False: a member stayed away once; computed one by one since
         # (input, what must hold still, place -> what that member will hand out)
         self._pending: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
-        self._adapter: Any = None  # under which
 
-    def call(self, place: int, x: Tensor, compute: Compute) -> Tensor | None:
-        """The output of the member at `place`; None if the group cannot answer for it."""
+    def call(
+        self, place: int, x: Tensor, adapter: str | tuple[str, ...], compute: Compute
+    ) -> Tensor | None:
+        """The output of the member at `place`; None if the group cannot answer for it.
+
+        `adapter` is what is active: another one's outputs are not handed out.
+        """
         if place:
-            return self.hand_out(place, x)
+            return self.hand_out(place, x, adapter)
         mode = _mode(x)
         self.clear()
         if mode is None:
             return None
         outputs = compute(self.members, x)
         if len(outputs) > 1:
-            self._pending = x, mode, dict(enumerate(outputs[1:], start=1))
+            self._pending = x, (adapter, *mode), dict(enumerate(outputs[1:], start=1))
         return outputs[0]
 
-    def hand_out(self, place: int, x: Tensor) -> Tensor | None:
+    def hand_out(self, place: int, x: Tensor, adapter: str | tuple[str, ...]) -> Tensor | None:
         """What the first member computed for the one at `place`, once, for this very input."""
         pending = self._pending
-        if pending is None or pending[0] is not x or pending[1] != _mode(x):
+        if pending is None or pending[0] is not x:
+            return None
+        mode = _mode(x)
+        if mode is None or pending[1] != (adapter, *mode):
             return None
         output = pending[2].pop(place, None)
         if not pending[2]:
             self._pending = None
         return output
-
-    def under(self, adapter: Any, first: bool) -> None:
-        """Say which adapter is active; what waits under another one is forgotten."""
-        if first:
-            self._adapter = copy.copy(adapter)
-        elif self._adapter != adapter:
-            self.clear()
 
     def clear(self) -> None:
         """Forget what nobody asked for."""

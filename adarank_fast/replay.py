@@ -8,10 +8,9 @@ under variant k.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from adarank_fast.agreement import is_same, is_twice, rounding
 from adarank_fast.batches import batch_size, fold, take
+from adarank_fast.entrances import find_entrances, repeating
 from adarank_fast.memory import LEAST, LiveBytes, tokens
 from adarank_fast.outputs import Batch, Output, accepted
 from adarank_fast.record import Recorded, answer
@@ -346,7 +346,7 @@ class Replay:
             names = {module: str(i) for i, module in enumerate(self._entrances)}
             recorders = {m: _recorder(i, m.forward, trees, False) for m, i in names.items()}
             if first and recorders:
-                with contextlib.suppress(_Reached), patched(recorders | first):
+                with suppress(_Reached), patched(recorders | first):
                     self.root(**accepted(self.root, batch))
                 entered |= {module: trees[i] for module, i in names.items()}
         trees_kept = [list(entered.values()) for entered in self._entered]
@@ -397,7 +397,7 @@ class Replay:
                 if not all(is_twice(two, one) or is_same(two, one) for two, one in pairs):
                     reason = f"block {path} does not give a row per item"
         traces = first, single, double
-        self._entrances = {} if reason else _repeating(self._entrances, single, double)
+        self._entrances = {} if reason else repeating(self._entrances, single, double)
         self.routes = {
             name: reason or self._why_not_folded(name, batch_size(sample), *traces) or FOLDED
             for name in (target.name for target in self.targets)
@@ -432,35 +432,6 @@ class Replay:
         """Of what blocks returned, held where they returned it."""
         leaves = tree_flatten(self._record)[0]
         return sum(x.nbytes for x in leaves if isinstance(x, Recorded) and not x.offloaded)
-
-
-def find_entrances(root: nn.Module, inner: set[nn.Module]) -> Iterator[nn.Module]:
-    """Topmost modules with embeddings and more (a norm, say), but nothing `inner`."""
-    for child in root.children():
-        inside = set(child.modules())
-        embeds = any(isinstance(module, nn.Embedding) for module in inside)
-        if embeds and len(inside) > 1:
-            if inside & inner:
-                yield from find_entrances(child, inner)
-            else:
-                yield child
-
-
-def _repeating(
-    entrances: Mapping[nn.Module, Any], single: Trace, double: Trace
-) -> dict[nn.Module, list[bool] | None]:
-    """Of those, the ones whose outputs repeat in a folded batch or stay as they are; which do."""
-    found: dict[nn.Module, list[bool] | None] = {}
-    for module in entrances:
-        both = [trace.entered.get(module, []) for trace in (double, single)]
-        changeable = module in single.changeable or module in double.changeable
-        if changeable or not both[1] or len(both[0]) != len(both[1]):
-            continue
-        pairs = list(zip(*both, strict=True))
-        repeats = [is_twice(two, one) for two, one in pairs]
-        if all(twice or is_same(*pair) for twice, pair in zip(repeats, pairs, strict=True)):
-            found[module] = repeats
-    return found
 
 
 def _recorder(path: str, original: Forward, record: dict[str, Any], offload: bool) -> Forward:

@@ -34,7 +34,7 @@ import adarank_fast as ada
 from adarank_fast import probing
 from adarank_fast.assets import minilm, mpnet, mr, smollm2, trec
 from adarank_fast.outputs import mean_pool
-from bench.naive import naive_disagreements
+from bench.naive import across, naive_disagreements
 from bench.results_file import write_results
 
 TOKENS = 2048  # of a folded batch in the floor
@@ -174,9 +174,7 @@ def noise_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 def naive_seconds(model, batch, modules, read, metric="l1") -> float:
     """Seconds a probe of the naive loop, over a stratified sample."""
-    names = list(modules)
-    step = max(len(names) // SAMPLE, 1)
-    sample = {name: modules[name] for name in names[::step][:SAMPLE]}
+    sample = across(modules, SAMPLE)
     start = time.perf_counter()
     naive_disagreements(model, [batch], sample, read, 1, metric=metric, precise=False)
     return (time.perf_counter() - start) / len(sample)

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from adarank_fast import perturbation
 
 
+def across(modules: Mapping[str, str], count: int) -> dict[str, str]:
+    """At most `count` of the modules, evenly through their order: all depths and kinds."""
+    names = list(modules)
+    return {name: modules[name] for name in names[:: max(len(names) // count, 1)][:count]}
+
+
 @torch.no_grad()
 def naive_disagreements(
     model: nn.Module,

@@ -213,7 +213,7 @@ def test_a_capture_warms_up_first_and_starts_without_gradients(
     assert cuda.log == ["before", "run"] * 3 + ["before", "capture", "run"]
     graphs.ready(step)
     assert cuda.log[-2:] == ["capture in a shared pool", "run"] and len(graphs.graphs) == 2
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError, match="cannot be captured"):
         graphs.ready(Step(lambda: None, captured=False))
 
 

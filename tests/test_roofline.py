@@ -91,10 +91,10 @@ def test_a_projection_worked_out_by_hand() -> None:
 def test_no_form_is_below_the_base_and_none_of_ours_above_peft() -> None:
     for card in CARDS.values():
         for rank in (8, 64):
-            for seconds in project(card, SHAPES["Qwen3-0.6B"], 4096, rank).values():
-                assert all(seconds[form] > seconds["base"] for form in FORMS)
-                assert seconds["floor"] <= min(seconds[form] for form in FORMS)
-                assert seconds["ours"] < seconds["PEFT"]
+            for projected in project(card, SHAPES["Qwen3-0.6B"], 4096, rank).values():
+                assert all(projected[form] > projected["base"] for form in FORMS)
+                assert projected["floor"] <= min(projected[form] for form in FORMS)
+                assert projected["ours"] < projected["PEFT"]
     assert set(FORMS.values()) == set(PASSES)
 
 

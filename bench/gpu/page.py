@@ -16,7 +16,7 @@ from typing import Any
 from adarank_fast.plan import replacing
 from bench.benchmarks_page import machines, table
 from bench.gpu.checks import DEFAULT
-from bench.gpu.predictions import SAMPLE
+from bench.gpu.predictions import REPETITIONS, SAMPLE
 from bench.gpu.report import card_rates
 from bench.results_file import FOLDER
 
@@ -52,9 +52,9 @@ time.
 PREDICTIONS = """
 `predict_ranks` of models in real shapes with random weights: 64 questions of 16 tokens and the mean
 difference of the pooled state for MiniLM and MPNet-base, five trials a module; 2,048 tokens and
-total variation of all logits for the language models, one trial. Before it is timed, its scores are
-checked against a naive loop in float64. The naive loop, full forwards and full outputs, is
-extrapolated from {sample} probes across the depth.
+total variation of all logits for the language models, one trial; medians of {repetitions}.
+Before it is timed, its scores are checked against a naive loop in float64. The naive loop, full
+forwards and full outputs, is extrapolated from {sample} probes across the depth.
 """
 
 
@@ -142,7 +142,11 @@ def card(found: Mapping[str, Any]) -> str:
     if sections.get("ops"):
         parts += [_wrapped(OPS), ops(sections["ops"])]
     if sections.get("predictions"):
-        parts += [_wrapped(PREDICTIONS.format(sample=SAMPLE)), ops(sections["predictions"])]
+        timed = min(REPETITIONS, options["repetitions"])
+        parts += [
+            _wrapped(PREDICTIONS.format(sample=SAMPLE, repetitions=timed)),
+            ops(sections["predictions"]),
+        ]
     return "\n\n".join(parts)
 
 

@@ -18,7 +18,7 @@ from bench.gpu.checks import choose
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import PREDICTIONS
 from bench.gpu.timing import Step, release, said_of_check
-from bench.naive import naive_disagreements
+from bench.naive import across, naive_disagreements
 
 # items, tokens an item: short questions of an encoder, text of a language model
 ENCODED, WRITTEN, CHECKED = (64, 16), (8, 256), (2, 24)
@@ -46,8 +46,7 @@ def prediction_row(context: Context, row: str) -> list[Row]:
     release()
 
     batch = tokens(context, shape, WRITTEN if shape.gated else ENCODED)
-    names = list(modules)
-    sample = {n: modules[n] for n in names[:: max(len(names) // SAMPLE, 1)][:SAMPLE]}
+    sample = across(modules, SAMPLE)
     mask = "attention_mask" if shape.gated else None
 
     def forward() -> None:
@@ -120,8 +119,7 @@ def _refusal(
 ) -> str | None:
     """Why its prediction must not be timed."""
     batch = tokens(context, shape, CHECKED)
-    names = list(modules)
-    sample = {n: modules[n] for n in names[:: max(len(names) // CHECKS, 1)][:CHECKS]}
+    sample = across(modules, CHECKS)
     mask = "attention_mask" if shape.gated else None
 
     def naive(model: nn.Module) -> dict[str, float]:

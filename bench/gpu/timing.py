@@ -101,7 +101,7 @@ class Graphs(Events):
 
     def ready(self, step: Step) -> Callable[[], object]:
         if not step.captured:
-            raise NotImplementedError("it waits for the card, which no graph can")
+            raise ValueError("a step that waits for the card cannot be captured")
         outside = torch.cuda.current_stream()
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):

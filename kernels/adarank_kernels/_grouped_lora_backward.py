@@ -120,13 +120,7 @@ def _plain(g: _LowRank, dX: Tensor | None, dA: Found, dB: Found) -> Tensor | Non
         part = dS.narrow(1, start, spec.ranks[m])
         part.addmm_(g.dYs[m], B, beta=0.0, alpha=spec.alpha(m))
     if g.need_x:
-        A = pack(g.lora_As, g.through, g.columns, spec, like.dtype)
-        if g.seed is not None:
-            kept = keep_mask(g.seed, dS.shape[0], A.shape[1], spec.dropout)
-            low = torch.mm(dS, A).mul_(kept)
-            dX = low if dX is None else dX.add_(low)
-        else:
-            dX = torch.mm(dS, A) if dX is None else dX.addmm_(dS, A)
+        dX = _add_dX(g, dX, dS, pack(g.lora_As, g.through, g.columns, spec, like.dtype))
     _dA(g, dS, dA)
     return dX
 
@@ -157,14 +151,7 @@ def _launched(g: _LowRank, dX: Tensor | None, dA: Found, dB: Found) -> Tensor | 
         A = g.packed
         if A is None or len(g.through) < len(spec.adapted):
             A = pack(g.lora_As, g.through, g.columns, spec, dS.dtype)
-        if g.seed is None:
-            dX = torch.mm(dS, A) if dX is None else dX.addmm_(dS, A)
-        elif "lora_drop" in spec.kernels:
-            dX = launch.drop(torch.mm(dS, A), g.seed, spec.dropout, dX)
-        else:
-            low = torch.mm(dS, A)
-            low.mul_(keep_mask(g.seed, low.shape[0], low.shape[1], spec.dropout))
-            dX = low if dX is None else dX.add_(low)
+        dX = _add_dX(g, dX, dS, A)
     _dA(g, dS, dA)
     return dX
 
@@ -187,6 +174,17 @@ def _down(g: _LowRank, dS: Tensor, dB: Found) -> list[int]:
         for m, dB_m in zip(done, found, strict=True):
             dB[m] = cast(dB_m, spec.B_dtypes[m])
     return done
+
+
+def _add_dX(g: _LowRank, dX: Tensor | None, dS: Tensor, A: Tensor) -> Tensor:
+    """dX + drop(dS A), in place where there is a dX."""
+    if g.seed is None:
+        return torch.mm(dS, A) if dX is None else dX.addmm_(dS, A)
+    low = torch.mm(dS, A)
+    if "lora_drop" in g.spec.kernels:
+        return launch.drop(low, g.seed, g.spec.dropout, dX)
+    low.mul_(keep_mask(g.seed, low.shape[0], low.shape[1], g.spec.dropout))
+    return low if dX is None else dX.add_(low)
 
 
 def _dA(g: _LowRank, dS: Tensor, dA: Found) -> None:

@@ -179,9 +179,7 @@ def expand(
         table, tiles, factors = _expand_constants(
             tuple(offsets[some]), shapes, tuple(scalings[some]), S.device
         )
-        aligned = True
-        for out, _ in shapes:
-            aligned = aligned and not out % 16
+        aligned = all([out % 16 == 0 for out, _ in shapes])
         ys += [ys[0]] * (SLOTS - len(ys))
         arguments = (S, *ys, *_slots(Bs), factors, table, N, S.stride(0))
         key = S.device, S.dtype, Bs[0].dtype, S.data_ptr() % 16 == 0, kind(N), kind(S.stride(0))
