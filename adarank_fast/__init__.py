@@ -9,19 +9,22 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adarank_fast.adapters import inject
-    from adarank_fast.allocation import allocate_ranks
-    from adarank_fast.between_models import model_disagreement
-    from adarank_fast.comparison import compare
-    from adarank_fast.cost import CostEstimate, estimate_cost
-    from adarank_fast.export import export_uniform
-    from adarank_fast.fused import FusionReport, accelerate, fusion_report, restore
-    from adarank_fast.plan import RankPlan, Score
-    from adarank_fast.prediction import predict_ranks
-    from adarank_fast.probing import perturbation
-    from adarank_fast.regional import compile_blocks
-    from adarank_fast.targets import Target, find_targets
-    from adarank_fast.trials import AdaptiveTrials
+    from adarank_fast.adapters.compile_blocks import compile_blocks
+    from adarank_fast.adapters.export import export_uniform
+    from adarank_fast.adapters.fused_linear import accelerate, restore
+    from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
+    from adarank_fast.adapters.inject import inject
+    from adarank_fast.comparison.compare import compare
+    from adarank_fast.models.targets import Target, find_targets
+    from adarank_fast.plan.allocation import allocate_ranks
+    from adarank_fast.plan.rank_plan import RankPlan, Score
+    from adarank_fast.plan.trainer_formats import export_plan
+    from adarank_fast.plan.uncertainty import AdaptiveTrials
+    from adarank_fast.plots.plans import plot_plan
+    from adarank_fast.prediction.cost import CostEstimate, estimate_cost
+    from adarank_fast.prediction.model_disagreement import model_disagreement
+    from adarank_fast.prediction.noise import perturbation
+    from adarank_fast.prediction.predict import predict_ranks
 
 __version__ = _version("adarank-fast")
 
@@ -37,30 +40,35 @@ __all__ = [
     "compare",
     "compile_blocks",
     "estimate_cost",
+    "export_plan",
     "export_uniform",
     "find_targets",
     "fusion_report",
     "inject",
     "model_disagreement",
     "perturbation",
+    "plot_plan",
     "predict_ranks",
     "restore",
 ]
 
 _MODULES = {
-    "adapters": ["inject"],
-    "allocation": ["allocate_ranks"],
-    "comparison": ["compare"],
-    "cost": ["CostEstimate", "estimate_cost"],
-    "export": ["export_uniform"],
-    "fused": ["FusionReport", "accelerate", "fusion_report", "restore"],
-    "between_models": ["model_disagreement"],
-    "plan": ["RankPlan", "Score"],
-    "prediction": ["predict_ranks"],
-    "probing": ["perturbation"],
-    "regional": ["compile_blocks"],
-    "targets": ["Target", "find_targets"],
-    "trials": ["AdaptiveTrials"],
+    "adapters.compile_blocks": ["compile_blocks"],
+    "adapters.export": ["export_uniform"],
+    "adapters.fused_linear": ["accelerate", "restore"],
+    "adapters.fusion_report": ["FusionReport", "fusion_report"],
+    "adapters.inject": ["inject"],
+    "comparison.compare": ["compare"],
+    "models.targets": ["Target", "find_targets"],
+    "plan.allocation": ["allocate_ranks"],
+    "plan.rank_plan": ["RankPlan", "Score"],
+    "plan.trainer_formats": ["export_plan"],
+    "plan.uncertainty": ["AdaptiveTrials"],
+    "plots.plans": ["plot_plan"],
+    "prediction.cost": ["CostEstimate", "estimate_cost"],
+    "prediction.model_disagreement": ["model_disagreement"],
+    "prediction.noise": ["perturbation"],
+    "prediction.predict": ["predict_ranks"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

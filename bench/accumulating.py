@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import adarank_fast as ada
-from adarank_fast import plots
-from adarank_fast.assets import minilm, mpnet, trec
-from adarank_fast.outputs import mean_pool
-from adarank_fast.prediction import noise_key
+from adarank_fast.demo.assets import minilm, mpnet, trec
+from adarank_fast.models.outputs import mean_pool
+from adarank_fast.plots.plans import arrange
+from adarank_fast.plots.style import clean, line_style, new_figure, write
+from adarank_fast.prediction.predict import noise_key
 from adarank_kernels import philox_normal
 from bench.results_file import write_results
 
@@ -89,7 +90,7 @@ def measure(name: str, seed: int = 0) -> dict[str, Any]:
     plan = ada.predict_ranks(model, [batch], 8, trials=trials, seed=seed, progress=False)
     paths = {t.name: t.path for t in ada.find_targets(model, "attention")}
     types: dict[str, list[str]] = {}
-    for module, (_, label) in plots.arrange(plan.ranks).items():
+    for module, (_, label) in arrange(plan.ranks).items():
         types.setdefault(label, []).append(module)
     scores = {"exact": {module: score.mean for module, score in plan.scores.items()}}
     for procedure in ("accumulating", "compounding"):
@@ -121,19 +122,19 @@ def measure(name: str, seed: int = 0) -> dict[str, Any]:
 
 def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Disagreement by layer: a row of axes a model, a column a procedure, a line a module type."""
-    figure = plots._figure(11, 3.3 * len(rows))
+    figure = new_figure(11, 3.3 * len(rows))
     grid = figure.subplots(len(rows), len(PROCEDURES), squeeze=False)
     for line, (name, row) in zip(grid, rows.items(), strict=True):
         for axes, (procedure, title) in zip(line, PROCEDURES.items(), strict=True):
             for index, (label, values) in enumerate(row["scores"][procedure].items()):
-                axes.plot(range(len(values)), values, label=label, **plots._style(index))
+                axes.plot(range(len(values)), values, label=label, **line_style(index))
             axes.set_title(f"{name}: {title}", fontsize=8, loc="left")
             axes.set_xlabel("layer")
             axes.set_ylim(bottom=0)
-            plots._clean(axes)
+            clean(axes)
         line[0].set_ylabel("disagreement")
         line[0].legend(frameon=False, fontsize=8)
-    plots._write(figure, path)
+    write(figure, path)
 
 
 def report(name: str, row: Mapping[str, Any]) -> None:

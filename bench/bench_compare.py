@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import adarank_fast as ada
-from adarank_fast.assets import minilm, trec
+from adarank_fast.demo.assets import minilm, trec
 from bench.results_file import write_results
 
 ROW = "MiniLM, TREC with 50 classes"

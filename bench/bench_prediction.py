@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import adarank_fast as ada
-from adarank_fast import probing
-from adarank_fast.assets import minilm, mpnet, mr, smollm2, trec
-from adarank_fast.outputs import mean_pool
+from adarank_fast.demo.assets import minilm, mpnet, mr, smollm2, trec
+from adarank_fast.models.outputs import mean_pool
+from adarank_fast.prediction import prober as probing
 from bench.naive import across, naive_disagreements
 from bench.results_file import write_results
 

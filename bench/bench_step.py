@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import adarank_fast as ada
-from adarank_fast.assets import minilm, mpnet, smollm2
+from adarank_fast.demo.assets import minilm, mpnet, smollm2
 from bench.results_file import write_all
 from bench.slices import (
     Row,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adarank_fast.plan import replacing
+from adarank_fast.files import replacing
 from bench.results_file import FOLDER
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"

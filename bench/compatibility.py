@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from adarank_fast.assets import AssetError
-from adarank_fast.plan import replacing
+from adarank_fast.demo.assets import AssetError
+from adarank_fast.files import replacing
 from bench.results_file import machine
 from tests.conformance import steps
 from tests.conformance.architectures import ARCHITECTURES

@@ -34,11 +34,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
-from adarank_kernels import _disagreement_kernels as disagreement
-from adarank_kernels import _disagreement_launch as compare
-from adarank_kernels import _grouped_lora_kernels as lora
-from adarank_kernels import _grouped_lora_launch as launch
-from adarank_kernels import _philox_kernels as philox
+from adarank_kernels.disagreement import triton_kernels as disagreement
+from adarank_kernels.disagreement import triton_launch as compare
+from adarank_kernels.lora import triton_kernels as lora
+from adarank_kernels.lora import triton_launch as launch
+from adarank_kernels.random import triton as philox
 from bench.counts import PASSES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adarank_fast.plan import replacing
+from adarank_fast.files import replacing
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("adarank-fast", "torch", "triton", "transformers", "peft")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import adarank_fast as ada
-from adarank_fast.plan import replacing
-from adarank_fast.report import NONE, remarks, say, say_interval, tables, verdicts
+from adarank_fast.comparison.findings import NONE, remarks, say, say_interval, tables, verdicts
+from adarank_fast.files import replacing
 from bench.benchmarks_page import machines, table
 from bench.results_file import FOLDER
 from bench.study import TRAINING, Experiment

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adarank_fast.plan import replacing
+from adarank_fast.files import replacing
 
 ROOT = Path(__file__).parent.parent
 Step = Callable[[], None]

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import adarank_fast as ada
-from adarank_fast.assets import Examples, minilm, mpnet, mr, smollm2, trec
-from adarank_fast.report import Comparison
+from adarank_fast.comparison.report import Comparison
+from adarank_fast.demo.assets import Examples, minilm, mpnet, mr, smollm2, trec
 from bench import study_plans
 from bench.results_file import FOLDER, write_results
 from bench.slices import ROOT

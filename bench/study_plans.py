@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import adarank_fast as ada
-from adarank_fast.assets import minilm, mpnet, mr, smollm2, trec
-from adarank_fast.data import collate, encode_blocks, make_batches
+from adarank_fast.demo.assets import minilm, mpnet, mr, smollm2, trec
+from adarank_fast.training.tokens import collate, encode_blocks, make_batches
 from bench.results_file import FOLDER, write_results
 
 RESULTS = FOLDER / "study_plans.json"

@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture
 def adarank(capfd, monkeypatch, tmp_path):
     """Run a command in an empty folder: (exit status, stdout, stderr)."""
-    from adarank_fast import cli
+    from adarank_fast.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
 

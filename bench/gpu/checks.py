@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adarank_kernels import (
-    _triton,
     grouped_lora_linear,
     grouped_lora_linear_ref,
     lora_linear,
@@ -27,7 +26,8 @@ from adarank_kernels import (
     philox_normal,
     philox_normal_ref,
 )
-from adarank_kernels.disagreement import METRICS
+from adarank_kernels.disagreement.op import METRICS
+from adarank_kernels.runtime import registry as _triton
 from bench.gpu.timing import reason, release
 
 Check = dict[str, Any]  # "op", "case", "kernels", "dtype", "status", "share" of the allowed error

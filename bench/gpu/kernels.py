@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adarank_kernels import _disagreement_metrics, _triton, disagreement
-from adarank_kernels.philox import _fill, key_tensor
+from adarank_kernels.disagreement import metrics as _disagreement_metrics
+from adarank_kernels.disagreement import op as disagreement
+from adarank_kernels.random.philox import _fill
+from adarank_kernels.random.words import key_tensor
+from adarank_kernels.runtime import registry as _triton
 from bench.counts import SHAPES, Cost, down, drop, expand, pairs, product
 from bench.gpu.checks import choose, runs_kernels
 from bench.gpu.context import Context, Row
@@ -21,9 +24,9 @@ from bench.gpu.rows import GROUPS, HEADS, PHILOX
 from bench.gpu.timing import Step, rotating
 
 if _triton.HAS_TRITON:
-    from adarank_kernels import _grouped_lora_launch as launch
-    from adarank_kernels import _philox_kernels
-    from adarank_kernels._disagreement_launch import compare
+    from adarank_kernels.disagreement.triton_launch import compare
+    from adarank_kernels.lora import triton_launch as launch
+    from adarank_kernels.random import triton as _philox_kernels
 
 RANK = 16
 VARIANTS, PAIRED_TOKENS = 8, 512

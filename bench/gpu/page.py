@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adarank_fast.plan import replacing
+from adarank_fast.files import replacing
 from bench.benchmarks_page import machines, table
 from bench.gpu.checks import DEFAULT
 from bench.gpu.predictions import REPETITIONS, SAMPLE

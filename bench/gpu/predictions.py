@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import adarank_fast as ada
-from adarank_fast.outputs import mean_pool
+from adarank_fast.models.outputs import mean_pool
 from bench.counts import SHAPES, Shape
 from bench.gpu.checks import choose
 from bench.gpu.context import Context, Row

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adarank_fast.plan import replacing
+from adarank_fast.files import replacing
 from bench.gpu.checks import Check
 from bench.gpu.context import Row, best_seconds
 from bench.gpu.timing import OUT_OF_MEMORY

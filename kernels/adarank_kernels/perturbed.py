@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adarank_kernels.philox import philox_normal, philox_normal_ref
+from adarank_kernels.random.philox import philox_normal
+from adarank_kernels.random.reference import philox_normal_ref
 
 Noise = tuple[Tensor, Tensor | None]  # for the weight, for the bias
 

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.dinov2 import modeling_dinov2
 
-from adarank_fast.outputs import OutputChoice
+from adarank_fast.models.outputs import OutputChoice
 
 VOCABULARY = 90
 ITEMS = 3

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from adarank_fast.assets import minilm, mpnet, smollm2
+from adarank_fast.demo.assets import minilm, mpnet, smollm2
 from tests.conformance.architectures import GATED, GATED_LINEARS, Architecture
 
 SENTENCES = [

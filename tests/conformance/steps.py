@@ -24,10 +24,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import adarank_fast as ada
-from adarank_fast.cost import estimate_cost
-from adarank_fast.outputs import choose_output, position_mask
-from adarank_fast.replay import FOLDED, undisturbed
-from adarank_fast.targets import find_blocks, find_candidates
+from adarank_fast.models.forward_patching import undisturbed
+from adarank_fast.models.outputs import choose_output, position_mask
+from adarank_fast.models.targets import find_blocks, find_candidates
+from adarank_fast.prediction.cost import estimate_cost
+from adarank_fast.prediction.replay import FOLDED
 from tests.conformance.architectures import Architecture
 from tests.conformance.numbers import (
     TOLERANCE,
@@ -36,7 +37,7 @@ from tests.conformance.numbers import (
     gradients,
     output,
 )
-from tests.models import spread
+from tests.tiny_models import spread
 
 RANKS = (3, 1, 5, 2, 8)
 YES = "yes"

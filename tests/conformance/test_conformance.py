@@ -2,7 +2,7 @@
 
 import pytest
 
-from adarank_fast.assets import AssetError
+from adarank_fast.demo.assets import AssetError
 from tests.conformance.architectures import ARCHITECTURES
 from tests.conformance.pretrained import PRETRAINED
 from tests.conformance.steps import STEPS, Subject, slow_path

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from adarank_kernels import _disagreement_launch, _triton
-from adarank_kernels import _grouped_lora_launch as launch
+from adarank_kernels.disagreement import triton_launch as _disagreement_launch
+from adarank_kernels.lora import triton_launch as launch
+from adarank_kernels.runtime import registry as _triton
 from bench.gpu import checks, rows, run, steps
-from tests.gpu_benchmark import TINY, cpu_context, make_tiny
+from tests.bench.gpu_benchmark import TINY, cpu_context, make_tiny
 
 
 @pytest.fixture

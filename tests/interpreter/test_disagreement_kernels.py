@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adarank_kernels import _disagreement_launch as launch
-from adarank_kernels import _triton, pairwise_disagreement, pairwise_disagreement_ref
-from adarank_kernels._triton import check_close
+from adarank_kernels import pairwise_disagreement, pairwise_disagreement_ref
+from adarank_kernels.disagreement import triton_launch as launch
+from adarank_kernels.runtime import registry as _triton
+from adarank_kernels.runtime.registry import check_close
 from tests.kernels.disagreement_cases import exact, head, token_values, variants
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

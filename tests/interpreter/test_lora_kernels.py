@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adarank_kernels import _grouped_lora_launch as launch
-from adarank_kernels import (
-    _grouped_lora_parts,
-    _triton,
-    grouped_lora_linear,
-    grouped_lora_linear_ref,
-)
-from adarank_kernels._dropout import keep_mask
-from adarank_kernels._triton import check_close
+from adarank_kernels import grouped_lora_linear, grouped_lora_linear_ref
+from adarank_kernels.lora import parts as _grouped_lora_parts
+from adarank_kernels.lora import triton_launch as launch
+from adarank_kernels.lora.dropout import keep_mask
+from adarank_kernels.runtime import registry as _triton
+from adarank_kernels.runtime.registry import check_close
 from bench import counts
 from tests.kernels.lora_cases import assert_as_good_as_torch, make_group
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adarank_kernels import _philox_kernels, philox_normal, philox_normal_ref
-from adarank_kernels.philox import _check_kernel, _fill, key_tensor, philox_words
+from adarank_kernels import philox_normal, philox_normal_ref
+from adarank_kernels.random import triton as _philox_kernels
+from adarank_kernels.random.philox import _check_kernel, _fill
+from adarank_kernels.random.words import key_tensor, philox_words
 
 SEEDS = [0, 1, 2**32 + 7, 2**63, 2**64 - 1]
 

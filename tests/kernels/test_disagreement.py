@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adarank_kernels import disagreement, pairwise_disagreement, pairwise_disagreement_ref
+from adarank_kernels import pairwise_disagreement, pairwise_disagreement_ref
+from adarank_kernels.disagreement import op as disagreement
 from tests.kernels.disagreement_cases import METRICS, exact, head, outputs64, token_values, variants
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from adarank_kernels import (
-    _skinny,
     grouped_lora_linear,
     grouped_lora_linear_ref,
     lora_linear,
     lora_linear_ref,
 )
-from adarank_kernels._dropout import draw_seed, keep_mask, keep_scale
+from adarank_kernels.lora import skinny as _skinny
+from adarank_kernels.lora.dropout import draw_seed, keep_mask, keep_scale
 from tests.kernels.lora_cases import Group, assert_as_good_as_torch, make_group
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adarank_kernels import _native, _skinny
-from adarank_kernels._dropout import keep_mask, threshold
-from adarank_kernels._skinny import Factors, drop, narrow, outer, usable, wide
+from adarank_kernels.lora import skinny as _skinny
+from adarank_kernels.lora.dropout import keep_mask, threshold
+from adarank_kernels.lora.skinny import Factors, drop, narrow, outer, usable, wide
+from adarank_kernels.runtime import native as _native
 
 DTYPES = [torch.float32, torch.bfloat16]
 RANKS = (3, 1, 8, 24)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from adarank_kernels import _triton
+from adarank_kernels.runtime import registry as _triton
 
 
 @pytest.fixture

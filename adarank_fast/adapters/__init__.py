@@ -1,0 +1,1 @@
+"""PEFT adapters: inject a plan, fuse the layers, compile, export, merge."""

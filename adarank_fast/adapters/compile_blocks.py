@@ -1,0 +1,56 @@
+"""Compile a model block by block, whatever the ranks: one graph serves blocks that differ in them.
+
+torch.compile takes parameters' shapes as constants and gives up after 8 versions of one function
+(`torch._dynamo.config.recompile_limit`); blocks of one class run one function, and mixed ranks make
+every block another version. So the rank dimensions are marked, and shapes of parameters may vary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from adarank_fast.adapters.fusion_report import fusion_report
+from adarank_fast.models.targets import find_blocks, unwrap
+
+
+def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
+    """`torch.compile` for each block on its own (regional compilation), in place.
+
+    Sets `torch._dynamo.config.force_parameter_static_shapes` and
+    `force_nn_module_property_static_shapes` to False for the process: they are read whenever a
+    block is traced. Blocks whose adapters sit on other modules (ranks of 0) or have rank 1 need a
+    graph of their own; `min_rank=2` or `rank_multiple` in `predict_ranks` avoids both. A key-value
+    cache makes every block differ too: pass decoders use_cache=False.
+
+    Args:
+        peft_model: from `inject` or `accelerate`, its groups known (pass them `example`, or run
+            one forward).
+        compile_kwargs: of `torch.compile`, such as backend or mode.
+
+    Returns:
+        `peft_model`.
+
+    Raises:
+        ValueError: nothing is fused, or the model has no blocks (elements of a ModuleList).
+    """
+    report = fusion_report(peft_model)
+    inner = unwrap(peft_model)
+    blocks = find_blocks(inner)
+    if not blocks:
+        raise ValueError(
+            f"{type(inner).__name__} has no ModuleList of blocks; use torch.compile on the model"
+        )
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    for path in report:
+        layer: Any = peft_model.get_submodule(path)
+        for lora_A in getattr(layer, "lora_A", {}).values():
+            torch._dynamo.maybe_mark_dynamic(lora_A.weight, 0)
+        for lora_B in getattr(layer, "lora_B", {}).values():
+            torch._dynamo.maybe_mark_dynamic(lora_B.weight, 1)
+    for path in blocks:
+        inner.get_submodule(path).compile(**compile_kwargs)
+    return peft_model

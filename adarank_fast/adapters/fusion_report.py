@@ -1,0 +1,102 @@
+"""What is fused in a PEFT model, with what, and why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from peft.tuners import lora
+from torch import nn
+
+from adarank_fast.adapters.fused_linear import LayerState, fused_layers
+from adarank_kernels.runtime.registry import kernel_status
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: what its forwards did since `accelerate` (compiled ones are not counted).
+
+    Attributes:
+        fused: False for PEFT layers of other kinds (embeddings, convolutions, expert parameters),
+            and if every call so far fell back.
+        group: names of the layers computed together with it, itself included.
+        fused_calls, fallback_calls: eager forwards that took each path.
+        reasons: why calls fell back -> how many; 0 for other kinds of layers, not counted.
+    """
+
+    fused: bool
+    group: tuple[str, ...]
+    fused_calls: int
+    fallback_calls: int
+    reasons: dict[str, int]
+
+
+class FusionReport(dict[str, LayerReport]):
+    """Layer path -> `LayerReport`; prints as a summary.
+
+    Attributes:
+        kernels: device of fused layers -> Triton kernel -> "passed" its check there, "failed: why",
+            "not checked yet", "off" (opt-in) or "no Triton". The CPU uses none and is not listed.
+    """
+
+    kernels: dict[str, dict[str, str]]
+
+    @property
+    def fused_share(self) -> float:
+        """Share of the calls so far that took the fused path; 1.0 before any call."""
+        fused = sum(layer.fused_calls for layer in self.values())
+        calls = fused + sum(layer.fallback_calls for layer in self.values())
+        return fused / calls if calls else 1.0
+
+    def __str__(self) -> str:
+        groups = {layer.group for layer in self.values() if len(layer.group) > 1}
+        reasons: Counter[str] = Counter()
+        others: Counter[str] = Counter()
+        for layer in self.values():
+            for reason, count in layer.reasons.items():
+                if count:
+                    reasons[reason] += count
+                else:
+                    others[reason] += 1
+        lines = [
+            f"{sum(layer.fused for layer in self.values())} of {len(self)} LoRA layers fused, "
+            f"{len(groups)} groups, {100 * self.fused_share:.1f}% of calls fused"
+        ]
+        lines += [f"  {count} calls through PEFT: {why}" for why, count in reasons.most_common()]
+        lines += [f"  {count} layers left to PEFT: {why}" for why, count in others.most_common()]
+        for device, kernels in self.kernels.items():
+            status = ", ".join(f"{name} {what}" for name, what in kernels.items())
+            lines.append(f"  Triton kernels on {device}: {status}")
+        return "\n".join(lines)
+
+
+def fusion_report(peft_model: nn.Module) -> FusionReport:
+    """What is fused, with what, and why not.
+
+    Raises:
+        ValueError: `accelerate` was not called.
+    """
+    layers = dict(fused_layers(peft_model))
+    if not layers:
+        raise ValueError("nothing is fused: call adarank_fast.accelerate(peft_model) first")
+    names = {id(layer): path for path, layer in layers.items()}
+    report = FusionReport()
+    devices = {p.device for layer in layers.values() for p in layer.parameters()}
+    report.kernels = {str(d): kernel_status(d) for d in devices if d.type == "cuda"}
+    for path, layer in layers.items():
+        state: LayerState = layer._adarank
+        group = state.group
+        members = group.members if group is not None and group.whole else [layer]
+        fallbacks = sum(state.fallbacks.values())
+        report[path] = LayerReport(
+            fused=state.fused > 0 or not fallbacks,
+            group=tuple(names.get(id(member), "") for member in members),
+            fused_calls=state.fused,
+            fallback_calls=fallbacks,
+            reasons=dict(state.fallbacks),
+        )
+    for path, module in peft_model.named_modules():
+        if isinstance(module, lora.LoraLayer) and path not in layers:
+            reason = f"PEFT's lora.{type(module).__name__}, which has no fused form"
+            report[path] = LayerReport(False, (path,), 0, 0, {reason: 0})
+    return report

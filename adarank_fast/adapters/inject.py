@@ -1,0 +1,229 @@
+"""Put a plan's adapters into a model, and make sure that they are what the plan says."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adarank_fast.adapters.fused_linear import accelerate
+from adarank_fast.models.quantization import keep_unpacked
+from adarank_fast.models.targets import find_candidates, unwrap
+from adarank_fast.plan.lora_config import alpha_rule, lora_config
+from adarank_fast.plan.rank_plan import RankPlan
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def inject(
+    model: nn.Module,
+    plan: RankPlan,
+    scaling: str | float = "constant",
+    example: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
+    **lora_config_kwargs: Any,
+) -> PeftModel:
+    """Give every module of the plan a LoRA adapter of its rank.
+
+    The layers are PEFT's own, fused by `accelerate`: saving, loading with
+    `PeftModel.from_pretrained`, merging and the trainers work as ever. Ranks of 0 get no adapter.
+
+    Args:
+        model: the model the plan was made on, or one that holds the same modules under one prefix
+            (the task model around a base model, a wrapper). Changed in place, as PEFT does;
+            quantised (bitsandbytes) models too.
+        plan: see `predict_ranks` and `RankPlan.uniform`.
+        scaling: what lora_alpha / rank is: "constant" (2 for every module; a number sets another
+            constant), "paper" (8 / rank) or "rslora" (8 / sqrt(rank)).
+        example: keyword inputs for one forward that shows which layers share an input; without it
+            the first forward does. See `accelerate`.
+        adapter_name: PEFT's name for the adapter.
+        lora_config_kwargs: other `peft.LoraConfig` arguments, such as lora_dropout, bias,
+            task_type, modules_to_save.
+
+    Returns:
+        The `peft.PeftModel`, after the rank and the scale of every layer were checked.
+
+    Raises:
+        ValueError: the plan does not fit the model, the model has adapters already, all ranks are
+            0, or PEFT made something else of it. The model is then as it was.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "model already has PEFT adapters; pass the plain base model (peft_model.unload() "
+            "removes them)"
+        )
+    if unwrap(model) is not model:
+        raise ValueError(
+            f"model is wrapped in {type(model).__name__}; inject first, then compile or distribute"
+        )
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is sharded (its parameters are DTensor); inject first, then "
+            "fully_shard"
+        )
+    found = {target.path: target for target in find_candidates(model)}
+    paths = resolve(model, plan)
+    planned = {paths[name]: rank for name, rank in plan.ranks.items() if rank > 0}
+    experts = {path for path in planned if found[path].parameter}
+    if any(type(found[path].module).__name__ == "Conv1D" for path in planned):
+        lora_config_kwargs.setdefault("fan_in_fan_out", True)  # its weight is [in, out]
+    config = lora_config(planned, scaling, parameters=experts, **lora_config_kwargs)
+    with _unchanged_on_error(model), warnings.catch_warnings():
+        # for models that mix Conv1D and Linear PEFT corrects fan_in_fan_out layer by layer
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        _verify(model, planned, scaling, adapter_name)
+        if planned.keys() - experts:
+            accelerate(peft_model, example)
+    keep_unpacked(model)
+    _warn_of_fast_path(model, planned)
+    return peft_model
+
+
+def resolve(model: nn.Module, plan: RankPlan) -> dict[str, str]:
+    """Where each of the plan's modules is in `model`: plan name -> path.
+
+    Plan names are those of the bare base model. They are looked up under `model`'s own base model
+    prefix first; failing that, under the one prefix that makes every name a module.
+
+    Raises:
+        ValueError: names that do not exist, several prefixes that fit, or other shapes.
+    """
+    candidates = find_candidates(model)
+    shapes = {target.path: (target.in_features, target.out_features) for target in candidates}
+    own = {target.name: target.path for target in candidates}
+    if plan.sizes.keys() <= own.keys():
+        paths = {name: own[name] for name in plan.sizes}
+    else:
+        paths = _under_one_prefix(model, plan, shapes, own)
+    other = [name for name, path in paths.items() if shapes[path] != plan.sizes[name]]
+    if other:
+        name, path = other[0], paths[other[0]]
+        raise ValueError(
+            f"the plan does not fit {type(model).__name__}: {path} is {_by(shapes[path])}, the "
+            f"plan's {name} is {_by(plan.sizes[name])} (in x out; {len(other)} of {len(paths)} "
+            "differ); make a plan for this model"
+        )
+    return paths
+
+
+def _under_one_prefix(
+    model: nn.Module,
+    plan: RankPlan,
+    shapes: Mapping[str, tuple[int, int]],
+    own: Iterable[str],
+) -> dict[str, str]:
+    first = next(iter(plan.sizes))
+    prefixes = [path.removesuffix(first) for path in shapes if path.endswith(f".{first}")]
+    fitting = [p for p in prefixes if all(f"{p}{name}" in shapes for name in plan.sizes)]
+    if len(fitting) > 1:
+        same = [
+            p for p in fitting if all(shapes[f"{p}{n}"] == size for n, size in plan.sizes.items())
+        ]
+        fitting = same or fitting
+    if len(fitting) > 1:
+        raise ValueError(
+            f"the plan fits {type(model).__name__} at several places ({', '.join(fitting)}); "
+            "inject into the submodule you mean"
+        )
+    if fitting:
+        return {name: f"{fitting[0]}{name}" for name in plan.sizes}
+    own = set(own)
+    missing = [name for name in plan.sizes if name not in own]
+    near = difflib.get_close_matches(missing[0], own, n=3, cutoff=0.3) or sorted(own)[:3]
+    made_on = plan.settings.get("model_class")
+    raise ValueError(
+        f"the plan{f' (made on {made_on})' if made_on else ''} does not fit "
+        f"{type(model).__name__}: it has no linear module {missing[0]} ({len(missing)} of "
+        f"{len(plan.sizes)} names missing); near matches: {', '.join(near) or 'none'}; "
+        "make a plan for this model"
+    )
+
+
+def _warn_of_fast_path(model: nn.Module, paths: Iterable[str]) -> None:
+    """In eval mode torch's encoder layers read the weights and pass by every adapter."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    for path in paths:
+        layer = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            warnings.warn(
+                "torch.nn.TransformerEncoderLayer passes by its adapters in eval mode without "
+                "gradients; call torch.backends.mha.set_fastpath_enabled(False)",
+                stacklevel=3,
+            )
+            return
+
+
+def _verify(
+    model: nn.Module, planned: Mapping[str, int], scaling: str | float, adapter_name: str
+) -> None:
+    """Exactly the planned modules have an adapter, of the planned rank and scale."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    alpha_of = alpha_rule(scaling)
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and adapter_name in getattr(module, "r", {}):
+            part = getattr(module, "parameter_name", "")  # wrappers of one module are nested
+            found[f"{path.replace('.base_layer', '')}.{part}" if part else path] = module
+    if odd := sorted(planned.keys() ^ found.keys()):
+        what = "got no adapter though planned" if odd[0] in planned else "got an unplanned adapter"
+        raise ValueError(
+            f"{odd[0]} {what} ({len(odd)} such modules): check modules_to_save and other "
+            "LoraConfig arguments that choose modules"
+        )
+    for path, rank in planned.items():
+        layer: Any = found[path]
+        experts = getattr(layer, "num_experts", 1)
+        weight_ranks = (
+            layer.lora_A[adapter_name].weight.shape[0] // experts,
+            layer.lora_B[adapter_name].weight.shape[1] // experts,
+        )
+        scale = alpha_of(rank) / (math.sqrt(rank) if scaling == "rslora" else rank)
+        if weight_ranks != (rank, rank) or not math.isclose(layer.scaling[adapter_name], scale):
+            raise ValueError(
+                f"PEFT gave {path} ranks {weight_ranks} and scale {layer.scaling[adapter_name]}, "
+                f"planned were {rank} and {scale}: check the LoraConfig arguments"
+            )
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """On an exception, put back modules, parameters, requires_grad and attributes of the model."""
+    attributes = set(model.__dict__)
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    # .detach() shares the storage, so no weight is copied; PiSSA and others swap `.data`
+    parameters = [(p, p.detach(), p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, before in children:
+            module._modules.clear()
+            module._modules.update(before)
+        for parameter, data, requires_grad in parameters:
+            if parameter.data_ptr() != data.data_ptr():
+                with torch.no_grad():
+                    parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+        for name in set(model.__dict__) - attributes:
+            del model.__dict__[name]
+        raise
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"

@@ -1,0 +1,1 @@
+"""The experiment: rank allocators trained under one parameter budget, and the report."""

@@ -1,0 +1,158 @@
+"""What a comparison trains: a model that can be made again and again, and its items."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from torch import nn
+
+from adarank_fast.comparison.metrics import Metric
+from adarank_fast.training.data import TextData, hold_out, read_texts
+from adarank_fast.training.evaluation import Evaluation
+from adarank_fast.training.loading import settle_task
+from adarank_fast.training.tokens import Item, collate, encode, make_classes, pad_id
+
+VALIDATION_SHARE = 0.1  # of the training items, for the sweep
+
+
+HELD_OUT_SHARE = 0.2  # of the data, where no held-out data are given
+
+
+CALIBRATION_ITEMS, CALIBRATION_BATCH = 32, 16
+
+
+CALIBRATION_TOKENS = 2048  # a language model's blocks can be long; fewer items then
+
+
+Data = str | os.PathLike[str] | TextData | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a model that can be made again and again, and its items."""
+
+    name: str
+    task: str
+    factory: Callable[[], nn.Module]
+    lora_config: dict[str, Any]  # more arguments of the LoraConfig
+    pad: int
+    classes: int | None
+    train: list[Item]
+    held_out: list[Item]
+
+
+def make_subject(
+    model: str | os.PathLike[str] | Callable[[], nn.Module],
+    train_data: Data,
+    eval_data: Data | None,
+    task: str,
+    tokenizer: Any,
+    modules_to_save: Sequence[str] | None,
+    max_length: int,
+    dtype: str,
+) -> Subject:
+    """Read the data, settle the task, and see how the model is made; see `compare`."""
+    from adarank_fast.training import loading
+
+    train, held_out = _read(train_data), None if eval_data is None else _read(eval_data)
+    if held_out is None:
+        if not isinstance(train, TextData):
+            raise ValueError("tokenised train_data need eval_data beside them")
+        train, held_out = hold_out(train, HELD_OUT_SHARE)
+    name = getattr(model, "__name__", type(model).__name__) if callable(model) else str(model)
+    if isinstance(train, TextData) and isinstance(held_out, TextData):
+        if tokenizer is None and callable(model):
+            raise ValueError("texts for a model made by a function need tokenizer=")
+        tokenizer = tokenizer or loading.load_tokenizer(name)
+        task = settle_task(task, train)
+        names = make_classes(train, held_out) if task == "classification" else []
+        pad = pad_id(tokenizer)
+        sides = [encode(tokenizer, part, names, max_length) for part in (train, held_out)]
+    elif isinstance(train, list) and isinstance(held_out, list):
+        sides, pad = [train, held_out], 0
+        task, names = _describe_items(train + held_out, task)
+    else:
+        raise ValueError("train_data and eval_data must both be texts or both tokenised items")
+    if callable(model):
+        factory = model
+        lora_config = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
+    else:
+        factory, lora_config = loading.model_factory(name, task, names, tokenizer, dtype)
+    classes = len(names) or None
+    return Subject(Path(name).name, task, factory, lora_config, pad, classes, *sides)
+
+
+def _read(data: Data) -> TextData | list[Item]:
+    if isinstance(data, (str, os.PathLike)):
+        return read_texts(data)
+    if isinstance(data, TextData):
+        return data
+    rows = list(data)
+    if rows and all(isinstance(row, str) for row in rows):
+        return TextData(rows)
+    if rows and all(isinstance(row, (tuple, list)) and len(row) == 2 for row in rows):
+        return TextData([text for text, _ in rows], [str(label) for _, label in rows])
+    if rows and all(isinstance(row, dict) and "labels" in row for row in rows):
+        return rows
+    raise TypeError(
+        "data must be a file, TextData, texts, (text, label) pairs or dicts with labels, got "
+        + (f"items like {rows[0]!r:.60}" if rows else "none")
+    )
+
+
+def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
+    """Task and names of classes of tokenised items."""
+    language = isinstance(items[0]["labels"], (list, tuple))
+    if task == "auto":
+        task = "causal-lm" if language else "classification"
+    if language != (task == "causal-lm"):
+        raise ValueError(f"task={task!r} does not go with labels like {items[0]['labels']!r:.40}")
+    names = [] if language else [str(n) for n in range(max(item["labels"] for item in items) + 1)]
+    return task, names
+
+
+def calibration(subject: Subject) -> list[dict[str, Any]]:
+    """The first training items that make `CALIBRATION_TOKENS` tokens, without their labels."""
+    items: list[dict[str, Any]] = []
+    tokens = 0
+    for item in subject.train[:CALIBRATION_ITEMS]:
+        if tokens >= CALIBRATION_TOKENS:
+            break
+        items.append({key: value for key, value in item.items() if key != "labels"})
+        tokens += len(item.get("input_ids", ()))
+    starts = range(0, len(items), CALIBRATION_BATCH)
+    return [collate(items[i : i + CALIBRATION_BATCH], subject.pad) for i in starts]
+
+
+def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """(to train on, to validate on): items of the same tokens stay together."""
+    keys = [str(item.get("input_ids", item)) for item in items]
+    unique = sorted(set(keys))
+    random.Random(0).shuffle(unique)
+    chosen = set(unique[: max(round(VALIDATION_SHARE * len(unique)), 1)])
+    train = [item for item, key in zip(items, keys, strict=True) if key not in chosen]
+    if not train:
+        raise ValueError(f"{len(items)} training items are too few to set some aside; give more")
+    return train, [item for item, key in zip(items, keys, strict=True) if key in chosen]
+
+
+def try_metric(metric: Metric, subject: Subject) -> None:
+    """Better before the training than after it: the metric of perfect predictions."""
+    labels = numpy.array([label for item in subject.held_out for label in _flat(item["labels"])])
+    if subject.task == "classification":
+        predictions = numpy.eye(max(subject.classes or 0, labels.max() + 1))[labels]
+        predictions = predictions.astype(numpy.float32)
+    else:
+        predictions = labels
+    counts = numpy.ones(len(labels))
+    metric.value(Evaluation(0 * counts, counts, predictions, labels))
+
+
+def _flat(label: int | Sequence[int]) -> Sequence[int]:
+    return [label] if isinstance(label, int) else label[1:]

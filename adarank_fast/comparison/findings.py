@@ -1,0 +1,268 @@
+"""What a comparison found, honestly: tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adarank_fast.comparison.statistics import Interval
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
+
+
+UNSTEADY, UNSTEADY_NATS = 0.2, 0.3  # of the sweep's loss; or this much
+
+
+NONE = "-"
+
+
+def say(results: Mapping[str, Any], value: float | None, difference: bool = False) -> str:
+    """A value of the metric, or a difference, in words: 86.3%, +0.40 points, 12.31."""
+    if value is None:
+        return NONE
+    if results["settings"]["metric"] == "accuracy":
+        return f"{100 * value:+.2f} points" if difference else f"{value:.1%}"
+    return f"{value:+.3g}" if difference else f"{value:.4g}"
+
+
+def say_interval(
+    results: Mapping[str, Any], found: Mapping[str, Any] | None, difference: bool = False
+) -> str:
+    if found is None or found["low"] is None:
+        return NONE
+    low, high = (say(results, found[key], difference) for key in ("low", "high"))
+    return f"{low.removesuffix(' points').removesuffix('%')} to {high}"
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """What is told of each arm: quality, and cost."""
+    settings, baseline = results["settings"], results["baseline"]
+    metric = settings["metric"]
+    quality, cost = [], []
+    for arm, numbers in results["arms"].items():
+        difference = results["differences"].get(arm)
+        seeds = len(numbers["by_seed"])
+        value = f"{len(numbers['diverged'])} of {seeds} diverged"
+        if numbers["value"]:
+            value = _with_interval(results, numbers["value"])
+        disagree = [
+            f"{value:.1%}" if kind == "argmax" else f"{value:.3f}"
+            for kind, value in numbers["seeds_disagree"].items()
+        ]
+        change = difference and difference["seeds"]
+        quality.append(
+            (
+                arm,
+                value,
+                _with_interval(results, change, True) if change else NONE,
+                _say_p(change["p_value"]) if change else NONE,
+                " / ".join(disagree) or NONE,
+            )
+        )
+        seconds, memory = numbers["prediction_seconds"], numbers["peak_memory_bytes"]
+        low, high = numbers["lowest_rank"], numbers["highest_rank"]
+        cost.append(
+            (
+                arm,
+                str(low) if low == high else f"{low} to {high}",
+                f"{numbers['parameters']:,}",
+                f"{numbers['learning_rate']:g}",
+                f"{numbers['step_seconds']:.3f}",
+                f"{numbers['tokens_per_second']:,.0f}",
+                NONE if seconds is None else f"{seconds:.1f}",
+                NONE if memory is None else f"{memory / 2**20:,.0f}",
+            )
+        )
+    better = "" if settings["greater_is_better"] else " (lower is better)"
+    unit = ", points" if metric == "accuracy" else ""
+    header = (
+        *("arm", f"{metric} (95% interval)", f"less {baseline}'s{unit} (95% interval)"),
+        *("p", "seeds disagree"),
+    )
+    return [
+        (f"Held-out {metric}{better}, mean over seeds", header, quality),
+        (
+            "Cost",
+            (
+                *(
+                    "arm",
+                    "ranks",
+                    "parameters",
+                    "learning rate",
+                    "s/step",
+                    "tokens/s",
+                ),
+                *("prediction, s", "peak memory, MiB"),
+            ),
+            cost,
+        ),
+    ]
+
+
+def _with_interval(
+    results: Mapping[str, Any], found: Mapping[str, Any], difference: bool = False
+) -> str:
+    """83.4% (81.9 to 85.0); of a difference -1.07 (-2.48 to 0.35), its unit is in the header."""
+    text = say(results, found["mean"], difference).removesuffix(" points")
+    if found["low"] is None:
+        return text
+    around = say_interval(results, found, difference).removesuffix(" points").removesuffix("%")
+    return f"{text} ({around.replace('+', '')})"
+
+
+def _say_p(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def detail_tables(results: Mapping[str, Any]) -> list[Table]:
+    """Every run, and the sweep."""
+    metric = results["settings"]["metric"]
+    runs = [
+        (
+            run["arm"],
+            str(run["seed"]),
+            run["diverged"] or say(results, run["value"]),
+            NONE if run["loss"] is None else f"{run['loss']:.4f}",
+            f"{run['training_seconds']:.1f}",
+        )
+        for run in results["runs"]
+    ]
+    made: list[Table] = [("Runs", ("arm", "seed", metric, "held-out loss", "training, s"), runs)]
+    sweep = [
+        (
+            cell["arm"],
+            f"{cell['learning_rate']:g}",
+            cell["diverged"] or say(results, cell["value"]),
+            NONE if cell["loss"] is None else f"{cell['loss']:.4f}",
+        )
+        for cell in results["sweep"]
+    ]
+    if sweep:
+        header = ("arm", "learning rate", f"validation {metric}", "validation loss")
+        made.append(("Learning rates", header, sweep))
+    return made
+
+
+def reading(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say and what they do not, a sentence or two a line."""
+    return [*(" ".join(pair) for pair in verdicts(results)), *remarks(results)]
+
+
+def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of each arm that is compared: what may be claimed, and the figures behind it."""
+    return [
+        (
+            _claim(results, arm, Interval(**found["seeds"]), found["items"]),
+            _figures(results, arm, Interval(**found["seeds"]), found),
+        )
+        for arm, found in results["differences"].items()
+        if found is not None
+    ]
+
+
+def unsteady(results: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Arm -> seeds whose run ended worse than one epoch of the sweep at the same rate did.
+
+    By the metric, and in the loss by more than a share or a number of nats: far more than lies
+    between the sweep's validation split and the held-out items.
+    """
+    sign = 1 if results["settings"]["greater_is_better"] else -1
+    swept = {(cell["arm"], cell["learning_rate"]): cell for cell in results.get("sweep", [])}
+    found: dict[str, list[int]] = {}
+    for run in results.get("runs", []):
+        cell = swept.get((run["arm"], run["learning_rate"]))
+        if cell is None or run["diverged"] or cell["diverged"]:
+            continue
+        worse = sign * run["value"] < sign * cell["value"]
+        if worse and run["loss"] - cell["loss"] > min(UNSTEADY * cell["loss"], UNSTEADY_NATS):
+            found.setdefault(run["arm"], []).append(run["seed"])
+    return found
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What else a reader must know."""
+    settings, baseline = results["settings"], results["baseline"]
+    lines = [
+        f"{arm}, seed {seed}, diverged: {reason}. Its arm has no mean and is not compared."
+        for arm, numbers in results["arms"].items()
+        for seed, reason in numbers["diverged"].items()
+    ]
+    for arm, numbers in unsteady(results).items():
+        lines.append(
+            f"{len(numbers)} of {len(settings['seeds'])} runs of {arm} fell apart: they ended "
+            "worse than its sweep, whose one epoch chose a learning rate that more epochs do not "
+            "stand; give lower ones."
+        )
+    compared = [found for found in results["differences"].values() if found is not None]
+    seeds = len(settings["seeds"])
+    if seeds == 1:
+        lines.append("One seed gives no interval over seeds and no test; run at least 2.")
+    elif seeds == 2 and compared:
+        lines.append("Two seeds give very wide intervals (12.7 standard errors either way).")
+    if len(compared) > 1:
+        lines.append(
+            f"{len(compared)} arms are compared with {baseline}; intervals and p are "
+            "not corrected for their number."
+        )
+    edge = [arm for arm, numbers in results["arms"].items() if numbers["rate_at_the_edge"]]
+    if edge:
+        lines.append(
+            f"The best learning rate lies at the edge of the sweep for {', '.join(edge)}; a wider "
+            "one may suit better."
+        )
+    if all(arm["seeds_disagree"] for arm in results["arms"].values()):
+        lines.append(
+            "Seeds disagree: share of items that two seeds' models predict differently"
+            + (" / total variation distance." if settings["task"] == "classification" else ".")
+        )
+    return lines
+
+
+def _claim(
+    results: Mapping[str, Any], arm: str, seeds: Interval, by_item: Mapping[str, Any] | None
+) -> str:
+    settings, baseline = results["settings"], results["baseline"]
+    metric = settings["metric"]
+    items = Interval(**by_item) if by_item else None
+    if seeds.low is None:
+        return f"More seeds are needed to tell {arm} from {baseline} in {metric}."
+    if apart := [name for name in (arm, baseline) if name in unsteady(results)]:
+        return (
+            f"Nothing can be said of {arm} and {baseline}: runs of {' and '.join(apart)} fell "
+            "apart at the learning rate that the sweep chose."
+        )
+    if not seeds.excludes_zero:
+        claim = f"No evidence of a difference in {metric} between {arm} and {baseline}"
+        if items is not None and items.excludes_zero:
+            claim += ": other seeds may undo what these items show"
+        return f"{claim}."
+    better = (seeds.mean > 0) == settings["greater_is_better"]
+    claim = f"{arm} is {'better' if better else 'worse'} in {metric} than {baseline}"
+    if items is None:
+        return f"{claim}, by more than chance over seeds; other items were not looked at."
+    if items.excludes_zero and (items.mean > 0) == (seeds.mean > 0):
+        return f"{claim}, by more than chance explains."
+    return f"{claim} over seeds, on these items; other items may say otherwise."
+
+
+def _figures(
+    results: Mapping[str, Any], arm: str, seeds: Interval, difference: Mapping[str, Any]
+) -> str:
+    settings = results["settings"]
+    line = f"{arm} less {results['baseline']}: {say(results, seeds.mean, True)}"
+    if not settings["greater_is_better"]:
+        line += " (below 0 is better)"
+    if seeds.low is not None:
+        line += f", 95% interval {say_interval(results, difference['seeds'], True)}"
+        line += f" over {seeds.count} seeds (paired t test, p = {seeds.p_value:.2g})"
+    elif seeds.count > 1:
+        line += f", the same at all {seeds.count} seeds, so that there is no interval over them"
+    items = difference["items"]
+    if items is not None and items["low"] is not None:
+        said = f"{items['low']:+.4g} to {items['high']:+.4g} ({results['items_are']})"
+        if results["items_are"] == settings["metric"]:
+            said = say_interval(results, items, True)
+        line += f"; {said} over {items['count']:,} held-out items"
+    return f"{line}."

@@ -1,0 +1,167 @@
+"""The grid of training runs: which are finished on disk, and running the others."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from adarank_fast.adapters.inject import inject
+from adarank_fast.comparison.experiment import (
+    Subject,
+    calibration,
+    split_validation,
+)
+from adarank_fast.comparison.metrics import Metric
+from adarank_fast.files import replacing
+from adarank_fast.models.memory import peak_memory, reset_peak_memory
+from adarank_fast.plan.rank_plan import RankPlan
+from adarank_fast.training.evaluation import Evaluation, evaluate
+from adarank_fast.training.tokens import Item
+from adarank_fast.training.trainer import Recipe, adapter_parameters, fit
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of the grid."""
+
+    arm: str
+    seed: int
+    learning_rate: float
+    sweep: bool
+
+    @property
+    def name(self) -> str:
+        kind = "sweep" if self.sweep else "run"
+        return f"{kind}-{self.arm}-seed{self.seed}-rate{self.learning_rate:g}"
+
+
+class Grid:
+    """Cells on disk: reads those that are finished, runs the others."""
+
+    def __init__(
+        self,
+        folder: Path,
+        subject: Subject,
+        metric: Metric,
+        recipe: Recipe,
+        plans: dict[str, RankPlan],
+        scaling: str | float,
+    ) -> None:
+        self.folder, self.subject, self.metric = folder / "cells", subject, metric
+        self.recipe, self.plans, self.scaling = recipe, plans, scaling
+        self.validation = split_validation(subject.train)
+        self.on_step: Callable[[], object] = lambda: None
+        self.say: Callable[[str], object] = lambda line: None
+
+    def items(self, sweep: bool) -> tuple[Sequence[Item], Sequence[Item]]:
+        """(to train on, to evaluate on)."""
+        return self.validation if sweep else (self.subject.train, self.subject.held_out)
+
+    def settings(self, cell: Cell) -> Recipe:
+        epochs = 1 if cell.sweep else self.recipe.epochs
+        rate = cell.learning_rate
+        return replace(self.recipe, epochs=epochs, learning_rate=rate, seed=cell.seed)
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        """What came out of the cell, run now or before."""
+        path = self.folder / f"{cell.name}.json"
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            for _ in range(result["steps"]):
+                self.on_step()
+            return result
+        result, evaluation = self.run(cell)
+        self.folder.mkdir(exist_ok=True)
+        if evaluation is not None and not cell.sweep:
+            with replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+                numpy.savez_compressed(file, **vars(evaluation))
+        text = json.dumps(result)
+        with replacing(path) as temporary:  # the cell is finished when this file is there
+            temporary.write_text(text, encoding="utf-8")
+        value = result["diverged"] or f"{self.metric.name} {result['value']:.4g}"
+        self.say(f"{cell.name}: {value}, {result['training_seconds']:.0f} s of training")
+        return json.loads(text)  # as a resumed comparison reads it
+
+    def evaluation(self, result: dict[str, Any]) -> Evaluation:
+        """The held-out predictions of a finished run."""
+        with numpy.load(self.folder / f"{result['name']}.npz") as arrays:
+            return Evaluation(**arrays)
+
+    def run(self, cell: Cell) -> tuple[dict[str, Any], Evaluation | None]:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        train, held_out = self.items(cell.sweep)
+        recipe, pad = self.settings(cell), self.subject.pad
+        plan = self.plans[cell.arm]
+        model = make_model(self.subject, cell.seed)
+        example = calibration(self.subject)[0]
+        peft_model = inject(model, plan, self.scaling, example, **self.subject.lora_config)
+        parameters = adapter_parameters(peft_model)
+        assert parameters == plan.parameters
+        reset_peak_memory()
+        training = fit(peft_model, train, pad, recipe, on_step=self.on_step)
+        memory = peak_memory()
+        wrong = training.diverged
+        evaluation = None
+        if wrong is None:
+            evaluation = evaluate(peft_model, held_out, pad, recipe.batch_size)
+            loss = float(evaluation.losses.sum() / evaluation.counts.sum())
+            if not math.isfinite(loss):
+                wrong = f"held-out loss {loss}"
+        return {
+            "name": cell.name,
+            **vars(cell),
+            "diverged": wrong,
+            "value": None if wrong or evaluation is None else self.metric.value(evaluation),
+            "loss": None if wrong else loss,
+            "first_loss": _json_number(training.losses[0]),
+            "curve": [(step, _json_number(value)) for step, value in training.curve()],
+            "parameters": parameters,
+            "steps": len(training.losses),
+            "step_seconds": statistics.median(training.seconds),
+            "tokens_per_second": training.tokens / sum(training.seconds),
+            "training_seconds": sum(training.seconds),
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+            "peak_memory_bytes": memory,
+            "threads": torch.get_num_threads(),
+        }, None if wrong else evaluation
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def make_model(subject: Subject, seed: int) -> nn.Module:
+    """The untrained model; what is new in it, and what comes after, is drawn from the seed."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    model = subject.factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model() must return a torch module, got {type(model).__name__}")
+    return model
+
+
+def best_rate(arm: str, swept: Sequence[dict[str, Any]], metric: Metric) -> float | None:
+    """The rate with the best validation metric, ties to the lower loss; None: no sweep."""
+    mine = [cell for cell in swept if cell["arm"] == arm]
+    if not mine:
+        return None
+    sound = [cell for cell in mine if cell["diverged"] is None]
+    if not sound:
+        tried = ", ".join(f"{cell['learning_rate']:g}" for cell in mine)
+        raise ValueError(
+            f"arm {arm!r} diverged at every learning rate of the sweep ({tried}); give lower ones"
+        )
+    sign = -1 if metric.greater_is_better else 1
+    return min(sound, key=lambda cell: (sign * cell["value"], cell["loss"]))["learning_rate"]

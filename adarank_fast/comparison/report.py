@@ -1,0 +1,68 @@
+"""The report of a comparison: on a terminal, and as files."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adarank_fast.comparison.findings import reading, tables
+from adarank_fast.comparison.report_writer import save_report
+from adarank_fast.plan.rank_plan import RankPlan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The report of `compare`.
+
+    Attributes:
+        results: all numbers, as results.json has them.
+        plans: arm -> its plan.
+    """
+
+    results: dict[str, Any]
+    plans: dict[str, RankPlan]
+
+    def table(self) -> str:
+        """The tables and what they say as fixed-width text."""
+        from rich.console import Console
+
+        console = Console(width=10_000, color_system=None, markup=False, highlight=False)
+        with console.capture() as captured:
+            for made in rich_tables(self.results):
+                console.print(made)
+        lines = [line.rstrip() for line in captured.get().splitlines()]
+        return "\n".join([*(line for line in lines if line), *reading(self.results)])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write report.md, report.html, results.json, pictures and plans into `folder`.
+
+        Each file appears whole or not at all. report.html needs no other file.
+        """
+        save_report(folder, self.results, self.plans)
+
+
+def rich_tables(results: Mapping[str, Any]) -> list[Any]:
+    """The tables that the command prints."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    made = []
+    for title, header, rows in tables(results):
+        one = RichTable(
+            box=box.SIMPLE, title=title, title_justify="left", pad_edge=False, collapse_padding=True
+        )
+        for column, cells in zip(header, zip(*rows, strict=True), strict=True):
+            parts = column.replace(" (", "\n(").split("\n")
+            width = max(map(len, (*cells, *column.split(" "))))
+            name = "\n".join(textwrap.fill(part, width) for part in parts)
+            if column == "arm":  # which gives way where the terminal is narrow
+                one.add_column(name, overflow="fold")
+            else:
+                one.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            one.add_row(*row)
+        made.append(one)
+    return made

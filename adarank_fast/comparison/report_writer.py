@@ -1,0 +1,281 @@
+"""A comparison's report as files: pictures, Markdown, HTML, JSON."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from adarank_fast.comparison.findings import detail_tables, remarks, tables, verdicts
+from adarank_fast.files import replacing
+from adarank_fast.plan.rank_plan import RankPlan
+from adarank_fast.plots.plans import plot_disagreement, plot_ranks
+from adarank_fast.plots.runs import plot_intervals, plot_training
+from adarank_fast.plots.style import DPI
+
+RANKS = "Ranks"
+
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --text: #222; --faint: #595959; --line: #ddd;
+  --mark: #2b6cb0; --band: #f2f6fa }
+@media (prefers-color-scheme: dark) { :root { --page: #16191d; --text: #e4e4e4; --faint: #a8a8a8;
+  --line: #3a3f45; --mark: #63a4e0; --band: #1f262e } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  background: var(--page); color: var(--text); overflow-wrap: anywhere }
+p, ul, figcaption { max-width: 54rem }
+h1 { line-height: 1.2; font-size: 1.7rem } h2 { margin-top: 2.4rem; font-size: 1.25rem }
+.verdict { border-left: 5px solid var(--mark); background: var(--band); padding: .7rem 1rem;
+  margin: 1rem 0 } .verdict strong { display: block; font-size: 1.15rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .93em }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--page); min-width: 5rem; max-width: 11rem; white-space: normal }
+th { border-bottom: 2px solid var(--faint); vertical-align: bottom; white-space: normal;
+  overflow-wrap: normal }
+figure { margin: 1.4rem 0 }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px }
+figcaption { color: var(--faint); font-size: .9em }
+"""
+
+
+class Picture(NamedTuple):
+    """A file of the report's folder and the section that shows it."""
+
+    section: str
+    caption: str
+    name: str
+
+
+class Section(NamedTuple):
+    """A heading, its tables as (header, rows), and its pictures."""
+
+    title: str
+    tables: list[tuple[Sequence[str], Sequence[Sequence[str]]]]
+    pictures: list[Picture]
+
+
+def save_report(
+    folder: str | os.PathLike[str], results: Mapping[str, Any], plans: Mapping[str, RankPlan]
+) -> None:
+    """Write the report into `folder`; each file appears whole or not at all."""
+    folder = Path(folder)
+    (folder / "plans").mkdir(parents=True, exist_ok=True)
+    for arm, plan in plans.items():
+        plan.save(folder / "plans" / f"{arm}.json")
+    pictures = draw(results, plans, folder)
+    for name, text in (
+        ("results.json", json.dumps(results, indent=1, allow_nan=False) + "\n"),
+        ("report.md", markdown(results, pictures)),
+        ("report.html", page(results, pictures, folder)),
+    ):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path) -> list[Picture]:
+    """The pictures, written into `folder`."""
+    settings, baseline = results["settings"], results["baseline"]
+    metric, points = settings["metric"], settings["metric"] == "accuracy"
+    scale = 100 if points else 1
+    values, changes = {}, {}
+    for arm, numbers in results["arms"].items():
+        if numbers["value"]:
+            values[arm] = _scaled(numbers["by_seed"].values(), numbers["value"], scale)
+        if difference := results["differences"].get(arm):
+            changes[arm] = _scaled(difference["by_seed"].values(), difference["seeds"], scale)
+    curves = _curves(results)
+    quality, order = tables(results)[0][0], list(results["arms"])
+    made: list[Picture] = []
+    each = "Dots: seeds; diamond and line: their mean and its 95% interval"
+    if values:
+        unit = f"held-out {metric}" + (", %" if points else "")
+        plot_intervals(values, folder / "metric.png", unit, order=order)
+        made.append(Picture(quality, f"Held-out {metric}. {each}.", "metric.png"))
+    if changes:
+        better = "above" if settings["greater_is_better"] else "below"
+        unit = f"{metric} less {baseline}'s{', points' if points else ''} ({better} 0 is better)"
+        plot_intervals(changes, folder / "differences.png", unit, True, order)
+        caption = f"Difference from {baseline}, paired by seed. {each}."
+        made.append(Picture(quality, caption, "differences.png"))
+    for arm, plan in plans.items():
+        if len(set(plan.ranks.values())) > 1:
+            name = f"ranks-{arm}.png"
+            plot_ranks(plan, folder / name)
+            made.append(Picture(RANKS, f"Ranks of {arm}", name))
+        if plan.scores:
+            name = f"disagreement-{arm}.png"
+            plot_disagreement(plan, folder / name)
+            caption = f"{arm}: how far the model's output moves when a module is perturbed"
+            made.append(Picture(RANKS, caption, name))
+    if curves:
+        plot_training(curves, folder / "training.png", "training loss", order=order)
+        made.append(Picture("Training", "Training loss, mean of the seeds", "training.png"))
+    rates: dict[str, list[tuple[float, float]]] = {}
+    for cell in results["sweep"]:
+        if cell["value"] is not None:
+            point = (cell["learning_rate"], scale * cell["value"])
+            rates.setdefault(cell["arm"], []).append(point)
+    if rates:
+        ylabel = f"validation {metric}" + (", %" if points else "")
+        ticks = sorted({rate for points in rates.values() for rate, _ in points})
+        path = folder / "rates.png"
+        plot_training(rates, path, ylabel, "learning rate", ticks, order)
+        made.append(Picture("Learning rates", "The sweep: validation after one epoch", "rates.png"))
+    return made
+
+
+def sections(results: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Section]:
+    """The report between what it claims and how it was made, in reading order."""
+    found = {title: (header, rows) for title, header, rows in tables(results)}
+    found |= {title: (header, rows) for title, header, rows in detail_tables(results)}
+    order = dict.fromkeys([*(title for title, _, _ in tables(results)), RANKS, "Training"])
+    order |= dict.fromkeys(["Learning rates", *found])
+    made = [
+        Section(
+            title,
+            [found[title]] if title in found else [],
+            [picture for picture in pictures if picture.section == title],
+        )
+        for title in order
+    ]
+    return [section for section in made if section.tables or section.pictures]
+
+
+def _scaled(
+    values: Any, found: Mapping[str, Any], scale: float
+) -> tuple[list[float], float | None, float | None]:
+    low, high = (None if found[key] is None else scale * found[key] for key in ("low", "high"))
+    return [scale * value for value in values], low, high
+
+
+def _curves(results: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Each arm's training loss, the mean over its seeds that did not diverge."""
+    found = {}
+    for arm in results["arms"]:
+        mine = [r["curve"] for r in results["runs"] if r["arm"] == arm and not r["diverged"]]
+        if mine:
+            found[arm] = [
+                (points[0][0], statistics.fmean(value for _, value in points))
+                for points in zip(*mine, strict=True)
+            ]
+    return found
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What was done, and on what."""
+    settings, machine = results["settings"], results["machine"]
+    classes = f", {settings['classes']} classes" if settings["classes"] else ""
+    length = f"{settings['epochs']} epochs"
+    if settings["max_steps"]:
+        length += f" or {settings['max_steps']} steps"
+    rates = settings["learning_rates"]
+    chosen = "learning rate as given"
+    if len(rates) > 1:
+        chosen = (
+            f"learning rate for each arm from {', '.join(f'{rate:g}' for rate in rates)}: the best "
+            f"after one epoch on a tenth of the training data, seed {settings['sweep_seed']}"
+        )
+    scaling = settings["scaling"]
+    rule = "lora_alpha = 2 * rank" if scaling == "constant" else f"scaling {scaling}"
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    seconds, cells = results["training_seconds"], results["cell_seconds"]
+    return [
+        f"{settings['train_items']:,} training items, {settings['held_out_items']:,} held out"
+        f"{classes}. All arms: {length}, batch size {settings['batch_size']}, {rule}, seeds "
+        f"{', '.join(map(str, settings['seeds']))}, the same order of items and new heads of the "
+        f"same draws; {chosen}.",
+        f"The budget is uniform LoRA's of rank {settings['average_rank']}: "
+        f"{settings['budget_parameters']:,} parameters. Started {settings['date']}; {seconds:.0f} "
+        f"s of training steps in {cells:.0f} s of runs.",
+        f"{machine['system']}, {machine['device']}, threads "
+        f"{', '.join(map(str, machine['threads']))}; Python {machine['python']}, {versions}. "
+        "Times are medians; peak memory on a CPU is the whole process's.",
+    ]
+
+
+def markdown(results: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """The report, for people."""
+    lines = [f"# {_plain(results['settings']['title'])}", ""]
+    for claim, figures in verdicts(results):
+        lines += [f"**{_plain(claim)}** {_plain(figures)}", ""]
+    lines += [*(f"- {_plain(line)}" for line in remarks(results)), ""]
+    for title, found, shown in sections(results, pictures):
+        lines += [f"## {_plain(title)}", ""]
+        for header, rows in found:
+            lines += [*_markdown_table(header, rows), ""]
+        for picture in shown:
+            caption = _plain(picture.caption)
+            lines += [f"![{caption}]({quote(picture.name)})", "", f"*{caption}*", ""]
+    lines += ["## How", ""]
+    for note in notes(results):
+        lines += [_plain(note), ""]
+    lines.append("All numbers are in results.json, the plans in plans/.")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: names may hold anything."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    clean = [[_plain(cell) for cell in row] for row in (header, *rows)]
+    return [f"| {' | '.join(row)} |" for row in (clean[0], rule, *clean[1:])]
+
+
+def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) -> str:
+    """The report as one HTML file, the pictures in it."""
+    title = html.escape(results["settings"]["title"])
+    parts = [f"<h1>{title}</h1>"]
+    for claim, figures in verdicts(results):
+        told = html.escape(figures).replace("p = ", "p&nbsp;=&nbsp;")
+        parts.append(f'<p class="verdict"><strong>{html.escape(claim)}</strong> {told}</p>')
+    if lines := remarks(results):
+        parts += ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"]
+    for heading, found, shown in sections(results, pictures):
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        parts += [_html_table(*table) for table in found]
+        parts += [_figure(picture, folder) for picture in shown]
+    parts += ["<h2>How</h2>", *(f"<p>{html.escape(note)}</p>" for note in notes(results))]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _figure(picture: Picture, folder: Path) -> str:
+    """A narrow screen shrinks it; pictures of ranks no further than can be read: they scroll."""
+    data = (folder / picture.name).read_bytes()
+    inches = int.from_bytes(data[16:20], "big") / DPI  # PNG: the first number of its header
+    width = round(max(72 * inches, min(100 * inches, 960)))  # pixels; 960 fill the page
+    caption = html.escape(picture.caption)
+    least = ""
+    if picture.section == RANKS:  # the more layers, the smaller the figures in the cells
+        least = f' style="min-width: {width if width == 960 else min(width, 480)}px"'
+    image = f'<img alt="{caption}" width="{width}"{least} src="data:image/png;base64,'
+    image += f'{base64.b64encode(data).decode()}">'
+    if least:
+        image = f'<div class="wide">{image}</div>'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    made = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f'<div class="wide">{made}</div>'

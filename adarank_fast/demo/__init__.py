@@ -1,0 +1,1 @@
+"""The demo, and the models and texts it runs on."""

@@ -1,0 +1,1 @@
+"""How models of transformers, PEFT, bitsandbytes and torchao look."""

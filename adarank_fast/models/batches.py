@@ -1,0 +1,108 @@
+"""Batches: keyword inputs of a model, checked, taken apart and folded."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from adarank_fast.models.outputs import Batch
+
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+
+
+def batch_size(batch: Batch) -> int:
+    """B: the first size of the main input, else of the first tensor."""
+    tensors = [batch[key] for key in MAIN_INPUTS if isinstance(batch.get(key), Tensor)]
+    tensors += [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    return tensors[0].shape[0]
+
+
+def take(batch: Batch, items: int) -> Batch:
+    """The first `items` items of a batch."""
+    size = batch_size(batch)
+    return tree_map_only(
+        Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch
+    )
+
+
+def fold(batch: Batch, folds: int) -> Batch:
+    """The batch `folds` times over: every tensor with B rows is repeated, the rest is shared."""
+    size = batch_size(batch)
+    return tree_map_only(
+        Tensor, lambda t: repeat(t, folds) if t.dim() and t.shape[0] == size else t, batch
+    )
+
+
+def in_dtype(batches: Iterable[Batch], dtype: torch.dtype) -> list[Batch]:
+    """The batches with their floating-point tensors cast."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return [tree_map_only(Tensor, cast, batch) for batch in batches]
+
+
+def repeat(tensor: Tensor, folds: int) -> Tensor:
+    return tensor.repeat(folds, *[1] * (tensor.dim() - 1))
+
+
+def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+    """Check the batches and settle what the model is given: no labels, no cache.
+
+    Raises:
+        TypeError: a batch is not a dict with tensors.
+        ValueError: no batches, an empty one, a key the model does not know, another device.
+    """
+    prepared: list[Batch] = []
+    parameters = inspect.signature(type(model).forward).parameters
+    device = next((p.device for p in model.parameters()), None)
+    for number, batch in enumerate(batches):
+        where = f"batches[{number}]"
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{where} must be a dict of the model's keyword inputs, got {type(batch).__name__}"
+            )
+        inputs = dict(batch)
+        _check_keys(where, inputs, parameters)
+        labels = inputs.pop("labels", None)
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if isinstance(labels, Tensor) and shift and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = shift(labels=labels)
+            inputs.setdefault("decoder_attention_mask", (labels != -100).long())
+        if not any(isinstance(v, Tensor) and v.dim() for v in inputs.values()):
+            raise TypeError(f"{where} holds no tensor (keys: {', '.join(map(str, inputs))})")
+        if not batch_size(inputs):
+            raise ValueError(f"{where} holds no items; leave it out")
+        for key, value in inputs.items():
+            if isinstance(value, Tensor) and device is not None and value.device != device:
+                if not hasattr(model, "hf_device_map"):
+                    raise ValueError(
+                        f"{where}[{key!r}] is on {value.device}, the model on {device}; "
+                        f"move it with .to({str(device)!r})"
+                    )
+        if "use_cache" in parameters:
+            inputs["use_cache"] = False
+        prepared.append(inputs)
+    if not prepared:
+        raise ValueError("batches is empty; pass at least one batch of the model's inputs")
+    return prepared
+
+
+def _check_keys(where: str, inputs: Batch, parameters: Mapping[str, inspect.Parameter]) -> None:
+
+    known = [
+        n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in inputs:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
+        if key not in known and key != "labels" and (near or not open_ended):
+            raise ValueError(
+                f"{where} has the key {key!r}, which the model does not take; "
+                + (f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known[1:])}")
+            )

@@ -1,0 +1,132 @@
+"""What probing may hold, and what a forward holds: bytes, counted from the tensors alone."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from adarank_fast.models.outputs import Batch
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of `peak_memory`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # Linux: the high-water mark of resident memory
+
+
+def peak_memory() -> int | None:
+    """Most bytes since `reset_peak_memory`: of the GPU, else resident ones of the whole process.
+
+    None where the system does not tell (it is Linux that does).
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+
+
+LEAST = 64 * 2**20  # what a small model may take: less than the libraries themselves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make inside the context and that are alive at one time.
+
+    Unlike an allocator's statistics it knows the CPU, and gives the same number on every run.
+
+    Attributes:
+        peak: the most bytes so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._alive = 0
+        self._known: dict[int, weakref.ref[Any]] = {}  # by id; forgets a storage when it dies
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_flatten((args, kwargs))[0]:
+            self._meet(leaf, 0)  # made elsewhere, or counted already
+        output = func(*args, **kwargs)
+        for leaf in tree_flatten(output)[0]:
+            self._meet(leaf)
+        return output
+
+    def _meet(self, leaf: object, size: int | None = None) -> None:
+        if not isinstance(leaf, Tensor):
+            return
+        storage = leaf.untyped_storage()
+        if id(storage) in self._known:
+            return
+        size = storage.nbytes() if size is None else size
+        self._known[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage), size))
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+
+    def _forget(self, key: int, size: int, _: object) -> None:
+        del self._known[key]
+        self._alive -= size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What probing may hold beside the model, its clean outputs and what blocks returned.
+
+    Attributes:
+        total: bytes.
+    """
+
+    total: int
+
+    @property
+    def activations(self) -> int:
+        """For the folded forward."""
+        return self.total // 2
+
+    @property
+    def noise(self) -> int:
+        return self.total // 4
+
+    @property
+    def record(self) -> int:
+        """For inputs and outputs of the open block's linear layers."""
+        return self.total // 4
+
+
+def default_memory(
+    model: nn.Module, parts: Sequence[Batch], live: Sequence[int], batches: Sequence[Batch]
+) -> Memory:
+    """What keeps a prediction within 1.5 times an ordinary forward over its largest batch.
+
+    model + probing <= 1.5 (model + forward): half of the model's bytes and 1.5 times the forward's,
+    or `LEAST`.
+
+    Args:
+        model: whose parameters and buffers are held anyway.
+        parts: the batches as they are probed.
+        live: for each of them, what a forward holds at most, bytes.
+        batches: the batches as they were given.
+    """
+    held = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
+    a_position = max(size / tokens(part) for size, part in zip(live, parts, strict=True))
+    forward = a_position * max(map(tokens, batches))
+    return Memory(max(LEAST, int(sum(s.nbytes() for s in held) / 2 + 1.5 * forward)))
+
+
+def tokens(batch: Batch) -> int:
+    """B T, of the largest input."""
+    return max(v.shape[:2].numel() for v in batch.values() if isinstance(v, Tensor) and v.dim())

@@ -1,0 +1,204 @@
+"""What a model's output is when disagreement is measured: which tensor, which positions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adarank_fast.models.targets import base_model_prefix
+
+Batch = dict[str, Any]
+
+
+OutputChoice = str | Callable[[Any], Tensor]
+
+
+OUTPUTS = ("auto", "pooler", "last_hidden_state", "logits")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to read off a model.
+
+    Attributes:
+        name: for the record: "mean_pooled_hidden_state", "logits", ...
+        root: path, in the model at hand, of the module to run ("" is the model itself): its base
+            model where the head plays no part.
+        read: (the root's outputs, its inputs) -> [B, ...] tensor, one row per item.
+    """
+
+    name: str
+    root: str
+    read: Callable[[Any, Batch], Tensor]
+
+
+def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, T, D] -> [B, D]: the mean over the positions where `mask` [B, T] is not 0.
+
+    Of 16-bit hidden states in float32, so that the mean is not rounded to 16 bits.
+    """
+    hidden = hidden.float() if hidden.element_size() < 4 else hidden
+    if hidden.dim() < 3 or mask is None or mask.shape != hidden.shape[:2]:
+        return hidden.mean(1) if hidden.dim() == 3 else hidden
+    weights = mask.to(hidden.dtype)
+    return torch.einsum("btd,bt->bd", hidden, weights) / weights.sum(1, keepdim=True).clamp_min(1)
+
+
+def position_mask(model: nn.Module, inputs: Batch) -> Tensor | None:
+    """[B, T], non-zero where a position of the output counts; None if all do."""
+    decoder = "decoder_input_ids" in inspect.signature(type(model).forward).parameters
+    mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _tensor(outputs: Any) -> Tensor | None:
+    """The tensor of a module that returns just one, bare or in a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if type(outputs) in (tuple, list) and outputs and isinstance(outputs[0], Tensor):
+        return outputs[0]
+    return None
+
+
+def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Output:
+    """Settle which tensor `choice` means for this model.
+
+    `"auto"` takes the logits of a language-model head that was really loaded, else the last hidden
+    state of the base model, mean-pooled over unmasked positions; for a module that returns a bare
+    tensor, that tensor.
+
+    Args:
+        model: in eval mode.
+        choice: "auto", "pooler", "last_hidden_state", "logits" or a callable on the outputs.
+        sample: a small batch to try it on.
+
+    Raises:
+        ValueError: the model rejects the batch; an unknown name, an output the model does not
+            have, or one that depends on weights that were missing from the checkpoint.
+    """
+    _try(model, sample)
+    base = base_model_prefix(model).rstrip(".")
+
+    def pooled(outputs: Any, inputs: Batch) -> Tensor:
+        hidden = outputs.last_hidden_state
+        return mean_pool(hidden, position_mask(model, inputs))
+
+    if callable(choice):
+        return Output("callable", "", lambda outputs, inputs: choice(outputs))
+    if choice == "logits":
+        return _checked(model, Output("logits", "", _attribute("logits")), sample)
+    if choice == "pooler":
+        return _checked(model, Output("pooler", base, _attribute("pooler_output")), sample)
+    if choice == "last_hidden_state":
+        name = "last_hidden_state"
+        return _checked(model, Output(name, base, _attribute(name)), sample)
+    if choice != "auto":
+        raise ValueError(
+            f"output={choice!r} is unknown; use one of {', '.join(OUTPUTS)} or a callable"
+        )
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        logits = Output("logits", "", _attribute("logits"))
+        if not _untrained_on_path(model, logits, sample):
+            return logits
+    elif not hasattr(model, "config"):
+        if _tensor(_run(model, "", sample)) is not None:
+            return Output("tensor", "", lambda outputs, inputs: cast(Tensor, _tensor(outputs)))
+    return _checked(model, Output("mean_pooled_hidden_state", base, pooled), sample)
+
+
+def _try(model: nn.Module, sample: Batch) -> None:
+    try:
+        _run(model, "", sample)
+    except Exception as error:  # whatever a model says to inputs that it cannot take
+        tensors = {key: list(v.shape) for key, v in sample.items() if isinstance(v, Tensor)}
+        shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the model rejects the first item of batches ({shapes}): {reason}"
+        ) from error
+
+
+def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:
+    def read(outputs: Any, inputs: Batch) -> Tensor:
+        value = getattr(outputs, name, None)
+        if value is None:
+            raise AttributeError(name)
+        return value
+
+    return read
+
+
+def _checked(model: nn.Module, output: Output, sample: Batch) -> Output:
+    try:
+        untrained = _untrained_on_path(model, output, sample)
+    except AttributeError as error:
+        outputs = _run(model, output.root, sample)
+        has = ", ".join(outputs.keys()) if hasattr(outputs, "keys") else type(outputs).__name__
+        wanted = error.args[0].split()[-1].strip("'")
+        raise ValueError(
+            f"the model has no output {wanted!r} (it returns: {has}); "
+            "choose another output= or pass a callable that takes the outputs"
+        ) from None
+    if untrained:
+        raise ValueError(
+            f"output {output.name!r} depends on weights that the checkpoint did not have: "
+            f"{', '.join(untrained[:4])}{', ...' if len(untrained) > 4 else ''}; load them, choose "
+            "another output=, or pass a callable to use the new weights all the same"
+        )
+    return output
+
+
+def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[str]:
+    """Names of freshly initialised parameters that `output` depends on.
+
+    transformers marks each parameter that came from a checkpoint (`_is_hf_initialized`). A model
+    with marks was loaded; its unmarked parameters were not. Which of these the output depends on is
+    read off autograd, on one small batch and only if there are any.
+    """
+    named = dict(model.named_parameters())
+    loaded = {name for name, p in named.items() if getattr(p, "_is_hf_initialized", False)}
+    fresh = {
+        name: p
+        for name, p in named.items()
+        if loaded and name not in loaded and p.is_floating_point() and not _is_adapter_name(name)
+    }
+    if not fresh:
+        output.read(_run(model, output.root, sample), sample)  # AttributeError if it is not there
+        return []
+    before = {p: p.requires_grad for p in model.parameters()}
+    try:
+        for p in before:
+            p.requires_grad_(False)
+        for p in fresh.values():
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            value = output.read(_run(model, output.root, sample), sample)
+            if not value.requires_grad:
+                return []
+            grads = torch.autograd.grad(value.sum(), list(fresh.values()), allow_unused=True)
+        return [name for name, grad in zip(fresh, grads, strict=True) if grad is not None]
+    finally:
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+
+
+def _is_adapter_name(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _run(model: nn.Module, root: str, inputs: Batch) -> Any:
+    module = model.get_submodule(root)
+    return module(**accepted(module, inputs))
+
+
+def accepted(module: nn.Module, inputs: Batch) -> Batch:
+    """The entries of `inputs` that `module.forward` takes."""
+    parameters = inspect.signature(type(module).forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return inputs
+    return {key: value for key, value in inputs.items() if key in parameters}

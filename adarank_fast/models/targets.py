@@ -1,0 +1,325 @@
+"""Which modules of a model get a rank: their names, shapes and blocks."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+TargetModules = str | Iterable[str]
+
+
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP, torch.compile, PEFT
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear module, or one 3-D parameter of experts, that can get an adapter.
+
+    Attributes:
+        name: the module's name in the bare base model (see `canonical_name`); for a parameter, the
+            parameter's.
+        path: its name in the model at hand, as `model.get_submodule` takes it.
+        module: the module itself; for a PEFT layer, its base layer; the experts of a parameter.
+        in_features, out_features: the shape of the product, whatever layout stores it. For a
+            parameter, that of all experts side by side: rank * (in + out) is what PEFT spends.
+        block: path of the block that holds it (see `find_block`), or None.
+        parameter: name of the 3-D parameter in `module`; "" for a linear module.
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+    block: str | None
+    parameter: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """What a probe perturbs, as it is stored."""
+        return cast(Tensor, getattr(self.module, self.parameter or "weight"))
+
+    @property
+    def weight_path(self) -> str:
+        """Its name in the model at hand, as `model.get_parameter` takes it."""
+        return self.path if self.parameter else f"{self.path}.weight"
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The linear module's bias; experts' biases are left alone."""
+        return None if self.parameter else getattr(self.module, "bias", None)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a Linear or Conv1D, quantised or not; else None.
+
+    Also None for `out_proj` of a torch.nn.MultiheadAttention: it reads that weight and never calls
+    the module, so that neither a probe nor an adapter there would have an effect.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":  # transformers': weight is [in, out]
+        return cast(Any, module).nx, cast(Any, module).nf
+    return None
+
+
+def canonical_name(path: str, model: nn.Module | None = None) -> str:
+    """The name a module has in the bare base model.
+
+    `module.`, `_orig_mod.`, PEFT's prefix and a trailing `.base_layer` are stripped; then the
+    model's own `base_model_prefix` is: `bert.encoder.layer.0` and `encoder.layer.0` are one module.
+    """
+    stripped = True
+    while stripped:
+        stripped = False
+        for wrapper in WRAPPERS:
+            if path.startswith(wrapper):
+                path, stripped = path[len(wrapper) :], True
+    path = path.replace("._orig_mod.", ".").removesuffix(".base_layer")
+    prefix = base_model_prefix(model) if model is not None else ""
+    return path.removeprefix(prefix)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, `torch.compile` and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = cast(nn.Module, model.module)
+        elif any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
+            model = cast(Any, model).get_base_model()
+        else:
+            return model
+
+
+def base_model_prefix(model: nn.Module) -> str:
+    """`"bert."` for a BertForSequenceClassification, `""` for a bare base model."""
+    model = unwrap(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+# PEFT refuses out_proj in these model types; their forwards read both weights and call neither.
+MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+
+
+MAMBA_READS = frozenset({"out_proj", "dt_proj"})
+
+
+HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "pooler"})
+
+
+def find_targets(model: nn.Module, target_modules: TargetModules = "attention") -> list[Target]:
+    """The linear modules of `model` that `target_modules` names, in the model's own order.
+
+    Args:
+        model: any torch module; DDP, `torch.compile` and PEFT wrappers are looked through.
+        target_modules: `"attention"`: every Linear / Conv1D beneath a module whose class name
+            contains "Attention", the output projection included; `"all-linear"`: every Linear /
+            Conv1D but heads, poolers and what Mamba models read without calling; any other string:
+            a regex that must match a full name; a list: full names or dotted suffixes of names.
+            Names may also be those of 3-D expert parameters (`mlp.experts.down_proj`), which get
+            one rank for all experts.
+
+    Raises:
+        ValueError: nothing matches, or an element of the list does not.
+        TypeError: `target_modules` is neither a string nor an iterable of strings.
+    """
+    model = unwrap(model)
+    candidates = {target.name: target for target in find_candidates(model)}
+    linears = {n: (t.path, t.module) for n, t in candidates.items() if not t.parameter}
+    if isinstance(target_modules, str) and target_modules in ("attention", "all-linear"):
+        chosen = _choose(target_modules, linears, model)
+    else:
+        named = {name: (target.path, target.module) for name, target in candidates.items()}
+        chosen = _choose(target_modules, named, model)
+    return [target for name, target in candidates.items() if name in chosen]
+
+
+def find_candidates(model: nn.Module) -> list[Target]:
+    """Everything in `model`, unwrapped, that can get a rank: linear modules, expert parameters."""
+    found = []
+    for path, module in model.named_modules():
+        if _is_adapter(path):
+            continue
+        if shape := linear_shape(module):
+            name = canonical_name(path, model)
+            found.append(Target(name, path, module, *shape, find_block(model, path)))
+            continue
+        for part, shape in expert_shapes(module).items():
+            whole = f"{path}.{part}"
+            name = canonical_name(whole, model).replace(".base_layer", "")
+            found.append(Target(name, whole, module, *shape, find_block(model, whole), part))
+    return found
+
+
+def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> (in, out) of a module's own 3-D parameters, all experts side by side.
+
+    PEFT's reading of the layout: [experts, out, in], or [experts, in, out] where the module says
+    `is_transposed`. Convolutions are none; a first dimension of 1 is a position embedding's.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {}
+    shapes = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point():
+            experts, rows, columns = parameter.shape
+            transposed = getattr(module, "is_transposed", False)
+            fan_in, fan_out = (rows, columns) if transposed else (columns, rows)
+            shapes[name] = (experts * fan_in, experts * fan_out)
+    return shapes
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Paths of all elements of outermost ModuleLists: the layers of a transformer's towers."""
+    paths = (path for path, _ in model.named_modules())
+    return [path for path in paths if path and find_block(model, path) == path]
+
+
+def find_block(model: nn.Module, path: str) -> str | None:
+    """The block that holds `path`: an element of the outermost ModuleList above it, or None."""
+    parts = path.split(".")
+    module = model
+    for depth, part in enumerate(parts):
+        if isinstance(module, nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+        module = getattr(module, part)
+    return None
+
+
+def alternatives(model: nn.Module, path: str) -> set[str]:
+    """Paths as `path`, but in other elements of a ModuleList or ModuleDict: the other experts."""
+    parts = path.split(".")
+    found: set[str] = set()
+    module = model
+    for depth, part in enumerate(parts):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            others = [name for name in module._modules if name != part]
+            found |= {".".join([*parts[:depth], o, *parts[depth + 1 :]]) for o in others}
+        module = getattr(module, part)
+    return found
+
+
+def _choose(
+    target_modules: TargetModules, linears: Mapping[str, tuple[str, nn.Module]], model: nn.Module
+) -> set[str]:
+    """The canonical names among `linears` that `target_modules` names; errors as `find_targets`."""
+    if target_modules == "attention":
+        chosen = {n for n, (path, _) in linears.items() if _beneath_attention(model, path)}
+        if not chosen:
+            classes = sorted({type(m).__name__ for m in model.modules() if any(m.children())})
+            if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+                raise ValueError(
+                    'target_modules="attention": torch.nn.MultiheadAttention reads the weights of '
+                    "its projections and never calls them, so they cannot get a rank; pass "
+                    f'"all-linear" or names, for example {_some(sorted(linears))}'
+                )
+            raise ValueError(
+                'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
+                f"name contains 'Attention' (classes here: {_some(classes)}); "
+                f'pass "all-linear" or names, for example {_some(sorted(linears))}'
+            )
+        return chosen
+    if target_modules == "all-linear":
+        prefix = base_model_prefix(model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        of_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
+        left_out = HEADS | MAMBA_READS if of_mamba else HEADS
+        chosen = {
+            name
+            for name, (path, module) in linears.items()
+            if path.startswith(prefix)
+            and module is not head
+            and left_out.isdisjoint(path.split("."))
+        }
+        if not chosen:
+            raise ValueError('target_modules="all-linear" found no Linear or Conv1D in the model')
+        return chosen
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is not a valid regex: {error}"
+            ) from error
+        chosen = {
+            name
+            for name, (path, _) in linears.items()
+            if pattern.fullmatch(name) or pattern.fullmatch(path)
+        }
+        if not chosen:
+            raise ValueError(
+                f"target_modules={target_modules!r} matches no linear module; a string is a regex "
+                "for the full name (pass a list for suffixes); "
+                f"near matches: {_near(target_modules, linears)}"
+            )
+        return chosen
+    try:
+        wanted = list(target_modules)
+        if not all(isinstance(item, str) for item in wanted):
+            raise TypeError
+    except TypeError:
+        raise TypeError(
+            f"target_modules must be a string or a list of strings, got {target_modules!r}"
+        ) from None
+    if not wanted:
+        raise ValueError("target_modules is empty; name at least one module")
+    chosen = set()
+    for item in wanted:
+        found = {
+            name
+            for name, (path, _) in linears.items()
+            if _ends_with(name, item) or _ends_with(path, item)
+        }
+        if not found:
+            other = [m for p, m in model.named_modules() if _ends_with(p, item)]
+            why = "matches no module"
+            if other:
+                why = f"names a {type(other[0]).__name__}, not a Linear or Conv1D"
+                if isinstance(other[0], NonDynamicallyQuantizableLinear):
+                    why = "names a projection that torch.nn.MultiheadAttention never calls"
+            raise ValueError(
+                f"target_modules: {item!r} {why}; near matches: {_near(item, linears)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _beneath_attention(model: nn.Module, path: str) -> bool:
+    module = model
+    for part in path.split("."):
+        if "Attention" in type(module).__name__:
+            return True
+        module = getattr(module, part)
+    return False
+
+
+def _is_adapter(path: str) -> bool:
+    """True for what PEFT adds inside its layers (`lora_A`, `lora_B`, ...)."""
+    return any(part.startswith("lora_") for part in path.split("."))
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _near(item: str, linears: Iterable[str]) -> str:
+    """Names, or last parts of names, that look like `item`; else the last parts there are."""
+    last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    near = difflib.get_close_matches(item.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
+    return _some(near or last_parts)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown

@@ -1,0 +1,310 @@
+"""A rank for every module: `RankPlan`, its JSON file, its table, and the PEFT config it becomes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
+from adarank_fast.plan.allocation import Budget, allocate_ranks
+from adarank_fast.plan.uncertainty import chance_of_change
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+from adarank_fast.files import replacing
+from adarank_fast.plan.lora_config import lora_config
+
+FORMAT = "adarank-fast plan"
+
+
+SCHEMA = 1  # raise it whenever an older release would misread the file
+
+
+BUDGET_OPTIONS: dict[str, Any] = {
+    "average_rank": None,
+    "budget_parameters": None,
+    "min_rank": 0,
+    "max_rank": None,
+    "rank_multiple": 1,
+    "allocation": "exact",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One module's disagreement over the trials.
+
+    Attributes:
+        mean: of the trials; what ranks are proportional to.
+        std: sample standard deviation (n - 1) of the trials; 0.0 for a single trial.
+        trials: the disagreement of each trial.
+    """
+
+    mean: float
+    std: float
+    trials: tuple[float, ...]
+
+    @classmethod
+    def from_trials(cls, trials: Sequence[float]) -> Score:
+        values = tuple(float(value) for value in trials)
+        if not values:
+            raise ValueError("trials is empty; a score needs at least one trial")
+        mean = statistics.fmean(values)
+        std = math.hypot(*(value - mean for value in values)) / math.sqrt(max(len(values) - 1, 1))
+        return cls(mean, std, values)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """How much rank each module gets, and why.
+
+    Attributes:
+        ranks: canonical module name (as in the bare base model) -> rank; 0: no adapter.
+        sizes: name -> (in_features, out_features).
+        scores: name -> `Score`; empty for plans that no probing made.
+        settings: everything needed to make the plan again. `"base_model_prefix"`, such as
+            "bert.", is what task models put in front of the names.
+    """
+
+    ranks: dict[str, int]
+    sizes: dict[str, tuple[int, int]]
+    scores: dict[str, Score] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            raise ValueError("ranks is empty; a plan needs at least one module")
+        if self.ranks.keys() != self.sizes.keys():
+            odd = sorted(self.ranks.keys() ^ self.sizes.keys())
+            raise ValueError(f"ranks and sizes name different modules, for example {odd[0]}")
+        if not self.scores.keys() <= self.ranks.keys():
+            odd = sorted(self.scores.keys() - self.ranks.keys())
+            raise ValueError(f"scores has a module that ranks lacks: {odd[0]}")
+        for name, rank in self.ranks.items():
+            if rank < 0:
+                raise ValueError(f"ranks must not be negative, got {rank} for {name}")
+
+    @property
+    def parameters(self) -> int:
+        """Adapter parameters the plan spends: the sum of rank * (in + out)."""
+        return sum(rank * sum(self.sizes[name]) for name, rank in self.ranks.items())
+
+    @classmethod
+    def uniform(
+        cls, model: nn.Module, rank: int = 8, target_modules: TargetModules = "attention"
+    ) -> RankPlan:
+        """The same rank for every target module: ordinary LoRA.
+
+        Raises:
+            ValueError: `rank` is below 1 or above what a module can hold; see also `find_targets`.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a positive integer, got {rank!r}")
+        if not isinstance(target_modules, str):
+            target_modules = sorted(target_modules)
+        sizes = {}
+        for target in find_targets(model, target_modules):
+            sizes[target.name] = (target.in_features, target.out_features)
+            if rank > min(sizes[target.name]):
+                raise ValueError(
+                    f"rank={rank} exceeds min(in, out) of {target.name} "
+                    f"{list(sizes[target.name])}; lower it or leave the module out"
+                )
+        settings = {
+            **describe_model(model),
+            "allocation": "uniform",
+            "average_rank": rank,
+            "target_modules": target_modules,
+            "versions": {"adarank-fast": version("adarank-fast")},
+        }
+        return cls(ranks=dict.fromkeys(sizes, rank), sizes=sizes, settings=settings)
+
+    def allocate(
+        self,
+        average_rank: float | None = None,
+        budget_parameters: int | None = None,
+        min_rank: int = 0,
+        max_rank: int | None = None,
+        rank_multiple: int = 1,
+        allocation: str = "exact",
+    ) -> RankPlan:
+        """A new plan that spends another budget on the same scores, without probing.
+
+        Args: see `allocate_ranks`.
+
+        Raises:
+            ValueError: the plan has no scores; or as `allocate_ranks`.
+        """
+        if not self.scores:
+            raise ValueError(
+                "this plan has no scores to allocate by (it was not made by probing); "
+                "run predict_ranks"
+            )
+        budget: dict[str, Any] = dict(
+            average_rank=average_rank,
+            budget_parameters=budget_parameters,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            rank_multiple=rank_multiple,
+            allocation=allocation,
+        )
+        means = {name: score.mean for name, score in self.scores.items()}
+        ranks = allocate_ranks(means, sizes=self.sizes, **budget)
+        return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget})
+
+    def chance_of_change(self) -> dict[str, float] | None:
+        """For each module, the chance that another seed of the noise gives it another rank.
+
+        See `uncertainty.chance_of_change`. None if the trials cannot tell: one trial of
+        each module, or a plan that no probing made.
+        """
+        if self.scores.keys() != self.ranks.keys() or "allocation" not in self.settings:
+            return None
+        options = {key: self.settings.get(key, value) for key, value in BUDGET_OPTIONS.items()}
+        budget = Budget(self.ranks, sizes=self.sizes, **options)
+        trials = {name: score.trials for name, score in self.scores.items()}
+        return chance_of_change(trials, self.ranks, budget.ranks)
+
+    def to_lora_config(
+        self, scaling: str | float = "constant", **lora_config_kwargs: Any
+    ) -> LoraConfig:
+        """The plan as a `peft.LoraConfig`, for code that calls PEFT itself.
+
+        It fits the bare base model and, through `settings["base_model_prefix"]`, its task models.
+        `inject` resolves and checks the names against the model; prefer it where you can.
+
+        Args:
+            scaling: what lora_alpha / rank is: "constant" (2 for every module; a number sets
+                another constant), "paper" (8 / rank) or "rslora" (8 / sqrt(rank)).
+            lora_config_kwargs: other `LoraConfig` arguments, such as lora_dropout, bias, task_type,
+                modules_to_save. A plan for Conv1D modules (GPT-2) needs fan_in_fan_out=True.
+
+        Raises:
+            ValueError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
+        """
+        prefix = self.settings.get("base_model_prefix", "")
+        experts = set(self.settings.get("expert_parameters", ()))
+        return lora_config(self.ranks, scaling, prefix, experts, **lora_config_kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, modules in the plan's order; never a half-written file."""
+        content = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "ranks": self.ranks,
+            "sizes": self.sizes,
+            "scores": {
+                name: {"mean": score.mean, "std": score.std, "trials": score.trials}
+                for name, score in self.scores.items()
+            },
+            "settings": dict(sorted(self.settings.items())),
+        }
+        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RankPlan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it cannot be read, is not a plan, or a newer release wrote it.
+        """
+        remedy = "make the plan again with predict_ranks or `adarank predict`"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no plan file {str(path)!r}; {remedy}") from None
+        except OSError as error:
+            raise ValueError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
+        except ValueError as error:  # not UTF-8, not JSON
+            raise ValueError(f"plan {str(path)!r} is not a JSON file ({error}); {remedy}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
+        schema = content.get("schema")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ValueError(
+                f"plan {str(path)!r} has schema {schema}, this release reads up to {SCHEMA}; "
+                "upgrade adarank-fast"
+            )
+        try:
+            return cls(
+                ranks={str(name): int(rank) for name, rank in content["ranks"].items()},
+                sizes={str(name): (int(i), int(o)) for name, (i, o) in content["sizes"].items()},
+                scores={
+                    str(name): Score(
+                        float(score["mean"]),
+                        float(score["std"]),
+                        tuple(float(trial) for trial in score["trials"]),
+                    )
+                    for name, score in content["scores"].items()
+                },
+                settings=dict(content["settings"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"plan {str(path)!r} is damaged ({error!r}); {remedy}") from error
+
+    def table(self) -> str:
+        """The plan as fixed-width text, one line per module, without colours.
+
+        "may change" is the chance that another seed gives another rank (see `chance_of_change`).
+        """
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        rows = Table(box=box.SIMPLE, show_footer=True, pad_edge=False)
+        rows.add_column("module", f"{len(self.ranks)} modules", no_wrap=True)
+        rows.add_column("in x out", justify="right", no_wrap=True)
+        chances = self.chance_of_change()
+        if self.scores:
+            count = sum(len(score.trials) for score in self.scores.values())
+            rows.add_column("disagreement", justify="right", no_wrap=True)
+            rows.add_column("trials", str(count), justify="right", no_wrap=True)
+        rows.add_column("rank", str(sum(self.ranks.values())), justify="right", no_wrap=True)
+        if chances is not None:
+            rows.add_column("may change", justify="right", no_wrap=True)
+        rows.add_column("parameters", f"{self.parameters:,}", justify="right", no_wrap=True)
+        for name, rank in self.ranks.items():
+            fan_in, fan_out = self.sizes[name]
+            cells = [name, f"{fan_in} x {fan_out}"]
+            if self.scores:
+                score = self.scores.get(name)
+                cells += ["", ""] if score is None else [_said(score), str(len(score.trials))]
+            cells.append(str(rank))
+            if chances is not None:
+                cells.append(f"{chances[name]:.0%}")
+            rows.add_row(*cells, f"{rank * (fan_in + fan_out):,}")
+        text = io.StringIO()
+        console = Console(file=text, width=10_000, color_system=None, markup=False, emoji=False)
+        console.print(rows, highlight=False)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        return "\n".join(line for line in lines if line)
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What a plan's settings say about the model it was made on."""
+    inner = unwrap(model)
+    prefix = getattr(inner, "base_model_prefix", "")
+    experts = [target.name for target in find_candidates(inner) if target.parameter]
+    return {
+        **({"expert_parameters": experts} if experts else {}),
+        "model_class": type(inner).__name__,
+        "model": getattr(getattr(inner, "config", None), "_name_or_path", "") or "",
+        "base_model_prefix": f"{prefix}." if prefix else "",
+    }
+
+
+def _said(score: Score) -> str:
+    return f"{score.mean:.4g} ± {score.std:.2g}" if len(score.trials) > 1 else f"{score.mean:.4g}"

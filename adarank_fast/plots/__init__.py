@@ -1,0 +1,1 @@
+"""Pictures of plans, training curves and intervals."""

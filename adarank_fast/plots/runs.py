@@ -1,0 +1,78 @@
+"""Pictures of training runs: curves, and intervals of means."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+
+from adarank_fast.plots.style import GRID, clean, line_style, new_figure, write
+
+
+def plot_training(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike[str],
+    ylabel: str,
+    xlabel: str = "step",
+    ticks: Sequence[float] | None = None,
+    order: Sequence[str] | None = None,
+) -> None:
+    """One line per entry of `curves`: label -> (step, value) pairs.
+
+    Args:
+        order: of all labels, also those not here: one keeps its colour from picture to picture.
+        ticks: the only places marked on a logarithmic x axis. None: the axis is linear.
+    """
+    if not curves:
+        raise ValueError("curves is empty; give at least one line")
+    figure = new_figure(5.5, 3.4)
+    axes = figure.subplots()
+    order = order or list(curves)
+    for label, points in curves.items():
+        style = line_style(order.index(label), marker=len(points) <= 40)
+        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    clean(axes)
+    if ticks is not None:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    else:
+        axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False)
+    write(figure, path)
+
+
+def plot_intervals(
+    rows: Mapping[str, tuple[Sequence[float], float | None, float | None]],
+    path: str | os.PathLike[str],
+    xlabel: str,
+    zero: bool = False,
+    order: Sequence[str] | None = None,
+) -> None:
+    """One line per entry of `rows`: label -> (values, low, high): each value, mean and interval.
+
+    Args:
+        rows: an interval of None is not drawn.
+        zero: mark 0, for differences.
+        order: see `plot_training`.
+    """
+    figure = new_figure(5.5, 0.9 + 0.4 * len(rows))
+    axes = figure.subplots()
+    order = order or list(rows)
+    for row, (label, (values, low, high)) in enumerate(rows.items()):
+        color = f"C{order.index(label) % 10}"
+        if low is not None and high is not None:
+            axes.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
+        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.45, markersize=5)
+        if values:
+            axes.plot([statistics.fmean(values)], [row], "D", color=color, markersize=7)
+    if zero:
+        axes.axvline(0, color="0.2", linewidth=1.5, linestyle="--")
+    axes.set_yticks(range(len(rows)), labels=list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="x", **GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    write(figure, path)

@@ -1,0 +1,55 @@
+"""What all pictures share: figures, line styles, axes, and how they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from adarank_fast.files import replacing
+
+MARKERS = "osD^vPX*<>"
+
+
+DPI = 130
+
+
+GRID = {"color": "0.9", "linewidth": 0.8}
+
+
+def line_style(index: int, marker: bool = True) -> dict[str, Any]:
+    return {
+        "color": f"C{index % 10}",
+        "linestyle": ("-", "--", ":")[index // 10 % 3],
+        "marker": MARKERS[index % len(MARKERS)] if marker else None,
+        "markersize": 4,
+        "linewidth": 1.5,
+    }
+
+
+def clean(axes: Any) -> None:
+    axes.grid(axis="y", **GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="x", which="minor", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def new_figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib: pip install 'adarank-fast[demo]'", name=error.name
+        ) from error
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def write(figure: Any, path: str | os.PathLike[str]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kind = Path(path).suffix[1:].lower() or "png"
+    supported = FigureCanvasAgg(figure).get_supported_filetypes()
+    if kind not in supported:
+        raise ValueError(f"path={str(path)!r}: cannot draw .{kind}; use .png, .pdf or .svg")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=kind)

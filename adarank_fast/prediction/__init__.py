@@ -1,0 +1,1 @@
+"""How ranks are found: perturb a module, see how far the output moves."""

@@ -1,0 +1,173 @@
+"""How far K models, or K adapters on one base, are from each other on unlabelled batches.
+
+Low disagreement between runs that differ in their seed goes with better generalisation (AdaRank,
+arXiv 2408.09015, section 3, after Jiang et al., arXiv 2106.13799).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adarank_fast.models.batches import prepare_batches, take
+from adarank_fast.models.forward_patching import undisturbed
+from adarank_fast.models.outputs import (
+    Batch,
+    Output,
+    OutputChoice,
+    accepted,
+    choose_output,
+    position_mask,
+)
+from adarank_fast.models.quantization import unpacked
+from adarank_fast.models.targets import find_block, unwrap
+from adarank_fast.prediction.disagreement import applies, check_metric, positions
+from adarank_fast.prediction.replay import Replay
+from adarank_kernels import pairwise_disagreement
+
+
+def model_disagreement(
+    models: Sequence[nn.Module] | nn.Module,
+    batches: Iterable[Batch],
+    output: OutputChoice = "auto",
+    metric: str = "l1",
+    adapters: Sequence[str] | None = None,
+) -> Tensor:
+    """[K, K] disagreement between models on the same inputs.
+
+    Args:
+        models: K >= 2 modules with outputs of one shape; or one PeftModel, with `adapters`: then
+            the blocks before the first adapted one run once for all.
+        batches: dicts of the models' keyword inputs, labels ignored, on their device.
+        output: what to compare: see `predict_ranks`.
+        metric: "l1", "tv", "kl" (row against column), "js" or "argmax"; see
+            `adarank_kernels.pairwise_disagreement`.
+        adapters: names of K adapters of the PeftModel.
+
+    Returns:
+        [K, K] float64 on the CPU: the metric's mean over unmasked positions of all batches.
+
+    Raises:
+        ValueError, TypeError: one line that names the argument, its value and the remedy.
+    """
+    check_metric(metric)
+    if adapters is not None:
+        runs = _adapter_outputs(models, batches, output, list(adapters))
+    else:
+        runs = _model_outputs(models, batches, output)
+    total: Tensor | None = None
+    count = 0
+    for outputs, mask, head in runs:
+        counted = positions(outputs[0], mask)
+        flat = None
+        if applies(mask, outputs[0]):
+            shape = *outputs.shape[1:3], *[1] * (outputs.dim() - 4)
+            flat = (cast(Tensor, mask) != 0).view(shape).expand(outputs.shape[1:-1]).flatten()
+        if counted:
+            sums = pairwise_disagreement(
+                outputs.flatten(1, -2).double() if head is None else outputs.flatten(1, -2),
+                weight=None if head is None else cast(Tensor, head.weight),
+                bias=None if head is None else cast("Tensor | None", head.bias),
+                metric=metric,
+                mask=flat,
+                reduction="sum",
+            )
+            total = sums.double().cpu() if total is None else total + sums.double().cpu()
+            count += counted
+    if total is None:
+        raise ValueError("batches: every position is masked; nothing to compare")
+    return total / count
+
+
+Run = tuple[Tensor, "Tensor | None", "nn.Module | None"]  # [K, B, ...], mask [B, T], head
+
+
+def _model_outputs(
+    models: Sequence[nn.Module] | nn.Module, batches: Iterable[Batch], output: OutputChoice
+) -> Iterator[Run]:
+    if isinstance(models, nn.Module) or len(models) < 2:
+        raise ValueError(
+            "models must be a list of at least two; for adapters of one PeftModel name them in "
+            "adapters="
+        )
+    inners = [unwrap(model) for model in models]
+    prepared = prepare_batches(inners[0], batches)
+    with ExitStack() as stack:
+        for inner in dict.fromkeys(inners):
+            stack.enter_context(undisturbed(inner))
+            stack.enter_context(unpacked(inner))
+        chosen = [_choose(inner, output, take(prepared[0], 1)) for inner in inners]
+        replays = [
+            Replay(inner, how, prepared, (), everything=True, tap=False)
+            for inner, how in zip(inners, chosen, strict=True)
+        ]
+        for index, batch in enumerate(prepared):
+            outputs = [replay.clean[index] for replay in replays]
+            for number, value in enumerate(outputs):
+                if value.shape != outputs[0].shape:
+                    raise ValueError(
+                        f"models[{number}] gives an output of shape {list(value.shape)}, models[0] "
+                        f"of shape {list(outputs[0].shape)}; compare models of one task"
+                    )
+            yield torch.stack(outputs), position_mask(inners[0], batch), None
+
+
+def _adapter_outputs(
+    model: Sequence[nn.Module] | nn.Module,
+    batches: Iterable[Batch],
+    output: OutputChoice,
+    adapters: list[str],
+) -> Iterator[Run]:
+    config: Mapping[str, Any] = getattr(model, "peft_config", {})
+    unknown = [name for name in adapters if name not in config]
+    if unknown or len(adapters) < 2:
+        has = ", ".join(config) or "it is no PeftModel"
+        raise ValueError(
+            f"adapters={adapters!r} must name at least two adapters of the model ({has})"
+        )
+    peft_model: Any = model
+    inner = unwrap(peft_model)
+    prepared = prepare_batches(inner, batches)
+    with undisturbed(inner), unpacked(inner), _switching(peft_model):
+        peft_model.set_adapter(adapters[0])
+        chosen = _choose(inner, output, take(prepared[0], 1))
+        replay = Replay(inner, chosen, prepared, ())
+        adapted = [
+            replay.position(find_block(inner, path))
+            for path, _ in inner.named_modules()
+            if ".lora_A" in path or ".modules_to_save" in path
+        ]
+        replay.advance(min(adapted, default=0))
+        for index, batch in enumerate(prepared):
+            outputs = []
+            for name in adapters:
+                peft_model.set_adapter(name)
+                outputs.append(replay.run(index, 1, {})[0])
+            yield torch.stack(outputs), position_mask(inner, batch), replay.head
+
+
+def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
+    """As for a prediction, but with logits first: these models were trained."""
+    if output in ("auto", "logits"):
+        logits = Output("logits", "", lambda outputs, inputs: outputs.logits)
+        outputs = model(**accepted(model, sample))
+        if isinstance(getattr(outputs, "logits", None), Tensor):
+            return logits
+    return choose_output(model, output, sample)
+
+
+@contextmanager
+def _switching(peft_model: Any) -> Iterator[None]:
+    """The active adapter and what requires gradients, as before at the end."""
+    active = peft_model.active_adapter
+    flags = {p: p.requires_grad for p in peft_model.parameters()}
+    try:
+        yield
+    finally:
+        peft_model.set_adapter(active)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

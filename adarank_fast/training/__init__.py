@@ -1,0 +1,1 @@
+"""Data, models for a task, and training with transformers' Trainer."""

@@ -1,0 +1,212 @@
+"""Texts from files, and the batches that models take."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TEXT_COLUMNS = (
+    *("text", "sentence", "question", "prompt", "content", "document", "review", "query"),
+    *("instruction", "input", "body", "utterance", "title"),
+)
+
+
+LABEL_COLUMNS = ("label", "labels", "target", "category", "class", "intent", "label_text")
+
+
+SUFFIXES = ".jsonl, .ndjson (a JSON object a line), .csv, .tsv, .txt (a text a line)"
+
+
+Row = tuple[int, Mapping[str, Any]]  # line number, column -> value
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Texts, and a label for each if the file has them."""
+
+    texts: list[str]
+    labels: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_texts(
+    path: str | os.PathLike[str],
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> TextData:
+    """Read a file of texts; its suffix says how.
+
+    Rows whose text is empty are left out.
+
+    Args:
+        path: .jsonl or .ndjson (a JSON object a line), .csv or .tsv with a header line, or .txt (a
+            text a line); UTF-8.
+        text_column: default: the first of `TEXT_COLUMNS` that the file has, or its only column.
+        label_column: default: the first of `LABEL_COLUMNS` that the file has, if any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: one line that names the file, the line, the value and the remedy.
+    """
+    path = Path(path)
+    text = _read(path)
+    kind = path.suffix.lower()
+    if kind in (".txt", ".text"):
+        for argument, column in (("text_column", text_column), ("label_column", label_column)):
+            if column is not None:
+                raise ValueError(
+                    f"{path} is plain text and has no columns; leave out {argument}={column!r} or "
+                    "use a .jsonl, .csv or .tsv file"
+                )
+        texts = [line.strip() for line in text.split("\n") if line.strip()]
+        labels = None
+    elif kind in (".jsonl", ".ndjson", ".csv", ".tsv"):
+        lines = _jsonl(path, text) if kind in (".jsonl", ".ndjson") else _csv(path, text)
+        texts, labels = _columns(path, list(lines), text_column, label_column)
+    else:
+        raise ValueError(f"{path}: unknown suffix {kind!r}; use {SUFFIXES}")
+    if not texts:
+        raise ValueError(f"{path} holds no texts; give a file with at least one")
+    return TextData(texts, labels)
+
+
+def _read(path: Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no data file {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it ({SUFFIXES})")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the "
+            f"file, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
+
+
+def _jsonl(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 is no line end
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error}): {quote(line)}; one object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f'{path}, line {number}: must be a JSON object such as {{"text": ...}}, got '
+                f"{quote(line)}"
+            )
+        yield number, row
+
+
+def _csv(path: Path, text: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(row[None]) + len(row) - 1} fields, the "
+                    f"header has {len(row) - 1}; quote texts that contain {delimiter!r}"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; check the quotes") from None
+
+
+def _columns(
+    path: Path, rows: Sequence[Row], text_column: str | None, label_column: str | None
+) -> tuple[list[str], list[str] | None]:
+    if not rows:
+        return [], None
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    text_column = _choose(path, columns, "text", text_column, TEXT_COLUMNS)
+    if text_column is None and len(columns) == 1:
+        text_column = columns[0]
+    if text_column is None:
+        raise ValueError(
+            f"{path} has no column that looks like text; it has {', '.join(columns)}; "
+            "say which with text_column"
+        )
+    label_column = _choose(path, columns, "label", label_column, LABEL_COLUMNS)
+    texts, labels = [], []
+    for number, row in rows:
+        text = _cell(path, number, row, text_column)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{path}, line {number}: {text_column} must be a string, got {quote(text)}; "
+                "choose another text_column"
+            )
+        if text.strip():
+            texts.append(text)
+            if label_column is not None:
+                labels.append(str(_cell(path, number, row, label_column)))
+    return texts, labels if label_column is not None else None
+
+
+def _choose(
+    path: Path, columns: Sequence[str], what: str, wanted: str | None, usual: Sequence[str]
+) -> str | None:
+    if wanted is None:
+        lower = {column.lower().strip(): column for column in reversed(columns)}
+        return next((lower[name] for name in usual if name in lower), None)
+    if wanted not in columns:
+        raise ValueError(
+            f"{path} has no column {wanted!r} ({what}_column); it has {', '.join(columns)}"
+        )
+    return wanted
+
+
+def _cell(path: Path, number: int, row: Mapping[str, Any], column: str) -> Any:
+    value = row.get(column)
+    if value is None:
+        raise ValueError(
+            f"{path}, line {number}: no value for {column}; fill it in or drop the line"
+        )
+    return value
+
+
+def quote(value: object, most: int = 60) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def hold_out(data: TextData, share: float, seed: int = 0) -> tuple[TextData, TextData]:
+    """Split at random into (the rest, `share` of it); equal texts never end on both sides.
+
+    Raises:
+        ValueError: a side would be empty.
+    """
+    unique = sorted(set(data.texts))
+    random.Random(seed).shuffle(unique)
+    chosen = set(unique[: round(share * len(unique))])
+    if not 0 < len(chosen) < len(unique):
+        raise ValueError(
+            f"cannot hold {share:.0%} of {len(unique)} different texts out; give more texts or "
+            "held-out data of their own"
+        )
+    return _where(data, lambda text: text not in chosen), _where(data, lambda text: text in chosen)
+
+
+def _where(data: TextData, keep: Callable[[str], bool]) -> TextData:
+    kept = [index for index, text in enumerate(data.texts) if keep(text)]
+    labels = None if data.labels is None else [data.labels[index] for index in kept]
+    return TextData([data.texts[index] for index in kept], labels)

@@ -1,0 +1,1 @@
+"""How far apart the outputs of K variants are, without forming them."""

@@ -1,0 +1,1 @@
+"""LoRA linears that share an input, as one autograd node."""

@@ -1,0 +1,428 @@
+"""Launchers and numerical self-checks of the kernels in `_grouped_lora_kernels.py`.
+
+Every launcher takes matrices of one dtype on one device, in the packed layout described there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adarank_kernels.lora import dropout as _dropout
+from adarank_kernels.lora import triton_kernels as kernels
+from adarank_kernels.runtime.registry import cdiv, check_close, kind, launch, next_block, register
+
+SLOTS = 4  # modules a launch
+
+
+PADDING = 16  # the smallest K of a tensor-core product
+
+
+DOWN_MAX_RANK = 32
+
+
+# One known-good configuration each; BLOCK_R follows the rank, in these steps.
+SHRINK = {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+
+
+SHRINK_BLOCKS_R = (16, 32, 64)
+
+
+EXPAND = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2}
+
+
+DOWN = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+
+
+DOWN_BLOCKS_R = (16, 32)
+
+
+DROP = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1}
+
+
+FUSED = {
+    "BLOCK_M": 128,
+    "BLOCK_N": 128,
+    "BLOCK_K": 64,
+    "BLOCK_R": 16,
+    "GROUP_M": 8,
+    "num_warps": 8,
+    "num_stages": 3,
+}
+
+
+def padded(rank: int) -> int:
+    """The width of a rank's segment in the packed layout."""
+    return cdiv(rank, PADDING) * PADDING
+
+
+def rows_aligned(x: Tensor) -> bool:
+    """Whether the rows of x [..., in] start at 16 elements: else shrink and fused would spill.
+
+    Rows that are not in order are copied first.
+    """
+    if x.shape[-1] % 16:
+        return False
+    return x.is_contiguous() or x.stride(-1) != 1 or all(s % 16 == 0 for s in x.stride()[:-1])
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"  # ignored for 16-bit operands
+
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
+
+
+def _key(tensors: Sequence[Tensor], integers: Sequence[int]) -> tuple[Any, ...]:
+    """For `launch`."""
+    pointers = [(t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    return tensors[0].device, *pointers, *map(kind, integers)
+
+
+def _rows_in_order(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def _aligned(tensors: Sequence[Tensor], widths: Sequence[int]) -> bool:
+    """Whether rows of these widths start at 16 bytes in every tensor: what ALIGNED claims."""
+    return all(t.data_ptr() % 16 == 0 for t in tensors) and all(w % 16 == 0 for w in widths)
+
+
+def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Four pointers, each at 16 bytes; unused slots repeat the first."""
+    held = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    held = [t if t.data_ptr() % 16 == 0 else t.clone() for t in held]
+    return held + [held[0]] * (SLOTS - len(held))
+
+
+def _one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """As they are if their dtypes agree (a launch has one pointer type), else all in `dtype`."""
+    first = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != first:
+            return [t.to(dtype) for t in tensors]
+    return list(tensors)
+
+
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    width = 8
+    filled = [(*row, *(0,) * (width - len(row))) for row in rows]
+    return torch.tensor(filled, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=4096)
+def _floats(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def expand_tiles(
+    offsets: Sequence[int], ranks: Sequence[int], outs: Sequence[int], block: int
+) -> tuple[tuple[int, ...], ...]:
+    """A row per column tile: module, S offset, rank, padded rank, first column, out."""
+    return tuple(
+        (m, offset, rank, padded(rank), first, out)
+        for m, (offset, rank, out) in enumerate(zip(offsets, ranks, outs, strict=True))
+        for first in range(0, out if rank else 0, block)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _expand_constants(
+    offsets: Sequence[int],
+    shapes: tuple[torch.Size, ...],
+    scalings: Sequence[float],
+    device: torch.device,
+) -> tuple[Tensor, int, Tensor]:
+    """`expand_tiles` on the device, how many there are, and the scalings, of B's shapes."""
+    outs, ranks = zip(*shapes, strict=True)
+    tiles = expand_tiles(offsets, ranks, outs, EXPAND["BLOCK_N"])
+    return _table(tiles, device), len(tiles), _floats(tuple(scalings), device)
+
+
+def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """drop(X) [N, in] A^T -> S [N, R], without the scale of the dropout."""
+    X, A = _rows_in_order(X), A.contiguous()
+    (N, K), R = X.shape, A.shape[0]
+    S = X.new_empty(N, R)
+    if not S.numel():
+        return S
+    block_r = next_block(R, SHRINK_BLOCKS_R)
+    grid = (cdiv(N, SHRINK["BLOCK_M"]), cdiv(R, block_r))
+    tensors = (X, A, S, X if seed is None else seed)
+    integers = (N, K, R, X.stride(0), _dropout.threshold(dropout))
+    constants = SHRINK | {
+        "BLOCK_R": block_r,
+        "EVEN_K": K % SHRINK["BLOCK_K"] == 0,
+        "DROPOUT": seed is not None,
+        "PRECISION": _precision(X.dtype),
+    }
+    with _on(X):
+        launch(kernels.shrink_kernel, _key(tensors, integers), grid, tensors + integers, constants)
+    return S
+
+
+def expand(
+    products: Sequence[Tensor],
+    S: Tensor,
+    offsets: Sequence[int],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> None:
+    """products[m] [..., out_m] += scalings[m] S_m B_m^T, in place, four modules a launch.
+
+    Products must be contiguous; `offsets` are the first columns of the modules in S.
+    """
+    N = S.shape[0]
+    for i in range(0, len(products) if N else 0, SLOTS):
+        some = slice(i, i + SLOTS)
+        ys, Bs = list(products[some]), _one_dtype(lora_Bs[some], S.dtype)
+        if any(y.data_ptr() % 16 for y in ys):
+            for y, offset, B, scaling in zip(ys, offsets[some], Bs, scalings[some], strict=True):
+                S_m = S[:, offset : offset + B.shape[1]]
+                y.view(N, -1).addmm_(S_m, B.to(S.dtype).t(), alpha=scaling)
+            continue
+        shapes = tuple([B.shape for B in Bs])
+        table, tiles, factors = _expand_constants(
+            tuple(offsets[some]), shapes, tuple(scalings[some]), S.device
+        )
+        aligned = all([out % 16 == 0 for out, _ in shapes])
+        ys += [ys[0]] * (SLOTS - len(ys))
+        arguments = (S, *ys, *_slots(Bs), factors, table, N, S.stride(0))
+        key = S.device, S.dtype, Bs[0].dtype, S.data_ptr() % 16 == 0, kind(N), kind(S.stride(0))
+        constants = EXPAND | {"ALIGNED": aligned, "PRECISION": _precision(S.dtype)}
+        grid = cdiv(N, EXPAND["BLOCK_M"]), tiles
+        with _on(S):
+            launch(kernels.expand_kernel, key, grid, arguments, constants)
+
+
+@lru_cache(maxsize=4096)
+def _down_table(
+    offsets: tuple[int, ...],
+    ranks: tuple[int, ...],
+    outs: tuple[int, ...],
+    dS_offsets: tuple[int, ...],
+    block_r: int,
+    device: torch.device,
+) -> tuple[Tensor, tuple[int, ...], int]:
+    """A row per module; its first column of the partial sums; their width."""
+    columns = [cdiv(out, 16) * 16 * block_r for out in outs]
+    firsts = tuple(sum(columns[:m]) for m in range(len(columns)))
+    rows = tuple(
+        (m, offset, rank, padded(rank), first, out, dS_offset)
+        for m, (offset, rank, first, out, dS_offset) in enumerate(
+            zip(offsets, ranks, firsts, outs, dS_offsets, strict=True)
+        )
+    )
+    return _table(rows, device), firsts, sum(columns)
+
+
+def down(
+    dYs: Sequence[Tensor],
+    S: Tensor,
+    offsets: Sequence[int],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dS: Tensor,
+    dS_offsets: Sequence[int],
+) -> list[Tensor]:
+    """Fill the modules' segments of dS [N, R]; return float32 dB_m [out_m, r_m]; dY is read once.
+
+    Ranks up to 32. `offsets` and `dS_offsets` are the first columns of the modules in S and dS.
+    """
+    N = S.shape[0]
+    dBs: list[Tensor] = []
+    for i in range(0, len(dYs), SLOTS):
+        some = slice(i, i + SLOTS)
+        Bs = _one_dtype(lora_Bs[some], S.dtype)
+        ranks, outs = tuple(B.shape[1] for B in Bs), tuple(B.shape[0] for B in Bs)
+        block_r = next_block(max(ranks), DOWN_BLOCKS_R)
+        table, firsts, width = _down_table(
+            tuple(offsets[some]), ranks, outs, tuple(dS_offsets[some]), block_r, S.device
+        )
+        chunks = cdiv(N, DOWN["BLOCK_M"])
+        partial = S.new_empty(chunks, width, dtype=torch.float32)
+        gs = _slots(dYs[some])
+        if N:
+            with _on(S):
+                kernels.down_kernel[(chunks, len(Bs))](
+                    S,
+                    dS,
+                    *gs,
+                    *_slots(Bs),
+                    partial,
+                    _floats(tuple(scalings[some]), S.device),
+                    table,
+                    N,
+                    S.stride(0),
+                    dS.stride(0),
+                    partial.stride(0),
+                    BLOCK_R=block_r,
+                    ALIGNED=_aligned(gs, outs),
+                    PRECISION=_precision(S.dtype),
+                    **DOWN,
+                )
+        total = partial.sum(0)  # row blocks in a fixed order: the same bits every time
+        for first, B, scaling in zip(firsts, Bs, scalings[some], strict=True):
+            dB = total[first : first + B.shape[0] * block_r].view(-1, block_r)
+            dBs.append(dB[:, : B.shape[1]] * scaling)
+    return dBs
+
+
+def drop(X: Tensor, seed: Tensor, dropout: float, out: Tensor | None = None) -> Tensor:
+    """X [N, in] with its dropped elements at zero, unscaled; added to `out` if given."""
+    X = _rows_in_order(X)
+    N, K = X.shape
+    add = out is not None
+    result = X.new_empty(N, K) if out is None else out
+    if X.numel():
+        grid = (cdiv(N, DROP["BLOCK_M"]), cdiv(K, DROP["BLOCK_K"]))
+        tensors = (X, result, seed)
+        integers = (N, K, X.stride(0), _dropout.threshold(dropout))
+        key, constants = _key(tensors, integers), DROP | {"ADD": add}
+        with _on(X):
+            launch(kernels.drop_kernel, key, grid, tensors + integers, constants)
+    return result
+
+
+def fused(
+    X: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """X W^T + bias + scaling S B^T in one GEMM; S [N, >= r] starts at the module's segment."""
+    X, B = _rows_in_order(X), B.contiguous()
+    N, K = X.shape
+    out, rank = B.shape
+    Y = X.new_empty(N, out)
+    if N:
+        grid = (cdiv(N, FUSED["BLOCK_M"]) * cdiv(out, FUSED["BLOCK_N"]),)
+        with _on(X):
+            kernels.fused_kernel[grid](
+                X,
+                W,
+                X if bias is None else bias,
+                S,
+                B,
+                Y,
+                N,
+                K,
+                out,
+                rank,
+                scaling,
+                X.stride(0),
+                W.stride(0),
+                W.stride(1),
+                S.stride(0),
+                EVEN_K=K % FUSED["BLOCK_K"] == 0,
+                HAS_BIAS=bias is not None,
+                PRECISION=_precision(X.dtype),
+                **FUSED,
+            )
+    return Y
+
+
+# Self-checks: small but ragged problems, mixed ranks, each 16-bit dtype, against float64.
+_RANKS, _OUTS, _N, _K = (1, 3, 24, 16), (160, 72, 33, 256), 150, 200
+
+
+def _problem(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+
+    offsets = [sum(padded(r) for r in _RANKS[:m]) for m in range(len(_RANKS))]
+    total = sum(padded(r) for r in _RANKS)
+    return {
+        "X": randn(_N, _K),
+        "A": randn(total, _K, scale=_K**-0.5),
+        "S": randn(_N, total),
+        "Bs": [randn(o, r, scale=r**-0.5) for o, r in zip(_OUTS, _RANKS, strict=True)],
+        "Ys": [randn(_N, o) for o in _OUTS],
+        "W": randn(_OUTS[0], _K, scale=_K**-0.5),
+        "offsets": offsets,
+        "scalings": [0.5, 2.0, 1.0, 1.5],
+        "seed": torch.tensor([2**61 + 12345], device=device),
+    }
+
+
+def _each_dtype(check: Any) -> Any:
+    def run(device: torch.device) -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            check(_problem(device, dtype))
+
+    return run
+
+
+def _check_shrink(p: dict[str, Any]) -> None:
+    X, A, seed = p["X"], p["A"], p["seed"]
+    check_close(shrink(X, A, None, 0.0), X @ A.t(), X.double() @ A.double().t())
+    kept = X * _dropout.keep_mask(seed, _N, _K, 0.3)
+    check_close(shrink(X, A, seed, 0.3), kept @ A.t(), kept.double() @ A.double().t())
+
+
+def _segments(p: dict[str, Any]) -> list[Tensor]:
+    return [
+        p["S"][:, start : start + B.shape[1]]
+        for start, B in zip(p["offsets"], p["Bs"], strict=True)
+    ]
+
+
+def _check_expand(p: dict[str, Any]) -> None:
+    ours = [y.clone() for y in p["Ys"]]
+    expand(ours, p["S"], p["offsets"], p["Bs"], p["scalings"])
+    for y, Y, S, B, s in zip(ours, p["Ys"], _segments(p), p["Bs"], p["scalings"], strict=True):
+        exact = Y.double() + s * (S.double() @ B.double().t())
+        check_close(y, Y + s * (S @ B.t()), exact)
+
+
+def _check_down(p: dict[str, Any]) -> None:
+    dS = torch.full_like(p["S"], float("nan"))
+    dBs = down(p["Ys"], p["S"], p["offsets"], p["Bs"], p["scalings"], dS, p["offsets"])
+    for m, (dY, S, B, s) in enumerate(
+        zip(p["Ys"], _segments(p), p["Bs"], p["scalings"], strict=True)
+    ):
+        ours = dS[:, p["offsets"][m] : p["offsets"][m] + B.shape[1]]
+        check_close(ours, (dY @ B) * s, (dY.double() @ B.double()) * s)
+        check_close(dBs[m], (dY.t() @ S) * s, (dY.double().t() @ S.double()) * s)
+
+
+def _check_drop(p: dict[str, Any]) -> None:
+    expected = p["X"] * _dropout.keep_mask(p["seed"], _N, _K, 0.3)
+    if not torch.equal(drop(p["X"], p["seed"], 0.3), expected):
+        raise ArithmeticError("the mask differs from torch's")
+    added = drop(p["X"], p["seed"], 0.3, p["X"].clone())
+    check_close(added, p["X"] + expected, p["X"].double() + expected.double())
+
+
+def _check_fused(p: dict[str, Any]) -> None:
+    X, W, B, bias = p["X"], p["W"], p["Bs"][0], p["Bs"][0][:, 0].contiguous()
+    S = _segments(p)[0]
+    for weight in (W, W.t().contiguous().t()):
+        exact = X.double() @ W.double().t() + bias.double() + 2 * S.double() @ B.double().t()
+        torchs = torch.nn.functional.linear(X, W, bias) + 2 * (S @ B.t())
+        check_close(fused(X, weight, bias, S, B, 2.0), torchs, exact)
+
+
+register("lora_shrink", _each_dtype(_check_shrink))
+
+
+register("lora_expand", _each_dtype(_check_expand))
+
+
+register("lora_down", _each_dtype(_check_down), opt_in=True)
+
+
+register("lora_drop", _each_dtype(_check_drop))
+
+
+register("lora_fused", _each_dtype(_check_fused), opt_in=True)

@@ -1,0 +1,1 @@
+"""Philox: counter-based normal numbers, the same on every device."""

@@ -1,0 +1,1 @@
+"""What the ops share: which Triton kernels may run where, launches, and the C build."""

@@ -1,0 +1,197 @@
+"""Which Triton kernels may run on which device: only those that have proved their numbers there.
+
+A kernel registers a check. The first call that wants the kernel on a device runs the check (once;
+it synchronises); a wrong number, a launch error or a missing compiler keeps the vendor's path.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    from triton import knobs
+
+    HAS_TRITON = True
+except ImportError:  # Windows, macOS
+    HAS_TRITON = False
+
+
+logger = logging.getLogger(__name__)
+
+
+INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
+
+
+Constants = Mapping[str, Any]
+
+
+DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
+
+
+_checks: dict[str, Callable[[torch.device], None]] = {}
+
+
+_opt_in: dict[str, bool] = {}  # kernels that wait for `enable`
+
+
+_status: dict[tuple[str, str], str] = {}
+
+
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # what `launch` has launched
+
+
+_settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
+
+
+def register(name: str, check: Callable[[torch.device], None], opt_in: bool = False) -> None:
+    """Make a kernel known; `check(device)` raises where its numbers are wrong."""
+    _checks[name] = check
+    if opt_in:
+        _opt_in[name] = False
+
+
+def enable(name: str, on: bool = True) -> None:
+    """Switch an opt-in kernel on or off for the process."""
+    if name not in _opt_in:
+        raise ValueError(f"name must be one of {sorted(_opt_in)}, got {name!r}")
+    _opt_in[name] = on
+    _settled.clear()
+
+
+def choose(names: Collection[str], device: torch.device) -> None:
+    """From now on exactly these kernels run on the device, checked or not: for benchmarks.
+
+    Under the interpreter only the opt-in ones can be chosen.
+    """
+    for name in _checks:
+        if name in _opt_in:
+            enable(name, name in names)
+        _status[name, str(device)] = "passed" if name in names else "not chosen"
+    _settled.clear()
+
+
+def ready_among(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+    """The kernels among `names` that are `ready`; remembered once every check is through."""
+    key = names, device, dtype
+    found = _settled.get(key)
+    if found is None:
+        found = frozenset(name for name in names if ready(name, device, dtype))
+        waiting = (name for name in names if _opt_in.get(name, True))
+        if not INTERPRETED and all((name, str(device)) in _status for name in waiting):
+            _settled[key] = found
+    return found
+
+
+def ready(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernel `name` may run on tensors of `device` and `dtype`; checks it if need be."""
+    if INTERPRETED:
+        return _opt_in.get(name, True) and dtype != torch.float64
+    if not HAS_TRITON or device.type != "cuda" or dtype not in DTYPES:
+        return False
+    if not _opt_in.get(name, True) or torch.compiler.is_compiling():
+        return False  # in a graph, inductor fuses the plain torch form
+    key = (name, str(device))
+    if key not in _status:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # the check synchronises
+        try:
+            with torch.cuda.device(device), torch.no_grad():
+                _checks[name](device)
+            _status[key] = "passed"
+        except Exception as error:  # any failure means: not on this device
+            _status[key] = f"failed: {type(error).__name__}: {error}"
+            logger.warning("Triton kernel %s is not used on %s: %s", name, device, _status[key])
+    return _status[key] == "passed"
+
+
+def kernel_status(device: torch.device | str = "cuda") -> dict[str, str]:
+    """Per kernel: "passed", "failed: why", "not checked yet", "off" (opt-in) or "no Triton"."""
+    if not HAS_TRITON:
+        return dict.fromkeys(_checks, "no Triton")
+    return {
+        name: _status.get((name, str(device)), "not checked yet")
+        if _opt_in.get(name, True)
+        else "off"
+        for name in _checks
+    }
+
+
+def launch(
+    kernel: Any,
+    key: Hashable,
+    grid: tuple[int, int],
+    arguments: Sequence[Any],
+    constants: Constants,
+) -> None:
+    """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
+
+    That reads every argument of every launch, which takes longer than a small kernel does. Triton's
+    hooks before a run, and what its debug knobs say later, are passed over with it. ROCm is left to
+    Triton, which looks at the sizes of the storages there, too.
+
+    Args:
+        key: with the constants, what settles all that Triton specialises on: the device, dtypes,
+            which pointers start at 16 bytes, and `kind` of each integer.
+        constants: the constexprs, which the kernel names last, and num_warps, num_stages.
+    """
+    if INTERPRETED or torch.version.hip:
+        kernel[grid](*arguments, **constants)
+        return
+    key = id(kernel), key, tuple(constants.items())  # a kernel's own hash takes a lock
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, given = found
+        compiled[grid[0], grid[1], 1](*arguments, *given)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    if hasattr(compiled, "result"):  # compiled in the background
+        compiled = compiled.result()
+    if compiled is not None:
+        given = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        _compiled[key] = compiled, given
+
+
+def kind(value: int) -> tuple[bool, bool, bool]:
+    """What Triton makes a difference of in an integer."""
+    return value % 16 == 0, value == 1, value < 2**31
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_block(size: int, blocks: tuple[int, ...]) -> int:
+    """The smallest block that covers `size`, else the largest."""
+    return next((block for block in blocks if block >= size), blocks[-1])
+
+
+def check_close(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Raise unless the error against `exact` (float64) is at most twice torch's plus 1e-6."""
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (torchs.double() - exact).abs().max().item() + 1e-6
+    if not error <= allowed:
+        raise ArithmeticError(f"error {error:.3g} above {allowed:.3g}")
+
+
+__all__ = [
+    "DTYPES",
+    "HAS_TRITON",
+    "INTERPRETED",
+    "cdiv",
+    "check_close",
+    "choose",
+    "enable",
+    "kernel_status",
+    "kind",
+    "launch",
+    "next_block",
+    "ready",
+    "ready_among",
+    "register",
+    "triton",
+]

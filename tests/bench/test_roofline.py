@@ -1,0 +1,138 @@
+"""Projections: counts worked out by hand, and the word in every title and column."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.counts import (
+    PASSES,
+    SHAPES,
+    Cost,
+    Shape,
+    down,
+    down_partial_bytes,
+    expand,
+    pass_elements,
+    product,
+)
+from bench.roofline import (
+    CARDS,
+    FORMS,
+    Card,
+    adapter_cost,
+    base_cost,
+    common_costs,
+    main,
+    project,
+    table,
+)
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "roofline.py"
+QKV = (4096, (4096, 1024, 1024))
+
+
+def test_counts_of_one_group() -> None:
+    # two modules of 10 -> 30 and 10 -> 20: M X = 20, X = 10, Y = 50 elements a token
+    assert pass_elements((1, 0, 6), 10, (30, 20)) == 20 + 6 * 50
+    assert pass_elements((0, 3, 2), 10, (30, 20)) == 30 + 2 * 50
+    assert product(2, 3, 5) == Cost(2 * (10 + 15 + 6), 60)
+    assert expand(7, 2, (3, 5)) == Cost(2 * (7 * (2 * 8 + 2 * 2) + 8 * 2), 2 * 7 * 2 * 8)
+    # two blocks of 64 rows, padded to rank 16, float32, written and read
+    assert down_partial_bytes(100, 9, 30) == 2 * 4 * 2 * 30 * 16
+    moved = 2 * (100 * (30 + 2 * 9) + 30 * 9) + 2 * 4 * 2 * 30 * 16
+    assert down(100, 9, (30,)) == Cost(moved, 4 * 100 * 9 * 30)
+    assert Cost(100.0, 30.0).seconds(10.0, 10.0) == 10.0
+    assert Cost(100.0, 30.0).seconds(100.0, 10.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("form", "passes"),  # in X, of q/k/v with Y = 1.5 X, from the table of docs/kernels.md
+    [("PEFT", 33.0), ("Unsloth", 22.5), ("LoRAFusion", 7.5), ("ours", 10.0)],
+)
+def test_bytes_of_llamas_attention(form: str, passes: float) -> None:
+    tokens, (width, outs) = 1000, QKV
+    cost = adapter_cost(form, tokens, width, outs, 8)
+    assert cost.bytes == 2 * tokens * (passes * width + 6 * 3 * 8)
+    assert cost.flops == 6 * tokens * 8 * (3 * 4096 + 6144)
+
+
+def test_triton_reads_dY_once_up_to_rank_32() -> None:
+    width, outs = QKV
+    vendor, triton = ("ours", "ours, down")
+    for rank in (8, 32):
+        saved = 2 * 1280 * sum(outs) - down_partial_bytes(1280, rank, sum(outs))
+        both = [adapter_cost(form, 1280, width, outs, rank).bytes for form in (vendor, triton)]
+        assert both[0] - both[1] == saved
+    assert adapter_cost(vendor, 8, width, outs, 64) == adapter_cost(triton, 8, width, outs, 64)
+
+
+def test_a_projection_worked_out_by_hand() -> None:
+    card = Card(bandwidth=1e3 / 0.9, rate=1e6 / 0.7)  # 1,000 bytes and 1e6 FLOPs a second reached
+    shape = Shape(10, 10, 5, 20, 5, True, 2, 100)
+    found = project(card, shape, tokens=4, rank=2)
+    base = 4 * 4 * 10 * 20 / 1e6
+    assert found["q/k/v"]["base"] == pytest.approx(base)
+    # LoRAFusion: 2 M X + Y = 60 + 20 elements a token, and 6 passes over 3 ranks of 2
+    assert found["q/k/v"]["LoRAFusion"] == pytest.approx(base + 2 * 4 * (80 + 36) / 1e3)
+    layers = sum(found[group]["PEFT"] for group in ("q/k/v", "o", "gate/up", "down"))
+    attention = 2 * 7 * 4 * 4 * 10 / 1e6
+    elementwise = 2 * 2 * 4 * (16 * 10 + 4 * 15 + 8 * 20) / 1e3
+    head, loss = 4 * 4 * 10 * 100 / 1e6, 2 * 4 * 4 * 100 / 1e3
+    expected = 2 * layers + attention + elementwise + head + loss
+    assert found["step"]["PEFT"] == pytest.approx(expected)
+    assert len(common_costs(shape, 4)) == 4 and base_cost(4, 10, (20,)).flops == 800 * 4
+
+
+def test_no_form_is_below_the_base_and_none_of_ours_above_peft() -> None:
+    for card in CARDS.values():
+        for rank in (8, 64):
+            for projected in project(card, SHAPES["Qwen3-0.6B"], 4096, rank).values():
+                assert all(projected[form] > projected["base"] for form in FORMS)
+                assert projected["floor"] <= min(projected[form] for form in FORMS)
+                assert projected["ours"] < projected["PEFT"]
+    assert set(FORMS.values()) == set(PASSES)
+
+
+def test_every_title_and_every_column_says_projection(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = table("anything", project(CARDS["A100"], SHAPES["Qwen3-0.6B"], 512, 8))
+    assert "Projection" in str(drawn.title)
+    assert all("projection" in str(column.header) for column in drawn.columns)
+    assert main(["--tokens", "512"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Projection, not measured:") == 2 * 2 * 3
+    assert "Formula" in printed and "70%" in printed and "90%" in printed
+
+
+def test_runs_as_a_script_and_prints_json() -> None:
+    command = [sys.executable, str(SCRIPT), "--json", "--card", "H100", "--rank", "16"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=SCRIPT.parents[1]
+    )
+    found = json.loads(done.stdout)
+    assert found["projection"] is True and len(found["rows"]) == 2
+    for row in found["rows"]:
+        assert row["card"] == "H100" and row["rank"] == 16 and row["tokens"] == 8192
+        assert row["projected_seconds"]["step"]["base"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rank", "0"], "must be a positive whole number, got '0'"),
+        (["--tokens", "many"], "got 'many'"),
+        (["--card", "B9000"], "invalid choice: 'B9000'"),
+        (["--model", "none"], "invalid choice: 'none'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1

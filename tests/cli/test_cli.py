@@ -1,0 +1,317 @@
+"""The command line: every command from its arguments to its exit status, on tiny saved models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import adarank_fast as ada
+from adarank_fast.cli import main as cli
+from tests.tiny_models import VOCABULARY, tiny
+
+WORDS = [f"word{i}" for i in range(VOCABULARY - 4)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """kind -> folder of a tiny model with a tokenizer; and texts."""
+    root = tmp_path_factory.mktemp("models")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", "<s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    found = {"texts": root / "texts.csv"}
+    for kind in ("bert", "llama", "t5"):
+        special = {"pad_token": "[PAD]"} if kind != "llama" else {}
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>", **special
+        )
+        model = tiny(kind, layers=2)
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(root / kind)
+        fast.save_pretrained(root / kind)
+        found[kind] = root / kind
+    lines = [f"{' '.join(WORDS[i : i + 3 + i % 4])},{i % 2}" for i in range(20)]
+    found["texts"].write_text("\n".join(["question,label", *lines]))
+    return {kind: str(path) for kind, path in found.items()}
+
+
+@pytest.mark.parametrize("command", [[], ["predict"], ["plot"], ["demo"]])
+def test_help(adarank, command):
+    status, out, err = adarank(*command, "--help")
+    assert status == 0
+    assert "Usage: " in out
+    assert not err
+
+
+def test_version(adarank):
+    assert adarank("--version") == (0, f"adarank-fast {ada.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "kind, output", [("bert", "mean_pooled_hidden_state"), ("llama", "logits"), ("t5", "logits")]
+)
+def test_predict(adarank, folders, kind, output):
+    status, out, err = adarank(
+        *("predict", folders[kind], "--data", folders["texts"], "--average-rank", 3),
+        *("--trials", 2, "--batch-size", 7, "-o", "mine.json"),
+    )
+    assert (status, err) == (0, "wrote mine.json\n")
+    plan = ada.RankPlan.load("mine.json")
+    assert sum(plan.ranks.values()) == 3 * len(plan.ranks)
+    assert out == plan.table() + "\n"
+    assert plan.settings["output"] == output
+    assert plan.settings["trials"] == 2
+    assert plan.settings["batches"]["items"] == 20
+
+
+def test_predict_is_what_predict_ranks_says(adarank, folders):
+    from adarank_fast.training.data import read_texts
+    from adarank_fast.training.tokens import make_batches
+
+    adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 2)
+    model, tokenizer = cli.load(folders["bert"], "cpu", "float32", None)
+    batches = make_batches(tokenizer, read_texts(folders["texts"]).texts, 16, 128)
+    plan = ada.predict_ranks(model, batches, trials=2, progress=False)
+    assert ada.RankPlan.load("plan.json").scores == plan.scores
+
+
+def test_options_arrive(adarank, folders):
+    status, out, _ = adarank(
+        *("predict", folders["llama"], "--data", folders["texts"], "--json"),
+        *("--budget-parameters", 5000, "--target-modules", "q_proj,down_proj", "--metric", "kl"),
+        *("--trials", 2, "--min-rank", 2, "--max-rank", 28, "--rank-multiple", 2, "--seed", 4),
+        *("--allocation", "paper", "--samples", 5, "--max-length", 4, "--output", "logits"),
+        *("--text-column", "question", "--dtype", "auto", "--device", "cpu"),
+    )
+    assert status == 0
+    found = json.loads(out)
+    settings = found["settings"]
+    assert found["plan"] == "plan.json"
+    assert found["ranks"] == ada.RankPlan.load("plan.json").ranks
+    assert found["scores"].keys() == found["ranks"].keys()
+    assert found["parameters"] <= 5000
+    assert {name.rsplit(".", 1)[-1] for name in found["ranks"]} == {"q_proj", "down_proj"}
+    assert {rank % 2 for rank in found["ranks"].values()} == {0}
+    assert settings["batches"]["items"] == 5
+    wanted = {"budget_parameters": 5000, "metric": "kl", "min_rank": 2, "max_rank": 28}
+    wanted |= {"rank_multiple": 2, "seed": 4, "allocation": "paper", "output": "logits"}
+    assert {key: settings[key] for key in wanted} == wanted
+
+
+def test_adaptive_trials_in_bfloat16_with_a_checkpoint(adarank, folders):
+    command = [
+        *("predict", folders["bert"], "--data", folders["texts"], "--json", "--trials", "2-4"),
+        *("--probe-dtype", "bfloat16", "--checkpoint", "c", "--max-seconds", 600),
+    ]
+    status, out, _ = adarank(*command)
+    settings = json.loads(out)["settings"]
+    assert status == 0 and settings["dtype"] == "bfloat16" and settings["max_seconds"] == 600
+    assert settings["trials"] == {"minimum": 2, "maximum": 4}
+    with open("c") as file:
+        assert len(file.readlines()) > 2 * 8
+    assert json.loads(adarank(*command)[1])["ranks"] == json.loads(out)["ranks"]
+
+
+def test_torchrun(folders, tmp_path):
+    """Two processes write one plan, that of one process."""
+    command = ["predict", folders["bert"], "--data", folders["texts"], "--trials", "2"]
+    here = os.getcwd()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([here, os.path.join(here, "kernels")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    for launcher, file in ((torchrun, "two.json"), ([], "one.json")):
+        subprocess.run(
+            [sys.executable, "-m", *launcher, "adarank_fast", *command, "-o", tmp_path / file],
+            env=environment,
+            check=True,
+            timeout=240,
+            capture_output=True,
+        )
+    one, two = (ada.RankPlan.load(tmp_path / file) for file in ("one.json", "two.json"))
+    assert one.ranks == two.ranks and one.settings == two.settings
+    for name, score in one.scores.items():
+        assert two.scores[name].trials == pytest.approx(score.trials, rel=1e-6)
+
+
+def test_dry_run(adarank, folders):
+    arguments = ("predict", folders["t5"], "--data", folders["texts"], "--dry-run")
+    status, out, err = adarank(*arguments, "-o", "no/such/folder.json")
+    assert (status, err) == (0, "")
+    assert "encoder.block.0.layer.0.SelfAttention.q" in out
+    assert "32 x 32" in out
+    assert "folded" in out
+    assert "24 modules, 4 blocks, 6 groups that share an input" in out
+    status, out, _ = adarank(*arguments, "--json")
+    found = json.loads(out)
+    assert len(found["modules"]) == found["cost"]["modules"] == 24
+    assert found["modules"][0] == {
+        "name": "encoder.block.0.layer.0.SelfAttention.q",
+        "in_features": 32,
+        "out_features": 32,
+        "block": "encoder.block.0",
+        "route": "folded",
+    }
+    self_attention, cross_attention = [["q", "k", "v"], ["k", "v"]]
+    parts = [[name.rpartition(".")[2] for name in group] for group in found["cost"]["groups"]]
+    assert sorted(parts) == sorted([self_attention] * 4 + [cross_attention] * 2)
+    assert not os.path.exists("plan.json")
+
+
+def test_plot(adarank, folders):
+    adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 2)
+    status, out, err = adarank("plot", "plan.json", "-o", "a.png")
+    assert (status, out, err) == (0, "", "wrote a.png\n")
+    with open("a.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "text, parsed",
+    [
+        ("attention", "attention"),
+        ("all-linear", "all-linear"),
+        ("q_proj", ["q_proj"]),
+        ("q_proj, self.v_proj", ["q_proj", "self.v_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("layers.[0-9]{1,2}.q", "layers.[0-9]{1,2}.q"),
+    ],
+)
+def test_parse_target_modules(text, parsed):
+    assert cli.parse_target_modules(text) == parsed
+
+
+@pytest.mark.parametrize(
+    "architecture, encoder_decoder, expected",
+    [
+        ("BertModel", False, "AutoModel"),
+        ("MPNetForMaskedLM", False, "AutoModel"),
+        ("T5Model", True, "AutoModel"),
+        ("LlamaForCausalLM", False, "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", False, "AutoModelForCausalLM"),
+        ("BartForConditionalGeneration", True, "AutoModelForSeq2SeqLM"),
+        ("LlavaForConditionalGeneration", False, "AutoModelForImageTextToText"),
+        (None, False, "AutoModel"),
+    ],
+)
+def test_auto_class(architecture, encoder_decoder, expected):
+    class Config:
+        architectures = architecture and [architecture]
+        is_encoder_decoder = encoder_decoder
+
+    assert cli.auto_class(Config) == expected
+
+
+BERT, TEXTS = "{bert}", "{texts}"
+BAD = {
+    "no arguments": (["predict"], "Missing argument"),
+    "no data": (["predict", BERT], "--data"),
+    "no such command": (["predikt"], "No such command 'predikt'"),
+    "no such option": (["predict", BERT, "--dta", "x"], "--dta"),
+    "no number": (["predict", BERT, "--data", TEXTS, "--trials", "x"], "--trials"),
+    "no trials": (["predict", BERT, "--data", TEXTS, "--trials", "0"], "--trials"),
+    "trials range": (["predict", BERT, "--data", TEXTS, "--trials", "5-2"], "maximum=2 is below"),
+    "probe dtype": (["predict", BERT, "--data", TEXTS, "--probe-dtype", "int3"], "--probe-dtype"),
+    "checkpoint": (["predict", BERT, "--data", TEXTS, "--checkpoint", TEXTS], "is no checkpoint"),
+    "seconds": (["predict", BERT, "--data", TEXTS, "--max-seconds", "-1"], "max_seconds must be"),
+    "too few seconds": (
+        ["predict", BERT, "--data", TEXTS, "--max-seconds", "1e-6"],
+        "was over before 8 of 8 modules had a trial",
+    ),
+    "no folder": (["predict", "./nowhere", "--data", TEXTS], "'./nowhere' is not a folder"),
+    "no config": (["predict", ".", "--data", TEXTS], "no config.json"),
+    "hub offline": (["predict", "some/model", "--data", TEXTS], "config of MODEL 'some/model'"),
+    "no data file": (["predict", BERT, "--data", "no.txt"], "there is no data file 'no.txt'"),
+    "data suffix": (["predict", BERT, "--data", "no.bin"], "there is no data file"),
+    "text column": (
+        ["predict", BERT, "--data", TEXTS, "--text-column", "body"],
+        "no column 'body' (text_column); it has question, label",
+    ),
+    "output folder": (
+        ["predict", "nowhere", "--data", "no.txt", "-o", "not/there.json"],
+        "-o 'not/there.json': the folder 'not' does not exist",
+    ),
+    "output is a folder": (["predict", "nowhere", "--data", "no.txt", "-o", "."], "is a folder"),
+    "two budgets": (
+        ["predict", BERT, "--data", TEXTS, "--average-rank", "2", "--budget-parameters", "9"],
+        "not both",
+    ),
+    "budget": (["predict", BERT, "--data", TEXTS, "--average-rank", "-1"], "average_rank"),
+    "target modules": (
+        ["predict", BERT, "--data", TEXTS, "--target-modules", "qery"],
+        "'qery' matches no module; near matches: query",
+    ),
+    "metric": (["predict", BERT, "--data", TEXTS, "--metric", "l3"], "metric='l3'"),
+    "output": (["predict", BERT, "--data", TEXTS, "--output", "logits"], "no output 'logits'"),
+    "dtype": (["predict", BERT, "--data", TEXTS, "--dtype", "int3"], "--dtype 'int3'"),
+    "device": (["predict", BERT, "--data", TEXTS, "--device", "abc"], "--device 'abc'"),
+    "no plan": (["plot", "no.json"], "there is no plan file 'no.json'"),
+    "not a plan": (["plot", TEXTS], "is not a JSON file"),
+    "plot folder": (["plot", "no.json", "-o", "not/there.png"], "does not exist"),
+    "report is a file": (["demo", "--report-dir", TEXTS], "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(adarank, folders, case):
+    arguments, message = BAD[case]
+    filled = [folders.get(a[1:-1], a) if a[:1] == "{" else a for a in arguments]
+    status, out, err = adarank(*filled)
+    assert (status, out) == (2, "")
+    assert err.startswith("adarank: error: ")
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert message in err
+    assert not os.path.exists("plan.json")
+
+
+def test_plot_suffix(adarank, folders):
+    adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 1)
+    status, _, err = adarank("plot", "plan.json", "-o", "plan.xyz")
+    assert status == 2
+    assert "cannot draw .xyz" in err and err.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(adarank, folders, monkeypatch):
+    def buggy(*arguments, **options):
+        raise ValueError("a bug outside the package")
+
+    monkeypatch.setattr("adarank_fast.prediction.predict.predict_ranks", buggy)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["predict", folders["bert"], "--data", folders["texts"]])
+    monkeypatch.setattr(cli, "parse_target_modules", lambda: None)  # a wrong call in our own code
+    with pytest.raises(TypeError, match="positional argument"):
+        cli.main(["predict", folders["bert"], "--data", folders["texts"]])
+
+
+def test_interruption(adarank, folders, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adarank_fast.prediction.predict.predict_ranks", interrupted)
+    status, out, err = adarank("predict", folders["bert"], "--data", folders["texts"])
+    assert (status, out, err.strip()) == (130, "", "adarank: interrupted")
+    assert not os.path.exists("plan.json")
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    code = (
+        "import sys, importlib.util, types\n"
+        "package = types.ModuleType('adarank_fast')\n"  # its own __init__ is not the matter here
+        "package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['adarank_fast'] = package\n"
+        "import adarank_fast.cli.main\n"
+        "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    folder = os.path.dirname(cli.__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

@@ -1,0 +1,447 @@
+"""Comparisons of tiny models: fair arms, resuming, what is said of them, bad input."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import math
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import set_seed
+
+import adarank_fast as ada
+from adarank_fast.adapters.inject import inject
+from adarank_fast.comparison import allocators, findings, grid, report
+from adarank_fast.comparison.allocators import ALLOCATORS, Problem, allocate, check_budget
+from adarank_fast.comparison.experiment import Subject, calibration
+from adarank_fast.plan.rank_plan import RankPlan
+from adarank_fast.training.data import TextData, hold_out
+from adarank_fast.training.loading import MeanPoolClassifier
+from adarank_fast.training.trainer import Training
+from tests.tiny_models import batch, tiny
+from tests.tiny_texts import EXAMPLES, save_tiny, tokenizer
+
+ARMS = ("adarank", "uniform", "reversed")
+TIMES = {"step_seconds", "tokens_per_second", "training_seconds", "seconds", "cell_seconds"}
+TIMES |= {"cpu_seconds", "cell_cpu_seconds", "prediction_seconds", "peak_memory_bytes", "date"}
+OPTIONS: dict = dict(
+    average_rank=2, epochs=1, batch_size=8, learning_rates=(1e-3, 1e-2), progress=False
+)
+
+
+def encoder():
+    return MeanPoolClassifier(tiny("bert", layers=2), 2)
+
+
+def run(arms=ARMS, seeds=2, model=encoder, **changes):
+    words = dict(tokenizer=tokenizer(), modules_to_save=["head"])
+    return ada.compare(
+        model, EXAMPLES[:40], EXAMPLES[40:], arms, seeds, **OPTIONS | words | changes
+    )
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    made = run(work_dir=folder)
+    made.save(folder)
+    return folder, made
+
+
+def test_results(finished):
+    _, made = finished
+    results = made.results
+    assert list(results["arms"]) == list(ARMS)
+    budget = RankPlan.uniform(encoder(), 2).parameters
+    for arm, numbers in results["arms"].items():
+        assert abs(numbers["parameters"] / budget - 1) < 0.01
+        mine = [r for r in results["runs"] if r["arm"] == arm]
+        assert [r["parameters"] for r in mine] == [numbers["parameters"]] * 2
+        values = [r["value"] for r in mine]
+        assert numbers["value"]["mean"] == pytest.approx(sum(values) / 2)
+        swept = [c for c in results["sweep"] if c["arm"] == arm]
+        best = max(swept, key=lambda c: (c["value"], -c["loss"]))
+        assert numbers["learning_rate"] == best["learning_rate"]
+        assert {r["learning_rate"] for r in mine} == {best["learning_rate"]}
+        assert numbers["rate_at_the_edge"]
+        assert set(numbers["seeds_disagree"]) == {"argmax", "tv"}
+    for arm in ("adarank", "reversed"):
+        by_seed = results["differences"][arm]["by_seed"]
+        for run_ in (r for r in results["runs"] if r["arm"] == arm):
+            other = results["arms"]["uniform"]["by_seed"][str(run_["seed"])]
+            assert by_seed[str(run_["seed"])] == pytest.approx(run_["value"] - other)
+    assert len(results["sweep"]) == 6 and len(results["runs"]) == 6
+
+
+def test_files(finished):
+    folder, made = finished
+    assert json.loads((folder / "results.json").read_text()) == made.results
+    text = (folder / "report.md").read_text()
+    page = (folder / "report.html").read_text()
+    for name in ("metric", "differences", "training", "rates", "ranks-adarank"):
+        assert f"({name}.png)" in text
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("data:image/png;base64,") == text.count(".png)")
+    assert 'src="data:' in page and "http" not in page
+    for arm in ARMS:
+        assert RankPlan.load(folder / "plans" / f"{arm}.json").ranks == made.plans[arm].ranks
+        assert f"| {arm} |" in text and f"<td>{arm}</td>" in page and arm in made.table()
+    for line in findings.remarks(made.results):
+        assert f"- {line}" in text and line in made.table()
+    for claim, figures in findings.verdicts(made.results):
+        assert f"**{claim}** {figures}" in text and f"{claim} {figures}" in made.table()
+
+
+def test_same_seeds_same_numbers(finished, tmp_path):
+    assert timeless(run(work_dir=tmp_path).results) == timeless(finished[1].results)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_and_resumed_gives_the_same_report(finished, tmp_path, monkeypatch):
+    calls = []
+
+    def fit(*arguments, original=grid.fit, **options):
+        calls.append(1)
+        if len(calls) == 8:
+            options["on_step"] = stop
+        return original(*arguments, **options)
+
+    def stop():
+        raise Killed
+
+    monkeypatch.setattr(grid, "fit", fit)
+    with pytest.raises(Killed):
+        run(work_dir=tmp_path)
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 7
+    made = run(work_dir=tmp_path)
+    assert len(calls) == 8 + 5  # twelve cells, seven were finished
+    assert timeless(made.results) == timeless(finished[1].results)
+    again = run(work_dir=tmp_path)
+    assert len(calls) == 13
+    assert again.results == made.results  # times and date too
+
+
+def test_a_function_hears_of_each_run_and_may_end_the_comparison(tmp_path):
+    heard = []
+
+    def progress(line):
+        heard.append(line)
+        if len(heard) == 2:
+            raise Killed
+
+    options = dict(work_dir=tmp_path, progress=progress, learning_rates=(1e-2,))
+    with pytest.raises(Killed):
+        run(("uniform",), 3, **options)
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 2
+    run(("uniform",), 3, **options)
+    assert len(heard) == 3  # what was finished is not told again
+    assert [line.split("-")[2] for line in heard] == ["seed0", "seed1", "seed2"]
+
+
+def test_arms_and_seeds_can_be_added(tmp_path, monkeypatch):
+    run(("uniform",), 1, work_dir=tmp_path, learning_rates=(1e-2,))
+    calls = []
+
+    def fit(*arguments, original=grid.fit, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(grid, "fit", fit)
+    run(("adarank", "uniform"), 2, work_dir=tmp_path, learning_rates=(1e-2,))
+    assert len(calls) == 3
+    with pytest.raises(ValueError, match=r"holds a comparison with batch_size = 8, now 4; name"):
+        run(("uniform",), 1, work_dir=tmp_path, learning_rates=(1e-2,), batch_size=4)
+
+
+def test_identical_plans_give_identical_runs(tmp_path):
+    RankPlan.uniform(encoder(), 2).save(tmp_path / "twin.json")
+    made = run((str(tmp_path / "twin.json"), "uniform"), 1, learning_rates=(1e-2,))
+    twin, uniform = made.results["runs"]
+    assert (twin["arm"], uniform["arm"]) == ("twin", "uniform")
+    for key in ("first_loss", "curve", "loss", "value"):
+        assert twin[key] == uniform[key]
+    assert made.results["differences"]["twin"]["by_seed"] == {"0": 0.0}
+
+
+def test_arms_differ_in_their_ranks_alone(finished):
+    configs = []
+    for plan in finished[1].plans.values():
+        model = inject(encoder(), plan, modules_to_save=["head"])
+        config = model.peft_config["default"].to_dict()
+        alphas, ranks = config.pop("alpha_pattern"), config.pop("rank_pattern")
+        assert alphas == {key: 2 * rank for key, rank in ranks.items()}
+        for key in ("r", "lora_alpha", "target_modules"):
+            config.pop(key)
+        configs.append(config)
+    assert configs[0] == configs[1] == configs[2]
+    first = [r for r in finished[1].results["runs"] if r["seed"] == 0]
+    # B starts at zero, so that every arm starts as the base model with the same head
+    assert len({r["first_loss"] for r in first}) == 1
+    assert len({r["loss"] for r in first}) == 3
+
+
+def test_language_model_by_folder(tmp_path):
+    folder = save_tiny("llama", tmp_path / "llama", layers=4)
+    texts = [text for text, _ in EXAMPLES]
+    made = ada.compare(
+        folder,
+        texts[:40],
+        texts[40:],
+        ("uniform", "eva"),
+        2,
+        **OPTIONS | dict(max_length=16, learning_rates=(1e-2,), average_rank=8),
+    )
+    for run_ in made.results["runs"]:
+        assert run_["value"] == pytest.approx(math.exp(run_["loss"]))
+        assert 1 < run_["value"] < 200
+    assert made.results["settings"]["metric"] == "perplexity"
+    assert set(made.results["arms"]["eva"]["seeds_disagree"]) == {"argmax"}
+    assert "loss in nats a token" in made.table()
+
+
+def test_classification_by_folder_and_own_metric(tmp_path):
+    folder = save_tiny("bert", tmp_path / "bert")
+
+    def share_of_a(predictions, labels):
+        assert predictions.shape == (len(labels), 2)
+        return float((predictions.argmax(-1) == 0).mean())
+
+    made = ada.compare(
+        str(folder),
+        EXAMPLES,
+        None,
+        ("uniform",),
+        1,
+        metric=share_of_a,
+        **OPTIONS | dict(learning_rates=(1e-2,)),
+    )
+    settings = made.results["settings"]
+    assert (settings["metric"], settings["held_out_items"]) == ("share_of_a", 12)
+    assert 0 <= made.results["runs"][0]["value"] <= 1
+    assert "One seed gives no interval over seeds" in made.table()
+
+
+def problem(model, **changes):
+    return Problem(model, [batch("bert")], RankPlan.uniform(model, 3), trials=2, **changes)
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_allocators(name):
+    model = tiny("bert")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    asked = problem(model)
+    plan = allocate(name, asked)
+    assert plan.ranks.keys() == asked.uniform.ranks.keys()
+    check_budget({name: plan}, asked.uniform.parameters)
+    assert plan.settings["seconds"] >= 0
+    assert allocate(name, problem(model)).ranks == plan.ranks
+    if name != "eva":  # whose ranks can be even: PEFT's are, in the test below
+        assert (len(set(plan.ranks.values())) == 1) == (name == "uniform")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    if name in ("random", "reversed"):
+        assert sorted(plan.ranks.values()) == sorted(asked.adarank.ranks.values())
+        assert plan.ranks != asked.adarank.ranks
+
+
+def test_reversed_gives_the_highest_rank_to_the_lowest_score():
+    asked = problem(tiny("bert"))
+    scores = {name: score.mean for name, score in asked.adarank.scores.items()}
+    order = sorted(scores, key=lambda name: scores[name])
+    ranks = [allocate("reversed", asked).ranks[name] for name in order]
+    assert ranks == sorted(ranks, reverse=True)
+    ours = [asked.adarank.ranks[name] for name in order]
+    assert ours == sorted(ours)
+
+
+def test_eva_takes_pefts_ranks():
+    from peft import EvaConfig, LoraConfig, get_peft_model
+    from peft.tuners.lora.eva import initialize_lora_eva_weights
+
+    model = tiny("bert")
+    inputs = [batch("bert", seed=seed) for seed in range(2)]
+    ranks = allocate("eva", Problem(model, inputs, RankPlan.uniform(model, 3))).ranks
+    config = LoraConfig(
+        r=3,
+        target_modules=list(ranks),
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2.0, use_label_mask=False),
+    )
+    peft_model = get_peft_model(copy.deepcopy(model), config)
+    initialize_lora_eva_weights(peft_model, inputs, show_progress_bar=False)
+    layers = dict(peft_model.base_model.model.named_modules())
+    own = {name: getattr(layers[name], "r", {}).get("default", 0) for name in ranks}
+    assert ranks == own
+
+
+def test_unequal_modules_stay_within_the_budget():
+    model = tiny("llama", layers=3)  # k and v are half as wide
+    asked = Problem(model, [batch("llama")], RankPlan.uniform(model, 8), trials=2)
+    for name in ALLOCATORS:
+        check_budget({name: allocate(name, asked)}, asked.uniform.parameters)
+
+
+def test_parameters_must_agree(tmp_path):
+    RankPlan.uniform(encoder(), 3).save(tmp_path / "big.json")
+    with pytest.raises(ValueError, match=r"'big' has [\d,]+ .* \+50.0% of uniform's .*by 1%"):
+        run(("uniform", str(tmp_path / "big.json")))
+
+
+def diverging(monkeypatch, when):
+    def fit(model, items, pad, recipe, on_step, original=grid.fit):
+        if when(recipe):
+            return Training([0.7, math.nan], [0.1, 0.1], 20)
+        return original(model, items, pad, recipe, on_step=on_step)
+
+    monkeypatch.setattr(grid, "fit", fit)
+
+
+def test_a_diverged_run_is_reported_not_averaged(monkeypatch, tmp_path):
+    diverging(monkeypatch, lambda recipe: recipe.seed == 1)
+    made = run(("adarank", "uniform"), learning_rates=(1e-2,))
+    assert made.results["arms"]["adarank"]["value"] is None
+    assert made.results["differences"]["adarank"] is None
+    assert "1 of 2 diverged" in made.table()
+    assert "adarank, seed 1, diverged: training loss nan at step 2." in made.table()
+    made.save(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(
+        json.dumps(made.results)
+    )
+
+
+def test_diverged_rates_are_not_chosen(monkeypatch):
+    diverging(monkeypatch, lambda recipe: recipe.learning_rate == 1e-2)
+    made = run(("uniform",), 1)
+    assert made.results["arms"]["uniform"]["learning_rate"] == 1e-3
+    diverging(monkeypatch, lambda recipe: True)
+    with pytest.raises(
+        ValueError, match=r"'uniform' diverged at every learning rate .*0.001, 0.01"
+    ):
+        run(("uniform",), 1)
+
+
+BAD = {
+    "arm": (dict(arms=("best",)), "arm 'best' is unknown; use adarank, uniform, .*eva"),
+    "no plan": (dict(arms=("no.json",)), "there is no plan file 'no.json'"),
+    "twice": (dict(arms=("uniform", "uniform")), "two arms are called 'uniform'"),
+    "string": (dict(arms="uniform"), "arms must be a list"),
+    "seeds": (dict(seeds=0), "seeds must be a positive number .* got 0"),
+    "same seeds": (dict(seeds=[1, 1]), "seeds must be"),
+    "rates": (dict(learning_rates=()), "learning_rates must be different numbers"),
+    "rank": (dict(average_rank=0), "rank must be a positive integer, got 0"),
+    "task": (dict(task="parsing"), "task='parsing' is unknown"),
+    "tokenizer": (dict(tokenizer=None), "need tokenizer="),
+    "epochs": (dict(epochs=0), "epochs must be a positive integer"),
+    "metric": (dict(metric=lambda p, y: None), "returned None, not a finite number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, tmp_path):
+    changes, message = BAD[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        run(work_dir=tmp_path / "report", **changes)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.rglob("cells"))
+
+
+def test_bad_data():
+    with pytest.raises(TypeError, match="data must be a file, TextData"):
+        ada.compare(encoder, [], EXAMPLES)
+    with pytest.raises(ValueError, match="need two classes|needs two classes"):
+        ada.compare(encoder, [("x y", "a")] * 9, [("z", "a")], tokenizer=tokenizer())
+    with pytest.raises(TypeError, match="must return a torch module, got NoneType"):
+        run(("uniform",), 1, model=lambda: None)
+
+
+def test_tokenised_items():
+    items = [
+        {"input_ids": [3 + i % 7, 4, 5], "attention_mask": [1, 1, 1], "labels": i % 2}
+        for i in range(30)
+    ]
+    made = ada.compare(
+        encoder,
+        items[:24],
+        items[24:],
+        ("uniform",),
+        1,
+        modules_to_save=["head"],
+        **OPTIONS | dict(learning_rates=(1e-2,)),
+    )
+    assert made.results["settings"]["classes"] == 2
+
+
+@pytest.mark.parametrize("length, count", [(5, 32), (128, 16), (1000, 3)])
+def test_calibration_is_of_so_many_tokens(length, count):
+    items = [{"input_ids": [7] * length, "attention_mask": [1] * length, "labels": 0}] * 40
+    found = calibration(Subject("", "classification", encoder, {}, 0, 2, items, items))
+    assert sum(len(part["input_ids"]) for part in found) == count
+    assert max(len(part["input_ids"]) for part in found) <= 16
+    assert found[0].keys() == {"input_ids", "attention_mask"}
+
+
+def test_hold_out_keeps_equal_texts_together():
+    data = TextData([f"t{i % 10}" for i in range(40)], [str(i) for i in range(40)])
+    rest, held = hold_out(data, 0.2)
+    assert len(held) == 8 and len(rest) == 32
+    assert not set(rest.texts) & set(held.texts)
+    kept = set(held.texts)
+    assert held.labels == [str(i) for i in range(40) if f"t{i % 10}" in kept]
+
+
+def test_any_name_and_a_narrow_terminal(finished, tmp_path, capsys):
+    _, made = finished
+    text = json.dumps(made.results).replace('"reversed"', '"<b>*a plan* (2)|"')
+    plans = dict(zip(("adarank", "uniform", "<b>*a plan* (2)|"), made.plans.values(), strict=True))
+    odd = report.Comparison(json.loads(text), plans)
+    odd.results["settings"]["title"] = "<script>alert(1)</script>"
+    odd.save(tmp_path)
+    page, words = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<script>" not in page and "<b>" not in page
+    assert "<td>&lt;b&gt;*a plan* (2)|</td>" in page
+    assert "| \\<b>\\*a plan\\* (2)\\| |" in words
+    assert "(ranks-%3Cb%3E%2Aa%20plan%2A%20%282%29%7C.png)" in words
+    console = Console(width=80, color_system=None)
+    for table in report.rich_tables(odd.results):
+        console.print(table)
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_claims_come_first(finished):
+    folder, made = finished
+    page = (folder / "report.html").read_text()
+    places = [
+        page.index(f"<strong>{html.escape(claim)}</strong>")
+        for claim, _ in findings.verdicts(made.results)
+    ]
+    assert places == sorted(places) and max(places) < page.index("<table>")
+    titles = re.findall("<h2>(.*)</h2>", page)
+    assert titles == [
+        *("Held-out accuracy, mean over seeds", "Cost", "Ranks", "Training"),
+        *("Learning rates", "Runs", "How"),
+    ]
+
+
+def test_adding_an_allocator_touches_one_place(monkeypatch):
+    def first_half(asked):
+        weights = {name: float(i % 2) for i, name in enumerate(asked.uniform.ranks)}
+        return asked.within_budget(weights, allocation="first_half")
+
+    monkeypatch.setitem(allocators.ALLOCATORS, "first_half", first_half)
+    set_seed(0)
+    made = run(("first_half", "uniform"), 1, learning_rates=(1e-2,))
+    assert made.results["arms"]["first_half"]["highest_rank"] == 4

@@ -1,0 +1,116 @@
+"""What a report says of made-up figures: no more than they hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from adarank_fast.comparison import findings
+
+
+def results_of(difference, items, seeds=3, metric="accuracy"):
+    blank = {"diverged": {}, "rate_at_the_edge": False, "seeds_disagree": {}}
+    return {
+        "settings": {
+            "metric": metric,
+            "seeds": list(range(seeds)),
+            "task": "classification",
+            "greater_is_better": metric == "accuracy",
+        },
+        "baseline": "uniform",
+        "items_are": metric,
+        "arms": {"adarank": blank, "uniform": blank},
+        "differences": {"adarank": {"seeds": difference, "items": items}},
+    }
+
+
+def span(mean, low, high, count=3, p_value=0.01):
+    return {"mean": mean, "low": low, "high": high, "count": count, "p_value": p_value}
+
+
+@pytest.mark.parametrize(
+    "seeds, items, words",
+    [
+        (
+            span(0.004, -0.01, 0.018),
+            span(0.004, -0.01, 0.02, 900),
+            "No evidence of a difference in accuracy between adarank and uniform.",
+        ),
+        (
+            span(0.004, -0.01, 0.018),
+            span(0.004, 0.001, 0.007, 900),
+            "No evidence of a difference in accuracy between adarank and uniform: other seeds may "
+            "undo what these items show.",
+        ),
+        (
+            span(0.02, 0.01, 0.03),
+            span(0.02, 0.005, 0.035, 900),
+            "adarank is better in accuracy than uniform, by more than chance explains.",
+        ),
+        (
+            span(-0.02, -0.03, -0.01),
+            span(-0.02, -0.035, -0.005, 900),
+            "adarank is worse in accuracy than uniform, by more than chance explains.",
+        ),
+        (
+            span(0.02, 0.01, 0.03),
+            span(0.02, -0.005, 0.045, 900),
+            "adarank is better in accuracy than uniform over seeds, on these items; other items "
+            "may say otherwise.",
+        ),
+        (
+            span(0.02, 0.01, 0.03),
+            None,
+            "adarank is better in accuracy than uniform, by more than chance over seeds; other "
+            "items were not looked at.",
+        ),
+        (
+            span(0.02, None, None, 1, None),
+            span(0.02, 0.01, 0.03, 900),
+            "More seeds are needed to tell adarank from uniform in accuracy.",
+        ),
+    ],
+)
+def test_reading_is_honest(seeds, items, words):
+    claim, figures = findings.verdicts(results_of(seeds, items))[0]
+    assert claim == words and figures.startswith("adarank less uniform: ")
+    assert findings.reading(results_of(seeds, items))[0] == f"{claim} {figures}"
+
+
+def test_figures_behind_a_claim():
+    results = results_of(span(0.004, -0.01, 0.018), span(0.004, -0.01, 0.02, 900))
+    assert findings.verdicts(results)[0][1] == (
+        "adarank less uniform: +0.40 points, 95% interval -1.00 to +1.80 points over 3 seeds "
+        "(paired t test, p = 0.01); -1.00 to +2.00 points over 900 held-out items."
+    )
+
+
+def test_a_lower_perplexity_is_better():
+    lower = span(-0.3, -0.4, -0.2), span(-0.02, -0.03, -0.01, 900)
+    claim, figures = findings.verdicts(results_of(*lower, metric="perplexity"))[0]
+    assert claim.startswith("adarank is better in perplexity than uniform")
+    assert "-0.3 (below 0 is better), 95% interval -0.4 to -0.2" in figures
+
+
+def test_runs_that_end_worse_than_the_sweep_say_nothing_of_ranks():
+    results = results_of(span(0.1, 0.05, 0.15), span(0.1, 0.08, 0.12, 900))
+    results["sweep"] = [
+        {"arm": arm, "learning_rate": 8e-3, "value": 0.8, "loss": 0.5, "diverged": None}
+        for arm in ("adarank", "uniform")
+    ]
+
+    def run(arm, seed, value, loss):
+        known = {"arm": arm, "seed": seed, "learning_rate": 8e-3, "diverged": None}
+        return known | {"value": value, "loss": loss}
+
+    steady = [run("adarank", seed, 0.82, 0.9) for seed in range(3)]  # surer of its errors, no worse
+    results["runs"] = steady + [run("uniform", seed, 0.79, 0.59) for seed in range(3)]
+    assert findings.verdicts(results)[0][0].startswith("adarank is better")
+    results["runs"] = [*steady, run("uniform", 0, 0.81, 0.4), run("uniform", 2, 0.3, 2.0)]
+    assert findings.unsteady(results) == {"uniform": [2]}
+    assert findings.verdicts(results)[0][0] == (
+        "Nothing can be said of adarank and uniform: runs of uniform fell apart at the learning "
+        "rate that the sweep chose."
+    )
+    assert any(
+        line.startswith("1 of 3 runs of uniform fell apart") for line in findings.remarks(results)
+    )
