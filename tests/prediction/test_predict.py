@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 import adarank_fast as ada
+from adarank_fast.models.batches import fold
+from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.memory import Memory
-from adarank_fast.models.outputs import mean_pool
+from adarank_fast.models.outputs import choose_output, mean_pool
 from adarank_fast.models.targets import find_targets
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.prober import Prober
-from adarank_fast.prediction.replay import FOLDED, Replay
+from adarank_fast.prediction.recording import FOLDED, record_clean_passes
+from adarank_fast.prediction.replay import Replay
 from bench.naive import naive_disagreements
 from tests.tiny_models import batch, rows, spread, tiny
 
@@ -427,20 +430,23 @@ def test_routes_do_not_depend_on_chance():
     assert FOLDED not in plan.settings["routes"].values()
 
 
-def test_replay_says_when_an_earlier_output_was_needed():
-    """The NaN placeholders of dropped records bring the real ones back."""
-    from adarank_fast.models.forward_patching import undisturbed
-    from adarank_fast.models.outputs import choose_output
-
+def test_a_replay_keeps_all_outputs_once_an_earlier_one_is_read():
+    """The NaN in place of those that were dropped bring the real ones back."""
     model = spread(Unet())
     batches = [{"x": torch.randn(3, 5, 6)}]
     targets = find_targets(model, "all-linear")
     with undisturbed(model):
-        replay = Replay(model, choose_output(model, "auto", batches[0]), batches, targets)
+        chosen = choose_output(model, "auto", batches[0])
+        clean = record_clean_passes(model, chosen, batches, targets)
+        replay = Replay(clean)
         replay.advance(3)
-        assert replay.run(0, 2, {}).isnan().all()
-        assert replay.keep_everything() and not replay.keep_everything()
-        torch.testing.assert_close(replay.run(0, 2, {})[1], replay.clean[0])
+        batch_twice, patches = fold(batches[0], 2), replay._patches(0, 2, {}, False)
+        assert clean.reader.read(batch_twice, patches).isnan().all()
+        assert not replay._keep_all
+        torch.testing.assert_close(replay.run(0, 2, {})[1], clean.outputs[0])
+        assert replay._keep_all
+        patches = replay._patches(0, 2, {}, False)
+        assert not clean.reader.read(batch_twice, patches).isnan().any()
         prober = Prober(model, replay, 0, "l1", measure_stds(targets), Memory(2**30))
         assert [len(chunk) for chunk in prober.run([Variant(targets[-1], 0)])] == [1]
 

@@ -1,4 +1,4 @@
-"""What the engine adds to the naive loop: records, the tapped head, rounds, processes."""
+"""What the engine adds to the naive loop: stored outputs, the skipped head, rounds, processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import adarank_fast as ada
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import choose_output
-from adarank_fast.models.precision import twin
+from adarank_fast.models.precision import copy_in_dtype
 from adarank_fast.models.targets import find_targets
 from adarank_fast.plan.uncertainty import pooled_variation
 from adarank_fast.prediction import prober as probing
@@ -25,7 +25,8 @@ from adarank_fast.prediction.checkpoint import Checkpoint
 from adarank_fast.prediction.linear_cache import _Same
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.prober import Prober
-from adarank_fast.prediction.replay import BY_CONTENT, FOLDED, Replay
+from adarank_fast.prediction.recording import BY_CONTENT, FOLDED, record_clean_passes
+from adarank_fast.prediction.replay import Replay
 from bench.naive import naive_disagreements
 from tests.tiny_models import batch, spread, tiny
 
@@ -42,10 +43,11 @@ def assert_same(first, second, rel=1e-6):
         assert second.scores[name].trials == pytest.approx(score.trials, rel=rel)
 
 
-def opened(kind, targets, position, tap=True):
+def opened(kind, targets, position):
     model, inputs = tiny(kind), batch(kind, lengths=(9, 9))
     targets = find_targets(model, targets)
-    replay = Replay(model, choose_output(model, "auto", inputs), [inputs], targets, tap=tap)
+    clean = record_clean_passes(model, choose_output(model, "auto", inputs), [inputs], targets)
+    replay = Replay(clean)
     replay.advance(position)
     return model, targets, replay
 
@@ -70,11 +72,12 @@ def test_products_that_no_perturbation_reached_are_not_computed_again(monkeypatc
     assert rows == [(6, 32), (8, 48), (8, 32), pooler]
 
 
-def test_embeddings_answer_from_the_record():
+def test_embeddings_are_computed_once():
     with undisturbed(model := tiny("bert")):
         inputs = batch("bert", lengths=(9, 7))
         targets = find_targets(model, "attention")
-        replay = Replay(model, choose_output(model, "auto", inputs), [inputs], targets)
+        chosen = choose_output(model, "auto", inputs)
+        replay = Replay(record_clean_passes(model, chosen, [inputs], targets))
         calls = []
         words = model.embeddings.word_embeddings
         words.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -84,7 +87,7 @@ def test_embeddings_answer_from_the_record():
             folded = replay.run(0, 3, {})
             assert not calls
             for variant in folded:
-                torch.testing.assert_close(variant, replay.clean[0], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(variant, replay.clean.outputs[0], rtol=1e-5, atol=1e-6)
 
 
 class Quantised(nn.Module):
@@ -139,10 +142,11 @@ def test_inputs_are_compared_whatever_their_layout(clean):
         assert found == [torch.equal(variant, clean) for variant in variants]
 
 
-def test_the_head_is_tapped_only_where_it_makes_the_output():
+def test_the_head_is_skipped_only_where_it_makes_the_output():
     with undisturbed(model := tiny("llama")):
         _, _, replay = opened("llama", "attention", 0)
-        assert replay.head is not None and replay.clean[0].shape == (2, 9, 32)
+        clean = replay.clean
+        assert clean.reader.head is not None and clean.outputs[0].shape == (2, 9, 32)
     capped = tiny("llama")
     forward = capped.forward
 
@@ -340,9 +344,9 @@ def test_an_expert_that_gets_no_tokens_scores_nothing():
 # dtype=
 
 
-def test_the_twin_shares_nothing_and_keeps_buffers():
+def test_the_copy_in_another_dtype_shares_nothing_and_keeps_buffers():
     model = tiny("llama")
-    other = twin(model, torch.bfloat16)
+    other = copy_in_dtype(model, torch.bfloat16)
     assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {b.dtype for n, b in other.named_buffers() if "inv_freq" in n} == {torch.float32}
