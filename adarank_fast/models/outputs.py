@@ -27,7 +27,7 @@ class Output:
     """A tensor to read off a model.
 
     Attributes:
-        name: for the record: "mean_pooled_hidden_state", "logits", ...
+        name: as plans give it: "mean_pooled_hidden_state", "logits", ...
         root: path, in the model at hand, of the module to run ("" is the model itself): its base
             model where the head plays no part.
         read: (the root's outputs, its inputs) -> [B, ...] tensor, one row per item.

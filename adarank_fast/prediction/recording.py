@@ -1,7 +1,7 @@
 """Run a model on its batches unperturbed, and find out how each target may be probed.
 
 `record_clean_passes` keeps the outputs that perturbed ones are compared with. It also decides what
-a replay may rely on: the order of the blocks, what may answer without being computed, and for each
+a replay may rely on: the order of the blocks, what need not be computed again, and for each
 target whether its variants can be folded into the batch, or why they cannot.
 """
 
