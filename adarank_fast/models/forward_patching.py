@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,16 @@ class ForwardPatches:
     """Patches of modules' forwards, stacked: each gets the forward that those before it made.
 
     A patch may call what it gets, and so wrap it, or leave it, and so replace it.
+
+    Args:
+        layers: module -> patch, from the inside out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *layers: Mapping[nn.Module, Patch]) -> None:
         self._forwards: dict[nn.Module, Forward] = {}
-
-    def add(self, module: nn.Module, patch: Patch) -> None:
-        """Put a patch on top of those that the module has already."""
-        self._forwards[module] = patch(self._forwards.get(module, module.forward))
+        for layer in layers:
+            for module, patch in layer.items():
+                self._forwards[module] = patch(self._forwards.get(module, module.forward))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

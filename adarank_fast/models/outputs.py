@@ -78,9 +78,7 @@ class OutputReader:
 
             return forward
 
-        last = ForwardPatches()
-        if self.head is not None:
-            last.add(self.head, read_input)
+        last = ForwardPatches({self.head: read_input} if self.head else {})
         arguments = accepted(self.root, batch)
         try:
             with (patches or ForwardPatches()).applied(), last.applied():
@@ -90,10 +88,9 @@ class OutputReader:
                     prefix = f"{self.output.root}." if self.output.root else ""
                     local = {k.removeprefix(prefix): v for k, v in parameters.items()}
                     outputs = functional_call(self.root, local, kwargs=arguments)
+            value = self.output.read(outputs, batch)
         except StopForward:
             value = hidden[0]
-        else:
-            value = self.output.read(outputs, batch)
         name, rows = self.output.name, batch_size(batch)
         if not isinstance(value, Tensor) or not value.dim():
             raise ValueError(

@@ -10,18 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-
-__all__ = [
-    "TorchDispatchMode",
-    "compiled_from",
-    "is_convolution",
-    "is_read_not_called",
-    "leaves",
-    "map_leaves",
-    "version",
-]
 
 
 def leaves(tree: Any) -> list[Any]:

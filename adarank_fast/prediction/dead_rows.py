@@ -91,10 +91,8 @@ def find_needed_rows(
 
         return forward
 
-    patches = ForwardPatches()
-    for module in linears:
-        patches.add(module, partial(keep_output, module))
-    patches.add(block, with_gradients)
+    kept_outputs = {module: partial(keep_output, module) for module in linears}
+    patches = ForwardPatches(kept_outputs, {block: with_gradients})
     try:
         with torch.no_grad():
             result = read(patches)
@@ -127,7 +125,5 @@ def find_needed_rows(
 
 def _are_enough(read: Read, found: Mapping[nn.Module, Rows], value: Tensor) -> bool:
     """Whether the output stays the same, bit for bit, with NaN in all other rows."""
-    patches = ForwardPatches()
-    for module, rows in found.items():
-        patches.add(module, rows.with_nan)
+    patches = ForwardPatches({module: rows.with_nan for module, rows in found.items()})
     return torch.equal(read(patches), value)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank_fast.models.batches import Batch, batch_size, fold, take
-from adarank_fast.models.forward_patching import Forward, ForwardPatches, Patch
+from adarank_fast.models.forward_patching import Forward, ForwardPatches
 from adarank_fast.models.memory import LiveBytes, tokens
 from adarank_fast.models.outputs import Output, OutputReader
 from adarank_fast.models.targets import Target, find_blocks
@@ -167,9 +167,7 @@ def _find_head(
 
         return forward
 
-    patches = ForwardPatches()
-    patches.add(head, keep_output)
-    logits = reader.read(sample, patches)
+    logits = reader.read(sample, ForwardPatches({head: keep_output}))
     same = len(calls) == 1 and calls[0].shape == logits.shape and torch.equal(calls[0], logits)
     return head if same else None
 
@@ -208,57 +206,48 @@ class _Pass:
             self.returned[module] = [tensor.clone() for tensor in tensors]
         return tensors
 
-    def watch_block(self, path: str, module: nn.Module) -> Patch:
-        def patch(original: Forward) -> Forward:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if self._last is not None:
-                    before, tensor, written = self._last
-                    passed_on = any(leaf is tensor for leaf in leaves((args, kwargs)))
-                    if tensor is None or not passed_on or version(tensor) != written:
-                        self.read_later.add(before)
-                self.order.append(path)
-                output = original(*args, **kwargs)
-                tensors = self._keep_output(module, output)
-                first = tensors[0] if tensors else None
-                self._last = path, first, 0 if first is None else version(first)
-                return output
+    def watch_block(self, path: str, module: nn.Module, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._last is not None:
+                before, tensor, written = self._last
+                passed_on = any(leaf is tensor for leaf in leaves((args, kwargs)))
+                if tensor is None or not passed_on or version(tensor) != written:
+                    self.read_later.add(before)
+            self.order.append(path)
+            output = original(*args, **kwargs)
+            tensors = self._keep_output(module, output)
+            first = tensors[0] if tensors else None
+            self._last = path, first, 0 if first is None else version(first)
+            return output
 
-            return forward
+        return forward
 
-        return patch
-
-    def watch_embeddings(self, module: nn.Module) -> Patch:
+    def watch_embeddings(self, module: nn.Module, original: Forward) -> Forward:
         """Fixed: called once, with whole numbers, before every block and target."""
 
-        def patch(original: Forward) -> Forward:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
-                late = bool(self.order or self.rows or module in self._called)
-                self._called.add(module)
-                if late or any(x.is_floating_point() for x in given):
-                    self.fixed.discard(module)
-                else:
-                    self.fixed.add(module)
-                output = original(*args, **kwargs)
-                self._keep_output(module, output)
-                return output
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+            late = bool(self.order or self.rows or module in self._called)
+            self._called.add(module)
+            if late or any(x.is_floating_point() for x in given):
+                self.fixed.discard(module)
+            else:
+                self.fixed.add(module)
+            output = original(*args, **kwargs)
+            self._keep_output(module, output)
+            return output
 
-            return forward
+        return forward
 
-        return patch
+    def watch_target(self, name: str, original: Forward) -> Forward:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.rows.setdefault(name, []).append(x.shape[0])
+            self.tokens = max(self.tokens, x.numel() // max(x.shape[-1], 1))
+            if self._keep:
+                self.inputs.setdefault(name, []).append(x.clone())
+            return original(x, *args, **kwargs)
 
-    def watch_target(self, name: str) -> Patch:
-        def patch(original: Forward) -> Forward:
-            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                self.rows.setdefault(name, []).append(x.shape[0])
-                self.tokens = max(self.tokens, x.numel() // max(x.shape[-1], 1))
-                if self._keep:
-                    self.inputs.setdefault(name, []).append(x.clone())
-                return original(x, *args, **kwargs)
-
-            return forward
-
-        return patch
+        return forward
 
 
 @dataclass(frozen=True)
@@ -272,13 +261,13 @@ class _Watched:
 
     def run(self, batch: Batch, keep: bool = False) -> _Pass:
         """One pass; with copies of what goes into targets and out of blocks if `keep`."""
-        seen, patches = _Pass(keep), ForwardPatches()
-        for target in self.targets:
-            patches.add(target.module, seen.watch_target(target.name))
-        for module in self.embeddings:
-            patches.add(module, seen.watch_embeddings(module))
-        for path, module in self.blocks.items():  # a block may itself be a target
-            patches.add(module, seen.watch_block(path, module))
+        seen = _Pass(keep)
+        patches = ForwardPatches(
+            {target.module: partial(seen.watch_target, target.name) for target in self.targets},
+            {module: partial(seen.watch_embeddings, module) for module in self.embeddings},
+            # a block may itself be a target
+            {block: partial(seen.watch_block, path, block) for path, block in self.blocks.items()},
+        )
         seen.output = self.reader.read(batch, patches)
         return seen
 

@@ -9,7 +9,7 @@ under variant k.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -74,17 +74,14 @@ class Replay:
         for index, batch in enumerate(self.clean.batches):
             returned, linears = self._returned[index], self._linears[index]
             offload = self._device_bytes() > most
-            patches = ForwardPatches()
-            for path, block in before:
-                if block in returned:
-                    patches.add(block, self._returning(path, index, 1))
-                else:
-                    patches.add(block, _storing(block, returned, offload))
-            for module in plain_linears(opened) if left > 0 else ():
-                patches.add(module, partial(linears.fill, module))
-            patches.add(opened, _storing(opened, returned, offload))
-            patches.add(opened, stop_after)
-            self._run_until_stopped(batch, patches)
+            self._run_until_stopped(
+                batch,
+                self._returning([block for block in before if block[1] in returned], index, 1),
+                {m: partial(_store, returned, offload, m) for _, m in before if m not in returned},
+                {m: partial(linears.fill, m) for m in plain_linears(opened) if left > 0},
+                {opened: partial(_store, returned, offload, opened)},
+                {opened: stop_after},
+            )
             left -= linears.close()
             for path, block in before[:-1]:
                 if not (self._keep_all or path in self.clean.read_later):
@@ -113,12 +110,12 @@ class Replay:
         batch = fold(self.clean.batches[index], folds)
         patches = self._patches(index, folds, perturbations, bool(parameters))
         value = self.clean.reader.read(batch, patches, parameters)
-        missing = value.isnan().any() and not self.clean.outputs[index].isnan().any()
-        if missing and self._position > 0 and not self._keep_all:
-            self._keep_all, position = True, self._position
-            self._forget()
-            self.advance(position)
-            return self.run(index, folds, perturbations, parameters)
+        if self._position > 0 and not self._keep_all and value.isnan().any():
+            if not self.clean.outputs[index].isnan().any():
+                self._keep_all, position = True, self._position
+                self._forget()
+                self.advance(position)
+                return self.run(index, folds, perturbations, parameters)
         return value.unflatten(0, (folds, -1))
 
     def _patches(
@@ -135,45 +132,44 @@ class Replay:
         The reader's patch of the head comes last. With replaced parameters 2 to 4 are left out:
         they know the layers with their own parameters only.
         """
-        patches = ForwardPatches()
-        for path, block in self._blocks[: max(self._position, 0)]:
-            patches.add(block, self._returning(path, index, folds))
-        if not replaced:
-            for module, tree in self._embeddings[index].items():
-                patches.add(module, _returning(tree, self.clean.embeddings[module], folds))
-            for module, rows in self.clean.needed_rows[index].items():
-                patches.add(module, rows.only)
-            linears = self._linears[index].patches(folds) if self._linears else {}
-            for module, patch in linears.items():
-                patches.add(module, patch)
-        for module, patch in perturbations.items():
-            patches.add(module, patch)
-        return patches
+        blocks = self._returning(self._blocks[: max(self._position, 0)], index, folds)
+        if replaced:
+            return ForwardPatches(blocks, perturbations)
+        repeated = self.clean.embeddings
+        return ForwardPatches(
+            blocks,
+            {
+                m: partial(_return, x, repeated[m], folds)
+                for m, x in self._embeddings[index].items()
+            },
+            {m: rows.only for m, rows in self.clean.needed_rows[index].items()},
+            self._linears[index].patches(folds) if self._linears else {},
+            perturbations,
+        )
 
-    def _returning(self, path: str, index: int, folds: int) -> Patch:
-        """A block returns what it returned for batch `index`."""
-        tree = self._returned[index][self.clean.blocks[path]]
-        return _returning(tree, self.clean.repeated.get(path, []), folds)
+    def _returning(
+        self, blocks: Sequence[tuple[str, nn.Module]], index: int, folds: int
+    ) -> dict[nn.Module, Patch]:
+        """These blocks return what they returned for batch `index`."""
+        returned, repeated = self._returned[index], self.clean.repeated
+        return {
+            block: partial(_return, returned[block], repeated.get(path, []), folds)
+            for path, block in blocks
+        }
 
     def _store_embeddings(self) -> list[dict[nn.Module, Any]]:
         """What the embeddings return, a batch each, unless it is much."""
-        nothing: list[dict[nn.Module, Any]] = [{} for _ in self.clean.batches]
-        if not self._blocks or not self.clean.embeddings:
-            return nothing
         stored: list[dict[nn.Module, Any]] = [{} for _ in self.clean.batches]
-        for batch, returned in zip(self.clean.batches, stored, strict=True):
-            patches = ForwardPatches()
-            for module in self.clean.embeddings:
-                patches.add(module, _storing(module, returned, False))
-            patches.add(self._blocks[0][1], stop_before)
-            self._run_until_stopped(batch, patches)
-        tensors = leaves([list(returned.values()) for returned in stored])
-        size = sum(x.nbytes for x in tensors if isinstance(x, StoredTensor))
-        return stored if size <= LEAST else nothing
+        if self._blocks and self.clean.embeddings:
+            for batch, returned in zip(self.clean.batches, stored, strict=True):
+                patches = {m: partial(_store, returned, False, m) for m in self.clean.embeddings}
+                self._run_until_stopped(batch, patches, {self._blocks[0][1]: stop_before})
+        size = sum(x.nbytes for x in _stored_tensors(stored))
+        return stored if size <= LEAST else [{} for _ in stored]
 
-    def _run_until_stopped(self, batch: Batch, patches: ForwardPatches) -> None:
+    def _run_until_stopped(self, batch: Batch, *patches: Mapping[nn.Module, Patch]) -> None:
         root = self.clean.reader.root
-        with suppress(StopForward), patches.applied():
+        with suppress(StopForward), ForwardPatches(*patches).applied():
             root(**accepted(root, batch))
 
     def _forget(self) -> None:
@@ -183,8 +179,7 @@ class Replay:
 
     def _device_bytes(self) -> int:
         """Of what blocks returned, held where they returned it."""
-        tensors = leaves([list(returned.values()) for returned in self._returned])
-        return sum(x.nbytes for x in tensors if isinstance(x, StoredTensor) and not x.offloaded)
+        return sum(x.nbytes for x in _stored_tensors(self._returned) if not x.offloaded)
 
 
 @dataclass(frozen=True)
@@ -229,22 +224,26 @@ class StoredTensor:
         return repeat(tensor, folds) if folds > 1 else tensor.clone()
 
 
-def _storing(module: nn.Module, returned: dict[nn.Module, Any], offload: bool) -> Patch:
-    """Keeps what the module returns under `returned[module]`."""
-
-    def patch(original: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            returned[module] = map_leaves(Tensor, lambda t: StoredTensor.of(t, offload), output)
-            return output
-
-        return forward
-
-    return patch
+def _stored_tensors(returned: Sequence[Mapping[nn.Module, Any]]) -> list[StoredTensor]:
+    tensors = leaves([list(trees.values()) for trees in returned])
+    return [x for x in tensors if isinstance(x, StoredTensor)]
 
 
-def _returning(tree: Any, repeated: list[bool], folds: int) -> Patch:
-    """Returns a stored output, folded; always a copy, as models write in place.
+def _store(
+    returned: dict[nn.Module, Any], offload: bool, module: nn.Module, original: Forward
+) -> Forward:
+    """A forward that keeps what the module returns under `returned[module]`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        returned[module] = map_leaves(Tensor, lambda t: StoredTensor.of(t, offload), output)
+        return output
+
+    return forward
+
+
+def _return(tree: Any, repeated: list[bool], folds: int, _: Forward) -> Forward:
+    """A forward that returns a stored output, folded; always a copy, as models write in place.
 
     Args:
         tree: with `StoredTensor` for tensors.
@@ -252,13 +251,8 @@ def _returning(tree: Any, repeated: list[bool], folds: int) -> Patch:
         folds: K.
     """
 
-    def patch(_: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            flags = iter(repeated)
-            return map_leaves(
-                StoredTensor, lambda x: x.folded(folds if next(flags, True) else 1), tree
-            )
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        flags = iter(repeated)
+        return map_leaves(StoredTensor, lambda x: x.folded(folds if next(flags, True) else 1), tree)
 
-        return forward
-
-    return patch
+    return forward

@@ -1,4 +1,4 @@
-"""The private names of other libraries that are relied on: a failure here says which one is gone."""
+"""Private names of other libraries that are relied on: a failure here says which one is gone."""
 
 from __future__ import annotations
 
