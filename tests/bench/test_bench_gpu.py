@@ -258,7 +258,6 @@ def test_everything_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "grouped_lora_linear",
         "lora_linear",
         "pairwise_disagreement",
-        "perturbed_linear",
         "philox_normal",
     }
     blocks = {row["variant"]: row for row in found["sections"]["blocks"]}
@@ -354,11 +353,11 @@ def test_a_row_without_memory_is_said_and_the_rest_goes_on(
     make_tiny(monkeypatch)
     monkeypatch.setattr(run, "check_ops", lambda *args: iter(()))
     monkeypatch.setattr(steps, "block_models", lambda *args: out_of_memory())
-    status, found = saved(cpu_context(), ["blocks: tiny", "ops: tiny perturbed"])
+    status, found = saved(cpu_context(), ["blocks: tiny", "ops: tiny l1"])
     assert found["sections"]["blocks"] == [
         {"row": "tiny", "variant": "all", "status": "out of memory"}
     ]
-    assert status == 0 and len(found["sections"]["ops"]) == 4
+    assert status == 0 and len(found["sections"]["ops"]) == 2
 
 
 def test_after_the_card_is_lost_nothing_more_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +384,7 @@ def test_after_the_card_is_lost_nothing_more_is_timed(monkeypatch: pytest.Monkey
 CHECKS = [
     {"op": "lora_shrink", "case": "its own check", "kernels": "lora_shrink", "dtype": "16-bit"}
     | {"status": "passed", "share": None},
-    {"op": "lora_linear", "case": "rank 6", "kernels": "+ down", "dtype": "bfloat16"}
+    {"op": "lora_linear", "case": "rank 6", "kernels": "+ drop", "dtype": "bfloat16"}
     | {"status": "failed: ArithmeticError: dx: error 0.5 above 0.01", "share": None},
 ]
 ROWS: list[Row] = [
@@ -404,7 +403,7 @@ def test_table_and_file_of_made_up_measurements(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["some-card-9000-2026-01-02.json"]
     assert json.loads(path.read_text()) == found
     assert found["machine"]["versions"]["torch"] and found["machine"]["card"] == facts["card"]
-    assert found["failures"] == [f"lora_linear, rank 6, + down, bfloat16: {CHECKS[1]['status']}"]
+    assert found["failures"] == [f"lora_linear, rank 6, + drop, bfloat16: {CHECKS[1]['status']}"]
 
     console = Console(width=200, record=True, quiet=False, file=open(os.devnull, "w"))
     report.show(console, found, path, {"blocks": "Training steps"})
@@ -446,8 +445,12 @@ def test_page_of_a_small_run(tmp_path: Path) -> None:
             "kernels": [
                 step | {"variant": "plain torch", "graph_seconds": 4e-6},
                 step | {"variant": "kernel", "graph_seconds": 2e-6, "bandwidth_share": 0.5},
+                step | {"row": "down, tiny", "variant": "kernel", "graph_seconds": 1e-6},
             ],
-            "ops": [step | {"variant": "x", "eager_seconds": 5e-3, "peak_extra_bytes": 2**20}],
+            "ops": [
+                step | {"variant": "x", "eager_seconds": 5e-3, "peak_extra_bytes": 2**20},
+                step | {"variant": "ours, + pairs, fused head", "eager_seconds": 1.0},
+            ],
             "predictions": [step | {"variant": "ours", "eager_seconds": 0.25}],
         },
     }
@@ -457,4 +460,5 @@ def test_page_of_a_small_run(tmp_path: Path) -> None:
     assert "| tiny | 1 | 2 | 1 | 0.50 | - | - | - |" in text
     assert "| tiny | 2 | - | - | - | - | - | - |" in text
     assert "| tiny | 4.0 | 2.0 | 2.00 | 50% |" in text and "| tiny | x | 5 | 1 |" in text
-    assert "| tiny | ours | 250 | - |" in text
+    assert "| tiny | ours | 250 | - |" in text and "down, tiny" not in text
+    assert "fused head" not in text
