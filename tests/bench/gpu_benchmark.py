@@ -42,3 +42,7 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cpu_context(dtype: str = "bfloat16", repetitions: int = 3) -> Context:
     return Context(torch.device("cpu"), lambda: [Clock()], dtype, repetitions, tokens=(2, 20))
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
