@@ -16,12 +16,11 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adarank_fast.adapters.peft_private import BaseTunerLayer, is_target, pattern_value
 from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
 
@@ -204,7 +203,7 @@ def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
     chosen = {
         path
         for path, shape in shapes.items()
-        if shape is not None and check_target_module_exists(adapter.config, path)
+        if shape is not None and is_target(adapter.config, path)
     }
     kind = type(base_model).__name__
     if odd := sorted(adapter.factors.keys() - chosen):
@@ -330,8 +329,8 @@ def _split(
 
 def _configured(config: LoraConfig, path: str) -> tuple[int, float]:
     """(rank, scale) of a module, as PEFT reads them."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
+    rank = int(pattern_value(config.rank_pattern, path, config.r))
+    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
@@ -369,8 +368,8 @@ def _targets(
     chosen: set[str] = set()
     for kind in sorted(kinds):
         parts = kind.split(".")
-        indices = [place for place, part in enumerate(parts) if part == "*"]
-        tail = parts[indices[-1] + 1 if indices else 0 :]
+        last_index = max((i for i, part in enumerate(parts) if part == "*"), default=-1)
+        tail = parts[last_index + 1 :]
         suffixes = [".".join(tail[-n:]) for n in range(1, len(tail) + 1)]
         found = {
             suffix: [p for p in shapes if p == suffix or p.endswith(f".{suffix}")]

@@ -202,7 +202,7 @@ def test_several_places():
     plan_model = tiny("bert")
     plan = mixed_plan(plan_model, "attention")
     two = Wrapper(left=tiny("bert"), right=tiny("bert"))
-    with pytest.raises(ValueError, match=r"fits Wrapper at several places \(left., right.\)"):
+    with pytest.raises(ValueError, match=r"fits Wrapper at several paths \(left., right.\)"):
         inject(two, plan)
     # the shapes tell which one is meant
     config = copy.deepcopy(plan_model.config)
