@@ -1,4 +1,4 @@
-"""What the adapters use of PEFT that is no public interface or may be missing; all of it is here."""
+"""All that the adapters use of PEFT that is no public interface or may be missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the adapters use of torch that is no public interface; all of it is here."""
+"""All that the adapters use of torch's compiler that is no public interface."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from adarank_fast.comparison.findings import detail_tables, remarks, tables, verdicts
-from adarank_fast.files import replacing
+from adarank_fast.files import write_text
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plots.plans import plot_disagreement, plot_ranks
 from adarank_fast.plots.runs import plot_intervals, plot_training
@@ -78,8 +78,7 @@ def save_report(
         ("report.md", markdown(results, pictures)),
         ("report.html", page(results, pictures, folder)),
     ):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path) -> list[Picture]:

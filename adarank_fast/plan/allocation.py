@@ -7,7 +7,7 @@ average rank, in + out when it is a number of parameters. The real-valued soluti
 
 so that what capped modules cannot take goes to the others. Without bounds this is the rule of
 AdaRank (arXiv 2408.09015), x_m = total_rank * d_m / sum d. Ranks are x_m rounded down; "exact" then
-hands the remainder out, largest fraction first. The arithmetic is rational: no rounding error, and
+gives the remainder to the largest fractions. The arithmetic is rational: no rounding error, and
 the result does not depend on the order of the modules.
 """
 
@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from numbers import Integral
 from typing import Any
+
+from adarank_fast.models.messages import list_names
 
 Number = Any  # Fraction or float, all scores the same
 
@@ -116,7 +118,7 @@ class Budget:
         wanted = self.real_ranks(scores)
         ranks = {name: math.floor(x / self.step) * self.step for name, x in wanted.items()}
         if self._allocation == "exact":
-            _hand_out(ranks, wanted, self._costs, self._highs, self._budget, self.step)
+            _spend_remainder(ranks, wanted, self._costs, self._highs, self._budget, self.step)
         return ranks
 
 
@@ -126,7 +128,7 @@ def _check_scores(scores: Mapping[str, float]) -> None:
     bad = [name for name, score in scores.items() if not (math.isfinite(score) and score >= 0)]
     if bad:
         raise ValueError(
-            f"scores must be finite and not negative, got {scores[bad[0]]} for {_some(bad)}; "
+            f"scores must be finite and not negative, got {scores[bad[0]]} for {list_names(bad)}; "
             "look for overflow in the model's outputs (try float32)"
         )
     if not any(scores.values()):
@@ -145,14 +147,14 @@ def _bounds(
 ) -> tuple[dict[str, int], dict[str, int | None]]:
     """Lowest and highest rank of each module, multiples of `multiple`; None: no cap."""
     names = list(names)
-    _check_integer("rank_multiple", multiple, 1)
-    _check_integer("min_rank", min_rank, 0)
+    check_integer("rank_multiple", multiple, 1)
+    check_integer("min_rank", min_rank, 0)
     if max_rank is not None:
-        _check_integer("max_rank", max_rank, 1)
+        check_integer("max_rank", max_rank, 1)
         if max_rank < min_rank:
             raise ValueError(f"max_rank={max_rank} is below min_rank={min_rank}; raise max_rank")
     if sizes is not None and (missing := [name for name in names if name not in sizes]):
-        raise ValueError(f"sizes lacks {_some(missing)}; give (in_features, out_features)")
+        raise ValueError(f"sizes lacks {list_names(missing)}; give (in_features, out_features)")
     low = -(-min_rank // multiple) * multiple
     highs: dict[str, int | None] = {}
     for name in names:
@@ -163,7 +165,7 @@ def _bounds(
     if narrow:
         raise ValueError(
             f"min_rank={min_rank} with rank_multiple={multiple} needs rank {low}, more than "
-            f"max_rank or min(in, out) allows ({highs[narrow[0]]}) for {_some(narrow)}; "
+            f"max_rank or min(in, out) allows ({highs[narrow[0]]}) for {list_names(narrow)}; "
             "lower min_rank or rank_multiple, or leave these modules out"
         )
     return dict.fromkeys(names, low), highs
@@ -179,7 +181,7 @@ def _budget(
             "given; keep one of them"
         )
     if budget_parameters is not None:
-        _check_integer("budget_parameters", budget_parameters, 1)
+        check_integer("budget_parameters", budget_parameters, 1)
         return budget_parameters, f"budget_parameters={budget_parameters}"
     average = float(DEFAULT_AVERAGE_RANK if average_rank is None else average_rank)
     if not (math.isfinite(average) and average > 0):
@@ -255,7 +257,7 @@ def _proportional(
     return wanted
 
 
-def _hand_out(
+def _spend_remainder(
     ranks: dict[str, int],
     wanted: Mapping[str, Number],
     costs: Mapping[str, int],
@@ -280,11 +282,6 @@ def _hand_out(
             heapq.heappush(queue, (surplus + multiple, name))
 
 
-def _check_integer(argument: str, value: object, least: int) -> None:
+def check_integer(argument: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} modules)" if len(names) > most else shown

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from adarank_fast.files import write_text
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
 from adarank_fast.plan.allocation import Budget, allocate_ranks
+from adarank_fast.plan.lora_config import lora_config
 from adarank_fast.plan.uncertainty import chance_of_change
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-from adarank_fast.files import replacing
-from adarank_fast.plan.lora_config import lora_config
 
 FORMAT = "adarank-fast plan"
 
@@ -210,8 +210,7 @@ class RankPlan:
             "settings": dict(sorted(self.settings.items())),
         }
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-        with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPlan:

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 import adarank_fast as ada
 from adarank_fast.cli import main as cli
+from adarank_fast.cli.options import parse_target_modules
+from adarank_fast.training.loading import auto_class, load_pretrained
 from tests.tiny_models import VOCABULARY, tiny
 
 WORDS = [f"word{i}" for i in range(VOCABULARY - 4)]
@@ -75,7 +77,7 @@ def test_predict_is_what_predict_ranks_says(adarank, folders):
     from adarank_fast.training.tokens import make_batches
 
     adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 2)
-    model, tokenizer = cli.load(folders["bert"], "cpu", "float32", None)
+    model, tokenizer = load_pretrained(folders["bert"], "cpu")
     batches = make_batches(tokenizer, read_texts(folders["texts"]).texts, 16, 128)
     plan = ada.predict_ranks(model, batches, trials=2, progress=False)
     assert ada.RankPlan.load("plan.json").scores == plan.scores
@@ -186,7 +188,7 @@ def test_plot(adarank, folders):
     ],
 )
 def test_parse_target_modules(text, parsed):
-    assert cli.parse_target_modules(text) == parsed
+    assert parse_target_modules(text) == parsed
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_auto_class(architecture, encoder_decoder, expected):
         architectures = architecture and [architecture]
         is_encoder_decoder = encoder_decoder
 
-    assert cli.auto_class(Config) == expected
+    assert auto_class(Config) == expected
 
 
 BERT, TEXTS = "{bert}", "{texts}"
@@ -228,7 +230,7 @@ BAD = {
     ),
     "no folder": (["predict", "./nowhere", "--data", TEXTS], "'./nowhere' is not a folder"),
     "no config": (["predict", ".", "--data", TEXTS], "no config.json"),
-    "hub offline": (["predict", "some/model", "--data", TEXTS], "config of MODEL 'some/model'"),
+    "hub offline": (["predict", "some/model", "--data", TEXTS], "config of model 'some/model'"),
     "no data file": (["predict", BERT, "--data", "no.txt"], "there is no data file 'no.txt'"),
     "data suffix": (["predict", BERT, "--data", "no.bin"], "there is no data file"),
     "text column": (
@@ -237,7 +239,7 @@ BAD = {
     ),
     "output folder": (
         ["predict", "nowhere", "--data", "no.txt", "-o", "not/there.json"],
-        "-o 'not/there.json': the folder 'not' does not exist",
+        "cannot write 'not/there.json': its folder does not exist; make it",
     ),
     "output is a folder": (["predict", "nowhere", "--data", "no.txt", "-o", "."], "is a folder"),
     "two budgets": (
@@ -256,7 +258,7 @@ BAD = {
     "no plan": (["plot", "no.json"], "there is no plan file 'no.json'"),
     "not a plan": (["plot", TEXTS], "is not a JSON file"),
     "plot folder": (["plot", "no.json", "-o", "not/there.png"], "does not exist"),
-    "report is a file": (["demo", "--report-dir", TEXTS], "is a file"),
+    "plot into a device": (["plot", "no.json", "-o", "/dev/null"], "is no regular file"),
 }
 
 
@@ -270,6 +272,16 @@ def test_bad_input_is_one_line(adarank, folders, case):
     assert err.count("\n") == 1 and err.endswith("\n")
     assert message in err
     assert not os.path.exists("plan.json")
+
+
+def test_a_report_that_is_a_file_is_noticed_before_anything_is_downloaded(
+    adarank, folders, monkeypatch
+):
+    monkeypatch.setenv("ADARANK_ASSETS", os.path.abspath("assets"))
+    status, out, err = adarank("demo", "--report-dir", folders["texts"])
+    assert (status, out) == (2, "")
+    assert "is a file" in err and err.count("\n") == 1
+    assert not os.path.exists("assets")
 
 
 def test_plot_suffix(adarank, folders):
@@ -286,7 +298,8 @@ def test_bugs_keep_their_traceback(adarank, folders, monkeypatch):
     monkeypatch.setattr("adarank_fast.prediction.predict.predict_ranks", buggy)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["predict", folders["bert"], "--data", folders["texts"]])
-    monkeypatch.setattr(cli, "parse_target_modules", lambda: None)  # a wrong call in our own code
+    # a wrong call in our own code
+    monkeypatch.setattr("adarank_fast.cli.predict.parse_target_modules", lambda: None)
     with pytest.raises(TypeError, match="positional argument"):
         cli.main(["predict", folders["bert"], "--data", folders["texts"]])
 
@@ -310,7 +323,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
         "import adarank_fast.cli.main\n"
         "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
-    folder = os.path.dirname(cli.__file__)
+    folder = os.path.dirname(os.path.dirname(cli.__file__))
     done = subprocess.run(
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )

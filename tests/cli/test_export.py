@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.test_export import mixed_plan, output, randomise, shapes_in
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from transformers import (
 import adarank_fast as ada
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plan.trainer_formats import render
+from tests.adapters.test_export import mixed_plan, output, randomise, shapes_in
 from tests.tiny_models import VOCABULARY, batch, tiny
 
 

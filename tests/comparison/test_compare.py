@@ -17,7 +17,7 @@ import adarank_fast as ada
 from adarank_fast.adapters.inject import inject
 from adarank_fast.comparison import allocators, findings, grid, report
 from adarank_fast.comparison.allocators import ALLOCATORS, Problem, allocate, check_budget
-from adarank_fast.comparison.experiment import Subject, calibration
+from adarank_fast.comparison.experiment import Experiment, calibration
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.training.data import TextData, hold_out
 from adarank_fast.training.loading import MeanPoolClassifier
@@ -167,13 +167,13 @@ def test_arms_and_seeds_can_be_added(tmp_path, monkeypatch):
 
 
 def test_identical_plans_give_identical_runs(tmp_path):
-    RankPlan.uniform(encoder(), 2).save(tmp_path / "twin.json")
-    made = run((str(tmp_path / "twin.json"), "uniform"), 1, learning_rates=(1e-2,))
-    twin, uniform = made.results["runs"]
-    assert (twin["arm"], uniform["arm"]) == ("twin", "uniform")
+    RankPlan.uniform(encoder(), 2).save(tmp_path / "copy.json")
+    made = run((str(tmp_path / "copy.json"), "uniform"), 1, learning_rates=(1e-2,))
+    copy, uniform = made.results["runs"]
+    assert (copy["arm"], uniform["arm"]) == ("copy", "uniform")
     for key in ("first_loss", "curve", "loss", "value"):
-        assert twin[key] == uniform[key]
-    assert made.results["differences"]["twin"]["by_seed"] == {"0": 0.0}
+        assert copy[key] == uniform[key]
+    assert made.results["differences"]["copy"]["by_seed"] == {"0": 0.0}
 
 
 def test_arms_differ_in_their_ranks_alone(finished):
@@ -341,7 +341,7 @@ BAD = {
     "seeds": (dict(seeds=0), "seeds must be a positive number .* got 0"),
     "same seeds": (dict(seeds=[1, 1]), "seeds must be"),
     "rates": (dict(learning_rates=()), "learning_rates must be different numbers"),
-    "rank": (dict(average_rank=0), "rank must be a positive integer, got 0"),
+    "rank": (dict(average_rank=0), "average_rank must be an integer of at least 1, got 0"),
     "task": (dict(task="parsing"), "task='parsing' is unknown"),
     "tokenizer": (dict(tokenizer=None), "need tokenizer="),
     "epochs": (dict(epochs=0), "epochs must be a positive integer"),
@@ -387,7 +387,7 @@ def test_tokenised_items():
 @pytest.mark.parametrize("length, count", [(5, 32), (128, 16), (1000, 3)])
 def test_calibration_is_of_so_many_tokens(length, count):
     items = [{"input_ids": [7] * length, "attention_mask": [1] * length, "labels": 0}] * 40
-    found = calibration(Subject("", "classification", encoder, {}, 0, 2, items, items))
+    found = calibration(Experiment("", "classification", encoder, {}, 0, 2, items, items))
     assert sum(len(part["input_ids"]) for part in found) == count
     assert max(len(part["input_ids"]) for part in found) <= 16
     assert found[0].keys() == {"input_ids", "attention_mask"}
@@ -424,11 +424,11 @@ def test_any_name_and_a_narrow_terminal(finished, tmp_path, capsys):
 def test_claims_come_first(finished):
     folder, made = finished
     page = (folder / "report.html").read_text()
-    places = [
+    positions = [
         page.index(f"<strong>{html.escape(claim)}</strong>")
         for claim, _ in findings.verdicts(made.results)
     ]
-    assert places == sorted(places) and max(places) < page.index("<table>")
+    assert positions == sorted(positions) and max(positions) < page.index("<table>")
     titles = re.findall("<h2>(.*)</h2>", page)
     assert titles == [
         *("Held-out accuracy, mean over seeds", "Cost", "Ranks", "Training"),

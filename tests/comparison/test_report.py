@@ -99,8 +99,8 @@ def test_runs_that_end_worse_than_the_sweep_say_nothing_of_ranks():
     ]
 
     def run(arm, seed, value, loss):
-        known = {"arm": arm, "seed": seed, "learning_rate": 8e-3, "diverged": None}
-        return known | {"value": value, "loss": loss}
+        shared = {"arm": arm, "seed": seed, "learning_rate": 8e-3, "diverged": None}
+        return shared | {"value": value, "loss": loss}
 
     steady = [run("adarank", seed, 0.82, 0.9) for seed in range(3)]  # surer of its errors, no worse
     results["runs"] = steady + [run("uniform", seed, 0.79, 0.59) for seed in range(3)]

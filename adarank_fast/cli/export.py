@@ -1,0 +1,90 @@
+"""The command `adarank export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adarank_fast.cli.console import BadInput, quiet_transformers, say_written
+from adarank_fast.cli.options import JSON, SCALING, parse_scaling
+from adarank_fast.files import check_file, check_folder
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="An adapter folder, or a plan.json.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder (adapter) or file (plan) to write; a plan's default: print it.",
+            show_default=False,
+        ),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Adapter: one rank everywhere, scales folded in, to serve."),
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Adapter: 8, 16, 32 or 64.", show_default="the smallest that fits"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter: folder or hub name of the base model, of which only the configuration "
+            "is read.",
+            show_default="the adapter's",
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="Plan: peft, axolotl or llama-factory.", show_default="peft"),
+    ] = None,
+    scaling: SCALING = "constant",
+    as_json: JSON = False,
+) -> None:
+    """Write an adapter that any engine serves, or a plan as a trainer's settings."""
+    if not source.exists():
+        raise BadInput(f"SOURCE {str(source)!r} does not exist; name an adapter folder or a plan")
+    if source.is_dir():
+        if format is not None:
+            raise BadInput("--format is for plans; an adapter folder is exported with --uniform")
+        if not uniform or output is None:
+            raise BadInput("to export an adapter folder, give --uniform and -o FOLDER")
+        _export_adapter(source, output, rank, base, as_json)
+        return
+    if uniform or rank is not None or base is not None:
+        raise BadInput("--uniform, --rank and --base are for adapter folders, not plans")
+    if output is not None:
+        check_file(output)
+    from adarank_fast.plan.rank_plan import RankPlan
+    from adarank_fast.plan.trainer_formats import export_plan, render
+
+    plan, chosen = RankPlan.load(source), format or "peft"
+    if output is None:
+        print(render(plan, chosen, parse_scaling(scaling)), end="")
+    else:
+        export_plan(plan, output, chosen, parse_scaling(scaling))
+        say_written(output, {"export": str(output), "format": chosen} if as_json else None)
+
+
+def _export_adapter(
+    source: Path, output: Path, rank: int | None, base: str | None, as_json: bool
+) -> None:
+    check_folder(output)
+    from adarank_fast.adapters.export import export_saved, read_adapter
+    from adarank_fast.adapters.merge import base_skeleton
+
+    quiet_transformers()
+    adapter = read_adapter(source)
+    skeleton, _ = base_skeleton(adapter, base, "--base")
+    rank = export_saved(adapter, skeleton, output, rank)
+    say_written(output, {"export": str(output), "rank": rank} if as_json else None)
