@@ -21,7 +21,7 @@ from transformers import (
 import adarank_fast as ada
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plan.trainer_formats import render
-from tests.adapters.test_export import mixed_plan, output, randomise, shapes_in
+from tests.adapters.adapted import mixed_plan, output, randomise, shapes_in
 from tests.tiny_models import VOCABULARY, batch, tiny
 
 
