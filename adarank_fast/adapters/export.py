@@ -25,13 +25,8 @@ from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
 
 RANKS = (8, 16, 32, 64)  # what every engine's kernels take
-
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
 PREFIX = "base_model.model."  # of every tensor in an adapter file
-
 
 # An adapter with one of these computes something that A and B alone do not say.
 UNSUPPORTED = {
@@ -44,7 +39,6 @@ UNSUPPORTED = {
     "use_bdlora": "block-diagonal factors",
     "use_qalora": "QALoRA",
 }
-
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")  # others change the base model's weights
 

@@ -19,17 +19,9 @@ from adarank_fast.training.loading import choose_task, load_tokenizer, model_fac
 from adarank_fast.training.tokens import Item, collate, encode, make_classes, pad_id
 
 VALIDATION_SHARE = 0.1  # of the training items, for the sweep
-
-
 HELD_OUT_SHARE = 0.2  # of the data, where no held-out data are given
-
-
 CALIBRATION_ITEMS, CALIBRATION_BATCH = 32, 16
-
-
 CALIBRATION_TOKENS = 2048  # a language model's blocks can be long; fewer items then
-
-
 Data = str | os.PathLike[str] | TextData | Sequence[Any]
 
 

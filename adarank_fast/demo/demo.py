@@ -10,8 +10,6 @@ from adarank_fast.comparison.report import Comparison
 from adarank_fast.demo import assets
 
 LEARNING_RATES = (0.004, 0.008)  # two, so that the demo stays short
-
-
 NEEDED = ("accelerate", "matplotlib", "scipy")
 
 

@@ -23,11 +23,7 @@ from typing import Any
 from adarank_fast.models.messages import list_names
 
 Number = Any  # Fraction or float, all scores the same
-
-
 DEFAULT_AVERAGE_RANK = 8
-
-
 ALLOCATIONS = ("exact", "paper")
 
 

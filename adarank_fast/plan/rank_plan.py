@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 FORMAT = "adarank-fast plan"
-
-
 SCHEMA = 1  # raise it whenever an older release would misread the file
-
 
 BUDGET_OPTIONS: dict[str, Any] = {
     "average_rank": None,

@@ -14,10 +14,7 @@ from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plots.style import clean, line_style, new_figure, write
 
 CELL = 0.34  # inches: a heat map cell with a three-digit number
-
-
 UNSURE = 0.5  # chance of another rank that is worth a mark
-
 
 UNITS = {  # of a disagreement by its metric
     "l1": "mean |change of an output|",
@@ -26,7 +23,6 @@ UNITS = {  # of a disagreement by its metric
     "js": "Jensen-Shannon divergence, nats",
     "argmax": "share of changed predictions",
 }
-
 
 Position = tuple[int | None, str]  # layer, label of the module type
 
