@@ -223,11 +223,9 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
         shape = shapes[path]
         assert shape is not None
         fan_in, fan_out = shape
-        if path not in adapter.factors:
-            padded_A, padded_B = (
-                torch.zeros(size, dtype=dtype) for size in ((rank, fan_in), (fan_out, rank))
-            )
-        else:
+        padded_A = torch.zeros(rank, fan_in, dtype=dtype)
+        padded_B = torch.zeros(fan_out, rank, dtype=dtype)
+        if path in adapter.factors:
             lora_A, lora_B = adapter.factors[path]
             if lora_A.shape[1] != fan_in or lora_B.shape[0] != fan_out:
                 raise ValueError(
@@ -235,9 +233,7 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
                     f"the model's is {fan_in} x {fan_out}; it belongs to another model"
                 )
             own = lora_A.shape[0]
-            padded_A = lora_A.new_zeros(rank, fan_in)
             padded_A[:own] = lora_A
-            padded_B = lora_B.new_zeros(fan_out, rank)
             padded_B[:, :own] = lora_B.float() * adapter.scales[path]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = padded_A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = padded_B

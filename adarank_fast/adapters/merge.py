@@ -17,7 +17,7 @@ from torch import nn
 from adarank_fast.adapters.export import PREFIX, Adapter, check_fits, read_adapter
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.files import new_folder
-from adarank_fast.models.messages import first_line, loading
+from adarank_fast.models.text import first_line, loading
 
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from adarank_fast.models.text import plain_text
+
 if TYPE_CHECKING:
     from adarank_fast.comparison.report import Comparison
 
@@ -31,11 +33,8 @@ def show(table: Any) -> None:
     console = Console(markup=False, highlight=False)
     if console.is_terminal:
         console.print(table)
-        return
-    console = Console(width=10_000, color_system=None, markup=False, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()))
+    else:
+        print(plain_text(table, blank_lines=True))
 
 
 def show_report(report: Comparison, folder: Path, as_json: bool) -> None:

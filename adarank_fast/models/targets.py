@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from adarank_fast.models.messages import list_names
+from adarank_fast.models.text import list_names
 
 TargetModules = str | Iterable[str]
 

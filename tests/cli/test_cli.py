@@ -8,36 +8,21 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import adarank_fast as ada
 from adarank_fast.cli import main as cli
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.training.loading import auto_class, load_pretrained
-from tests.tiny_models import VOCABULARY, tiny
-
-WORDS = [f"word{i}" for i in range(VOCABULARY - 4)]
+from tests.tiny_texts import WORDS, save_tiny
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """kind -> folder of a tiny model with a tokenizer; and texts."""
     root = tmp_path_factory.mktemp("models")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", "<s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     found = {"texts": root / "texts.csv"}
     for kind in ("bert", "llama", "t5"):
-        special = {"pad_token": "[PAD]"} if kind != "llama" else {}
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>", **special
-        )
-        model = tiny(kind, layers=2)
-        model.config.architectures = [type(model).__name__]
-        model.save_pretrained(root / kind)
-        fast.save_pretrained(root / kind)
-        found[kind] = root / kind
+        found[kind] = save_tiny(kind, root / kind, padding=kind != "llama")
     lines = [f"{' '.join(WORDS[i : i + 3 + i % 4])},{i % 2}" for i in range(20)]
     found["texts"].write_text("\n".join(["question,label", *lines]))
     return {kind: str(path) for kind, path in found.items()}

@@ -1,10 +1,11 @@
-"""Parts of error messages; each error is one line that names the value and the remedy."""
+"""Text for people: parts of error messages, and tables without a terminal."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 def first_line(error: Exception) -> str:
@@ -32,3 +33,15 @@ def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
         raise ValueError(
             f"cannot load the {what} {name!r} ({where}){remedy}: {first_line(error)}"
         ) from error
+
+
+def plain_text(*tables: Any, blank_lines: bool = False) -> str:
+    """Rich tables as text: at full width, without colours and spaces at line ends."""
+    from rich.console import Console
+
+    console = Console(width=10_000, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as captured:
+        for table in tables:
+            console.print(table)
+    lines = (line.rstrip() for line in captured.get().strip("\n").splitlines())
+    return "\n".join(line for line in lines if line or blank_lines)
