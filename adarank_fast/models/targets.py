@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from adarank_fast.models.text import list_names
 from adarank_fast.models.torch_private import (
     compiled_from,
     is_convolution,
@@ -227,12 +228,12 @@ def _choose(
                 raise ValueError(
                     'target_modules="attention": torch.nn.MultiheadAttention reads the weights of '
                     "its projections and never calls them, so they cannot get a rank; pass "
-                    f'"all-linear" or names, for example {_some(sorted(linears))}'
+                    f'"all-linear" or names, for example {list_names(sorted(linears))}'
                 )
             raise ValueError(
                 'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
-                f"name contains 'Attention' (classes here: {_some(classes)}); "
-                f'pass "all-linear" or names, for example {_some(sorted(linears))}'
+                f"name contains 'Attention' (classes here: {list_names(classes)}); "
+                f'pass "all-linear" or names, for example {list_names(sorted(linears))}'
             )
         return chosen
     if target_modules == "all-linear":
@@ -322,9 +323,4 @@ def _near(item: str, linears: Iterable[str]) -> str:
     """Names, or last parts of names, that look like `item`; else the last parts there are."""
     last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
     near = difflib.get_close_matches(item.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
-    return _some(near or last_parts)
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
+    return list_names(near or last_parts)
