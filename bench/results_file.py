@@ -1,11 +1,15 @@
-"""Benchmark results as JSON under bench/results/, with the machine, the versions and the date."""
+"""Benchmark results as JSON under bench/results/, with the machine, the versions and the date.
+
+Also what a benchmark reads off the machine: the resident memory of its own process.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,20 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+@contextmanager
+def peak_resident() -> Iterator[list[int]]:
+    """Bytes resident at the start, and at most until the end. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+    found = [_status("VmRSS")]
+    yield found
+    found.append(_status("VmHWM"))
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
 def read_results(name: str, folder: Path | None = None) -> dict[str, Row]:
