@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, trec
 from adarank_fast.models.outputs import mean_pool
 from adarank_fast.plots.plans import arrange
 from adarank_fast.plots.style import clean, line_style, new_figure, write
-from adarank_fast.prediction.predict import noise_key
+from adarank_fast.prediction.noise import noise_key
 from adarank_kernels import philox_normal
-from bench.results_file import write_results
+from bench.pages import DOCS
+from bench.results_file import Row, write_results
 
 MODELS = {"MiniLM": (minilm, 16, 5), "MPNet-base": (mpnet, 8, 3)}  # questions, trials
-PLOT = Path(__file__).resolve().parent.parent / "docs" / "accumulating.png"
 PROCEDURES = {
     "exact": "every trial from the clean model",
     "accumulating": "noise stays, std(W) of the checkpoint",
@@ -101,26 +104,25 @@ def measure(name: str, seed: int = 0) -> dict[str, Any]:
                 model, batch, order, trials, seed, procedure == "compounding"
             )
     ranks = {p: ada.allocate_ranks(found, 8, sizes=plan.sizes) for p, found in scores.items()}
-    row: dict[str, Any] = {"questions": questions, "trials": trials, "seed": seed}
-    row["tokens"] = int(batch["attention_mask"].sum())
-    row["scores"] = {
-        p: {t: [found[m] for m in members] for t, members in types.items()}
-        for p, found in scores.items()
+
+    def by_type(found: Mapping[str, Any]) -> dict[str, list[Any]]:
+        return {t: [found[m] for m in members] for t, members in types.items()}
+
+    exact = ranks["exact"]
+    changed = {p: sum(found[m] != exact[m] for m in exact) for p, found in ranks.items()}
+    return {
+        "questions": questions,
+        "trials": trials,
+        "seed": seed,
+        "tokens": int(batch["attention_mask"].sum()),
+        "scores": {procedure: by_type(found) for procedure, found in scores.items()},
+        "ranks": {procedure: by_type(found) for procedure, found in ranks.items()},
+        "changed_ranks": {p: count for p, count in changed.items() if p != "exact"},
+        "modules": len(paths),
     }
-    row["ranks"] = {
-        p: {t: [found[m] for m in members] for t, members in types.items()}
-        for p, found in ranks.items()
-    }
-    row["changed_ranks"] = {
-        p: sum(found[m] != ranks["exact"][m] for m in found)
-        for p, found in ranks.items()
-        if p != "exact"
-    }
-    row["modules"] = len(paths)
-    return row
 
 
-def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def draw(rows: Mapping[str, Row], path: Path) -> None:
     """Disagreement by layer: a row of axes a model, a column a procedure, a line a module type."""
     figure = new_figure(11, 3.3 * len(rows))
     grid = figure.subplots(len(rows), len(PROCEDURES), squeeze=False)
@@ -137,26 +139,11 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     write(figure, path)
 
 
-def report(name: str, row: Mapping[str, Any]) -> None:
-    """Print the figures that docs/method.md quotes."""
-    print(f"{name}: {row['questions']} questions, {row['tokens']} tokens, {row['trials']} trials")
-    for procedure in PROCEDURES:
-        for label, values in row["scores"][procedure].items():
-            ranks = " ".join(map(str, row["ranks"][procedure][label]))
-            print(f"  {procedure} {label}: {' '.join(f'{v:.4f}' for v in values)}; ranks {ranks}")
-    for procedure, changed in row["changed_ranks"].items():
-        print(f"  {procedure}: {changed} of {row['modules']} ranks differ from the exact ones")
-
-
-def main() -> None:
-    """Measure, print, write the results and the plot."""
-    rows = {}
-    for name in MODELS:
-        rows[name] = measure(name)
-        report(name, rows[name])
-        write_results("accumulating", name, rows[name])
-    draw(rows, PLOT)
-
-
 if __name__ == "__main__":
-    main()
+    found = {name: measure(name) for name in MODELS}
+    for name, row in found.items():  # docs/method.md quotes the rest of the file, too
+        print(
+            f"{name}: of {row['modules']} ranks differ from the exact ones {row['changed_ranks']}"
+        )
+    write_results("accumulating", found)
+    draw(found, DOCS / "accumulating.png")
