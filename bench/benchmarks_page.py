@@ -2,8 +2,8 @@
 
     python -m bench.benchmarks_page            (or `make benchmarks-page`)
 
-The page says nothing that the files do not: a row that is not in its file is absent, a benchmark
-without a file is "not run yet". A test compares the committed page with the committed files.
+Its words are in bench/texts. It says nothing that the files do not: a row that is not in its file
+is absent, a benchmark without a file is "not run yet". A test compares page and files.
 """
 
 from __future__ import annotations
@@ -15,18 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.pages import DOCS, NONE, machines, table, wrapped, write_page
+from bench.pages import DOCS, NONE, machines, table, texts, wrapped, write_page
 from bench.results_file import Row, read_results
 
 PAGE = DOCS / "benchmarks.md"
-TEXT = """# Benchmarks
-
-Written by `make benchmarks-page` from the files in `bench/results`; do not edit. Seconds are
-medians; *to* between two numbers is a 95% bootstrap interval, or the range of the rounds where it
-says so. A figure with a target is followed by whether the target was reached; the figure itself
-decides, and where the target lies within the interval, that is said. `make bench` runs everything.
-"""
-
 Cell = Callable[[str, Row], str]  # of a row's name and figures
 
 
@@ -224,93 +216,33 @@ def lora(rows: Mapping[str, Row]) -> str:
     return "\n\n".join([*first, one_table(BLOCK, blocks)])
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One section: a file of bench/results, what makes it, and how its rows are told."""
-
-    title: str
-    name: str
-    command: str
-    text: str
-    told: Callable[[Mapping[str, Row]], str]
-
-
-BENCHMARKS = (
-    Benchmark(
-        "Prediction",
-        "prediction",
-        "make bench-prediction",
-        "`predict_ranks` against its floor, the measured time of the model's own forward over what "
-        "no replay can avoid, and against the naive loop of full forwards, which is extrapolated "
-        "from a sample of its probes; it compares in float32 and keeps what it needs of the clean "
-        "run. Attention modules of MiniLM and MPNet-base on 64 TREC "
-        "questions, five trials; all linears of SmolLM2-135M on 2,048 tokens, one trial. Noise: "
-        "share of the prediction spent drawing it. About 3 is reached from 2.5 on.",
-        prediction,
-    ),
-    Benchmark(
-        "Disagreement",
-        "disagreement",
-        "make bench-disagreement",
-        "`pairwise_disagreement` of 8 variants, 2,048 tokens and 49,152 outputs (SmolLM2-135M's "
-        "head), against forming all outputs. Each measurement is a process of its own; extra "
-        "memory is the peak of its resident memory less what the inputs take.",
-        partial(one_table, DISAGREEMENT),
-    ),
-    Benchmark(
-        "LoRA, one block",
-        "lora",
-        "make bench-lora",
-        "Training steps of one transformer block, 1,024 tokens, interleaved with the frozen base "
-        "and with PEFT. Overhead is the step less the frozen base's, in the first table the sum "
-        "over rows of ours over the sum of the other's, in the second a share of the frozen step. "
-        "PEFT's default keeps float32 adapters on a bfloat16 base. All rows are made by one "
-        "command; `python -m bench.bench_lora --slices 1` measures the next one. LoRA's own FLOPs "
-        "at the base's rate are what arithmetic alone would cost; *in our node* is what a profile "
-        "puts into the autograd node itself: the compiled products with few ranks and its Python. "
-        "The rest of the overhead is outside it: the base products beside other data in the "
-        "caches, PEFT's modules, and gradients that are accumulated.",
-        lora,
-    ),
-    Benchmark(
-        "LoRA, whole models",
-        "step",
-        "make bench-step",
-        "Training steps with loss and AdamW, 512 tokens, all linears adapted at average rank 8. "
-        "The frozen base's goes back to its embeddings. There is no target for it. All rows are "
-        "made by one command; `python -m bench.bench_step --slices 1` measures the next one.",
-        partial(one_table, STEP),
-    ),
-    Benchmark(
-        "LoRA, whole model compiled",
+BENCHMARKS: Mapping[str, tuple[str, str, Callable[[Mapping[str, Row]], str]]] = {
+    # title in the page's text: file of bench/results, what makes it, how its rows are told
+    "Prediction": ("prediction", "make bench-prediction", prediction),
+    "Disagreement": ("disagreement", "make bench-disagreement", partial(one_table, DISAGREEMENT)),
+    "LoRA, one block": ("lora", "make bench-lora", lora),
+    "LoRA, whole models": ("step", "make bench-step", partial(one_table, STEP)),
+    "LoRA, whole model compiled": (
         "step_compiled",
         "python -m bench.bench_step --compiled",
-        "The same for MiniLM in float32 under `torch.compile`.",
         partial(one_table, STEP),
     ),
-    Benchmark(
-        "Comparison",
-        "compare",
-        "make bench-compare",
-        "The default `adarank compare` (2 arms, 3 seeds), report included. A run makes a model, "
-        "trains and evaluates it; the rest is what comparing adds.",
-        partial(one_table, COMPARISON),
-    ),
-)
+    "Comparison": ("compare", "make bench-compare", partial(one_table, COMPARISON)),
+}
 
 
-def section(benchmark: Benchmark, folder: Path | None) -> str:
-    rows = read_results(benchmark.name, folder)
-    made = f"`{benchmark.command}` writes `bench/results/{benchmark.name}.json`."
-    if not rows:
-        made = f"Not run yet: `{benchmark.command}`."
-    text = f"## {benchmark.title}\n\n{wrapped(f'{benchmark.text} {made}')}"
-    return f"{text}\n\n{benchmark.told(rows)}\n\n{machines(rows)}" if rows else text
+def section(title: str, text: str, folder: Path | None) -> str:
+    name, command, told = BENCHMARKS[title]
+    if rows := read_results(name, folder):
+        text = wrapped(f"{text} `{command}` writes `bench/results/{name}.json`.")
+        return f"## {title}\n\n{text}\n\n{told(rows)}\n\n{machines(rows)}"
+    return f"## {title}\n\n{wrapped(f'{text} Not run yet: `{command}`.')}"
 
 
 def page(folder: Path | None = None) -> str:
     """The whole page, of the files in `folder`, or of those of the repository."""
-    return "\n\n".join([TEXT.rstrip(), *(section(b, folder) for b in BENCHMARKS)]) + "\n"
+    lead, sections = texts(PAGE.name)
+    return "\n\n".join([lead, *(section(*one, folder) for one in sections.items())]) + "\n"
 
 
 if __name__ == "__main__":

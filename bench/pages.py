@@ -13,6 +13,14 @@ DOCS = Path(__file__).parent.parent / "docs"
 NONE = "-"
 
 
+def texts(name: str) -> tuple[str, dict[str, str]]:
+    """What bench/texts has for a page: its lead, and for each section's title the words."""
+    text = (Path(__file__).parent / "texts" / name).read_text(encoding="utf-8")
+    lead, *sections = text.split("\n## ")
+    pairs = (section.partition("\n") for section in sections)
+    return lead.rstrip(), {title: wrapped(words) for title, _, words in pairs}
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown, all columns but the first one to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]

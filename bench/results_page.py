@@ -2,8 +2,8 @@
 
     python -m bench.results_page            (or `make results-page`)
 
-The page says nothing that the files do not; what they lack is "not run yet". The words of a claim
-are those of `adarank compare`. A test compares the committed page with the committed files.
+Its words are in bench/texts, those of a claim are `adarank compare`'s. It says nothing that the
+files do not; what they lack is "not run yet". A test compares page and files.
 """
 
 from __future__ import annotations
@@ -15,44 +15,12 @@ from pathlib import Path
 
 import adarank_fast as ada
 from adarank_fast.comparison.findings import NONE, remarks, say, say_interval, tables, verdicts
-from bench.pages import DOCS, machines, table, wrapped, write_page
+from bench.pages import DOCS, machines, table, texts, wrapped, write_page
 from bench.results_file import Row, read_results
 from bench.study import TRAINING, Experiment
 from bench.study_plans import METRICS, MODELS, SEEDS, TEXTS, USUAL, looks
 
 PAGE = DOCS / "results.md"
-
-TEXT = """# Results
-
-Are mixed ranks worth it? Each line of the first table is one comparison with uniform LoRA of the
-same number of parameters on held-out data; an interval that contains 0 means that no difference was
-shown. The second says how many ranks change when a prediction looks at something else. Written by
-`make results-page` from the files in `bench/results`; do not edit. What has no figures is not run
-yet.
-"""
-TRAINED = """
-Every arm has its own learning rate, the best of three or four after one epoch on a validation
-split of the training data, and three epochs; the language model has 200 steps of 1,024 tokens of
-MR's sentences. [comparing.md](comparing.md) has all definitions. `random` deals AdaRank's ranks
-out at random, `reversed` gives the highest to the module that earned the lowest. The comparisons
-"rates up to 0.008" say more about sweeps than about ranks: one epoch of one seed chose 0.008 for
-uniform on MR and for both arms of MPNet, which three epochs do not stand. The study's own are
-those with rates up to 0.004.
-"""
-PLANS = """
-A prediction as usual: mean-pooled last hidden state, l1, seed 0, 32 TREC questions and five
-trials (SmolLM2-135M: four blocks of 64 tokens of such questions and three trials). Each row
-changes one thing. A cell has the ranks that differ from the usual plan's at average rank 2 and
-at 8, the share of the budget that moves at 8, and Spearman's correlation of the scores. What
-another seed changes is chance: less than that says nothing. `accumulating` and `compounding` are
-the published procedure, whose noise stays, in two readings ([method.md](method.md)).
-"""
-COST = """
-Runs on CPUs shared the machine with other work and were halted now and then, and on the GPU ten
-or more shared one card: times by the clock are no benchmark (those are in
-[benchmarks.md](benchmarks.md)), nor are the times of steps. CPU hours are those of all cores
-added up.
-"""
 
 QUESTIONS = {  # a line of the second table: rows of the files that it sums up
     "another seed": ("stability", [f"seed {seed}" for seed in SEEDS]),
@@ -230,6 +198,7 @@ def cost(trained: Mapping[str, Row], plans: Mapping[str, Row]) -> str:
 
 def page(folder: Path | None = None) -> str:
     """The whole page, of the files in `folder`, or of those of the repository."""
+    lead, words = texts(PAGE.name)
     names = ("study", "study_plans", "accumulating")
     trained, plans, accumulating = (read_results(name, folder) for name in names)
     found = agreements(plans, accumulating)
@@ -237,14 +206,14 @@ def page(folder: Path | None = None) -> str:
     lines = [line for n, one in TRAINING.items() for line in claims(n, one, trained.get(n))]
     asked = ("ranks that change at average rank 8 (share of the budget)", *MODELS, "command")
     parts = [
-        TEXT.rstrip(),
+        lead,
         table(("model, data: claim", *over, "command"), lines),
         table(asked, [question(title, found) for title in QUESTIONS]),
-        f"## Training\n\n{wrapped(TRAINED)}",
+        f"## Training\n\n{words['Training']}",
         *(detail(one, name, trained.get(name)) for name, one in TRAINING.items()),
-        f"## Plans\n\n{wrapped(PLANS)}",
+        f"## Plans\n\n{words['Plans']}",
         plan_table(found),
-        f"## Cost\n\n{wrapped(COST)}",
+        f"## Cost\n\n{words['Cost']}",
         cost(trained, plans),
     ]
     if trained or plans:
