@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from bench.pages import DOCS
 from bench.results_file import Row, write_results
 
 MODELS = {"MiniLM": (minilm, 16, 5), "MPNet-base": (mpnet, 8, 3)}  # questions, trials
+SEED = 0
 PROCEDURES = {
     "exact": "every trial from the clean model",
     "accumulating": "noise stays, std(W) of the checkpoint",
@@ -44,12 +45,11 @@ PROCEDURES = {
 
 
 @torch.no_grad()
-def accumulated_disagreements(
+def accumulated(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    modules: Sequence[tuple[str, str]],
+    modules: Mapping[str, str],
     trials: int,
-    seed: int,
     current_std: bool,
 ) -> dict[str, float]:
     """Mean |f_perturbed(x) - f(x)| of each module when no perturbation is ever undone.
@@ -57,9 +57,8 @@ def accumulated_disagreements(
     Args:
         model: is copied.
         batch: keyword inputs.
-        modules: (canonical name, path), in the order in which they are perturbed.
+        modules: canonical name -> path, in the order in which they are perturbed.
         trials: per module.
-        seed: of the noise, as `predict_ranks` draws it.
         current_std: scale E with the standard deviation of the weight as it stands.
     """
     model = copy.deepcopy(model).eval()
@@ -67,30 +66,32 @@ def accumulated_disagreements(
     def output() -> Tensor:
         return mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])
 
-    clean = output()
-    found = {}
-    for name, path in modules:
+    clean, found = output(), {}
+    for name, path in modules.items():
         parameters = dict(model.get_submodule(path).named_parameters(recurse=False))
-        stds = {part: p.double().std(correction=0).item() for part, p in parameters.items()}
+        stds = {part: _std(p) for part, p in parameters.items()}
         values = []
         for trial in range(trials):
             for part, p in parameters.items():
-                std = p.double().std(correction=0).item() if current_std else stds[part]
-                noise = philox_normal(p.shape, noise_key(seed, name, part, trial))
-                p.add_(noise, alpha=std)
+                noise = philox_normal(p.shape, noise_key(SEED, name, part, trial))
+                p.add_(noise, alpha=_std(p) if current_std else stds[part])
             values.append((output() - clean).abs().double().mean().item())
         found[name] = statistics.fmean(values)
     return found
 
 
-def measure(name: str, seed: int = 0) -> dict[str, Any]:
+def _std(parameter: Tensor) -> float:
+    return parameter.double().std(correction=0).item()
+
+
+def measure(name: str) -> dict[str, Any]:
     """Scores and ranks by procedure, module type and layer."""
     source, questions, trials = MODELS[name]
-    folder = source()
-    model = AutoModel.from_pretrained(folder).eval()
+    model = AutoModel.from_pretrained(source()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source())
     texts = [text for text, _ in trec()[0][:questions]]
-    batch = dict(AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt"))
-    plan = ada.predict_ranks(model, [batch], 8, trials=trials, seed=seed, progress=False)
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    plan = ada.predict_ranks(model, [batch], 8, trials=trials, seed=SEED, progress=False)
     paths = {t.name: t.path for t in ada.find_targets(model, "attention")}
     types: dict[str, list[str]] = {}
     for module, (_, label) in arrange(plan.ranks).items():
@@ -98,28 +99,22 @@ def measure(name: str, seed: int = 0) -> dict[str, Any]:
     scores = {"exact": {module: score.mean for module, score in plan.scores.items()}}
     for procedure in ("accumulating", "compounding"):
         scores[procedure] = {}
-        for members in types.values():
-            order = [(member, paths[member]) for member in members]
-            scores[procedure] |= accumulated_disagreements(
-                model, batch, order, trials, seed, procedure == "compounding"
-            )
+        for members in types.values():  # each type from a clean model
+            modules = {member: paths[member] for member in members}
+            current = procedure == "compounding"
+            scores[procedure] |= accumulated(model, batch, modules, trials, current)
     ranks = {p: ada.allocate_ranks(found, 8, sizes=plan.sizes) for p, found in scores.items()}
 
     def by_type(found: Mapping[str, Any]) -> dict[str, list[Any]]:
         return {t: [found[m] for m in members] for t, members in types.items()}
 
-    exact = ranks["exact"]
-    changed = {p: sum(found[m] != exact[m] for m in exact) for p, found in ranks.items()}
-    return {
-        "questions": questions,
-        "trials": trials,
-        "seed": seed,
-        "tokens": int(batch["attention_mask"].sum()),
-        "scores": {procedure: by_type(found) for procedure, found in scores.items()},
-        "ranks": {procedure: by_type(found) for procedure, found in ranks.items()},
-        "changed_ranks": {p: count for p, count in changed.items() if p != "exact"},
-        "modules": len(paths),
-    }
+    row: dict[str, Any] = {"questions": questions, "trials": trials, "seed": SEED}
+    row["tokens"], row["modules"] = int(batch["attention_mask"].sum()), len(paths)
+    row["scores"] = {procedure: by_type(found) for procedure, found in scores.items()}
+    row["ranks"] = {procedure: by_type(found) for procedure, found in ranks.items()}
+    exact = ranks.pop("exact")
+    row["changed_ranks"] = {p: sum(r[m] != exact[m] for m in exact) for p, r in ranks.items()}
+    return row
 
 
 def draw(rows: Mapping[str, Row], path: Path) -> None:
@@ -141,9 +136,7 @@ def draw(rows: Mapping[str, Row], path: Path) -> None:
 
 if __name__ == "__main__":
     found = {name: measure(name) for name in MODELS}
-    for name, row in found.items():  # docs/method.md quotes the rest of the file, too
-        print(
-            f"{name}: of {row['modules']} ranks differ from the exact ones {row['changed_ranks']}"
-        )
+    for name, row in found.items():
+        print(f"{name}: ranks that differ from the exact ones: {row['changed_ranks']}")
     write_results("accumulating", found)
     draw(found, DOCS / "accumulating.png")

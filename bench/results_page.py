@@ -35,19 +35,12 @@ QUESTIONS = {  # a line of the second table: rows of the files that it sums up
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two lists of scores lead to the same ranks.
+    """How far two lists of scores lead to the same ranks."""
 
-    Attributes:
-        changed: average rank -> how many modules get another rank.
-        moved: share of the budget that goes elsewhere, at average rank 8.
-        modules: how many there are.
-        spearman: rank correlation of the scores.
-    """
-
-    changed: Mapping[int, int]
-    moved: float
+    changed: Mapping[int, int]  # average rank -> how many modules get another rank
+    moved: float  # share of the budget that goes elsewhere, at average rank 8
     modules: int
-    spearman: float
+    spearman: float  # of the scores
 
     @classmethod
     def of(cls, usual: Sequence[float], other: Sequence[float]) -> Agreement:
