@@ -83,7 +83,7 @@ def train(
     from tqdm import tqdm
 
     from adarank_fast.adapters.inject import inject
-    from adarank_fast.models.identity import digest
+    from adarank_fast.models.identity import digest_data
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training import loading
     from adarank_fast.training.data import read_texts
@@ -114,7 +114,7 @@ def train(
     description = {
         "model": model,
         "task": task,
-        "data": digest(items),
+        "data": digest_data(items),
         "ranks": ranks.ranks,
         "scaling": scaling,
         "dtype": dtype,

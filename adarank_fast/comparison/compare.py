@@ -36,7 +36,7 @@ from adarank_fast.comparison.metrics import METRICS, user_metric
 from adarank_fast.comparison.report import Comparison
 from adarank_fast.comparison.results import summarise
 from adarank_fast.files import replacing
-from adarank_fast.models.identity import digest, digest_model
+from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.targets import TargetModules
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.training.trainer import Recipe
@@ -142,9 +142,9 @@ def compare(
         "trials": trials,
         "dtype": dtype,
         "sweep_seed": numbers[0],
-        "model_digest": digest_model(probe),
-        "train_digest": digest(subject.train),
-        "held_out_digest": digest(subject.held_out),
+        "model_digest": digest_weights(probe),
+        "train_digest": digest_data(subject.train),
+        "held_out_digest": digest_data(subject.held_out),
         "versions": {n: version(n) for n in ("adarank-fast", "torch", "transformers", "peft")},
     }
     with _folder(work_dir) as folder:

@@ -134,13 +134,11 @@ def _launched(g: _LowRank, dX: Tensor | None, dA: Found, dB: Found) -> Tensor | 
         # the padding, which nobody writes, meets A's
         padded = g.columns[-1] > sum([spec.ranks[m] for m in g.through])
         dS = (like.new_zeros if padded else like.new_empty)(like.shape[0], g.columns[-1])
-        done = _down(g, dS, dB) if "lora_down" in spec.kernels else ()
         for m, start in zip(g.through, g.columns, strict=False):
-            if m not in done:
-                part, B = dS.narrow(1, start, spec.ranks[m]), cast(g.lora_Bs[m], like.dtype)
-                part.addmm_(g.dYs[m], B, beta=0.0, alpha=spec.scalings[m])
+            part, B = dS.narrow(1, start, spec.ranks[m]), cast(g.lora_Bs[m], like.dtype)
+            part.addmm_(g.dYs[m], B, beta=0.0, alpha=spec.scalings[m])
     for m, dY in g.dYs.items():
-        if g.need_B[m] and dB[m] is None:  # factors and transposes cost a GEMM nothing here
+        if g.need_B[m]:  # factors and transposes cost a GEMM nothing here
             S_m = S.narrow(1, spec.first[m], spec.ranks[m])  # type: ignore[union-attr]
             new = dY.new_empty(dY.shape[1], spec.ranks[m])
             new.addmm_(dY.t(), S_m, beta=0.0, alpha=spec.scalings[m])
@@ -154,26 +152,6 @@ def _launched(g: _LowRank, dX: Tensor | None, dA: Found, dB: Found) -> Tensor | 
         dX = _add_dX(g, dX, dS, A)
     _dA(g, dS, dA)
     return dX
-
-
-def _down(g: _LowRank, dS: Tensor, dB: Found) -> list[int]:
-    """dS and dB of small ranks from one pass over dY; which modules were done."""
-    spec = g.spec
-    done = [m for m in g.through if g.need_B[m] and spec.ranks[m] <= launch.DOWN_MAX_RANK]
-    if done:
-        assert g.S is not None
-        found = launch.down(
-            [g.dYs[m] for m in done],
-            g.S,
-            [spec.first[m] for m in done],
-            [g.lora_Bs[m] for m in done],
-            [spec.scalings[m] for m in done],
-            dS,
-            [g.columns[g.through.index(m)] for m in done],
-        )
-        for m, dB_m in zip(done, found, strict=True):
-            dB[m] = cast(dB_m, spec.B_dtypes[m])
-    return done
 
 
 def _add_dX(g: _LowRank, dX: Tensor | None, dS: Tensor, A: Tensor) -> Tensor:

@@ -94,9 +94,6 @@ class GroupedLoraLinear(torch.autograd.Function):
                     Y, Y2 = base, rows(base)
                 else:
                     Y2 = rows(base).clone(**_CONTIGUOUS)
-            elif B is not None and "lora_fused" in spec.kernels:
-                Y2 = launch.fused(X, weight, bias, S[:, first[m] :], B, spec.scalings[m])  # type: ignore
-                B = None
             elif in_order and bias is None:  # no view on the way out; with a bias there is one
                 Y = Y2 = F.linear(x, weight)  # type: ignore[arg-type]
                 if x.dim() != 2 and "lora_expand" not in spec.kernels:

@@ -64,10 +64,10 @@ class Spec(NamedTuple):
         return 1.0 if self.folded else self.scalings[m]
 
 
-_ANY_WIDTH = ("lora_expand", "lora_down", "lora_drop")
+_ANY_WIDTH = ("lora_expand", "lora_drop")
 
 
-_KERNELS = (*_ANY_WIDTH, "lora_shrink", "lora_fused")
+_KERNELS = (*_ANY_WIDTH, "lora_shrink")
 
 
 def ready_kernels(x: Tensor) -> frozenset[str]:
