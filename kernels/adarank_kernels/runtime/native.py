@@ -1,98 +1,154 @@
-"""Philox words on the CPU in twenty lines of C, built on first use; without it, the torch form.
+"""Builds the C++ operators once, on first use, and loads them.
 
-torch has no 32 x 32 -> 64-bit product: its int64 operations take 10 ns a word and more on one core,
-a C compiler's vector loop 2 ns. The words are the same bit for bit, and the torch form remains the
-definition. torch.compile was tried: 4 ns a normal, but 27 s to build and 7 s to load in each later
-process, more than the drawing takes. This builds in 0.3 s, once a process and in a temporary
-folder: nothing stays that another machine or user could load. No C compiler: torch.
+A library lies in the user's cache under a key of all it was made from: the sources, torch's version and
+C++ ABI, the compiler, the options and the CPU's instruction sets. Building happens in a temporary folder
+under a lock of the operating system, which a killed builder releases; a rename makes the library appear
+whole. Where it cannot be built or loaded there is one warning, and torch's products stand in.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import logging
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+import threading
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-logger = logging.getLogger(__name__)
+try:
+    import fcntl
+except ImportError:  # Windows, which gets torch's products
+    pass
 
+OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-w")
+# -fopenmp without the compiler's own library: torch's, which is in the process, serves.
+LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc")
+TIMEOUT = 300  # seconds for the compiler
 
-# Calls for fewer numbers do not start the build. It pays from some ten million numbers in a process
-# (the smallest encoder's attention modules take 18 million in five trials), drawn in larger calls.
-WORTH_BUILDING = 1 << 16
+SOURCES = [Path(__file__).with_name("cpp") / name for name in ("adarank.cpp", "products.h")]
 
-
-SOURCE = r"""
-#include <stdint.h>
-
-void words(uint64_t key, uint64_t first, int64_t rows, int64_t n, uint32_t *restrict out) {
-    int64_t plane = rows * n;
-    for (int64_t row = 0; row < rows; row++, out += n)
-        for (int64_t i = 0; i < n; i++) {
-            uint64_t counter = first + ((uint64_t)row << 32) + (uint64_t)i;
-            uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-            uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
-            for (int round = 0; round < 10; round++) {
-                uint64_t p0 = (uint64_t)c0 * 0xD2511F53u, p1 = (uint64_t)c2 * 0xCD9E8D57u;
-                c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, c1 = (uint32_t)p1;
-                c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)p0;
-                k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-            }
-            out[i] = c0, out[i + plane] = c1, out[i + 2 * plane] = c2, out[i + 3 * plane] = c3;
-        }
-}
-"""
+_lock = threading.Lock()
+_loaded: bool | None = None
 
 
-def build(name: str, source: str, *options: str) -> ctypes.CDLL | None:
-    """`source` as a loaded library, in a temporary folder; None where it cannot be built."""
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
-    if compiler is None:
-        return None
+def cache_folder() -> Path:
+    """ADARANK_CACHE, or adarank-fast in the user's cache."""
+    named = os.environ.get("ADARANK_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "adarank-fast" / "native"
+
+
+def operators() -> Any:
+    """`torch.ops.adarank` with the C++ operators, built and loaded if need be; None without them.
+
+    What was found out holds for the process: a compiler that appears later changes nothing.
+    ADARANK_NATIVE=0 leaves torch's products in place.
+    """
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _load()
+    return torch.ops.adarank if _loaded else None
+
+
+def is_loaded() -> bool:
+    """Whether the operators are there by now; builds nothing."""
+    return bool(_loaded)
+
+
+def _load() -> bool:
+    if os.environ.get("ADARANK_NATIVE") == "0" or not sys.platform.startswith("linux"):
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
     try:
-        with tempfile.TemporaryDirectory(prefix="adarank-") as folder:
-            code, built = Path(folder, f"{name}.c"), Path(folder, f"{name}.so")
-            code.write_text(source)
-            flags = ["-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(built)]
-            subprocess.run(
-                [compiler, *flags, str(code), *options],
-                check=True,
-                capture_output=True,
-                timeout=60,
-            )
-            return ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("%s stays in torch: %s did not build it: %s", name, compiler, error)
-        return None
+        torch.ops.load_library(str(_built()))
+        return True
+    except Exception as error:  # no compiler, a full disk, a library without symbols, ...
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        warnings.warn(
+            f"adarank-fast: the C++ products are not used, torch's are slower ({said:.200}); install "
+            "g++ or set ADARANK_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+        return False
+
+
+def _built() -> Path:
+    """The library, built now or before."""
+    compiler = _compiler()
+    folder = cache_folder()
+    path = folder / f"adarank-{_key(compiler)}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(compiler, path)
+    return path
+
+
+def _build(compiler: str, path: Path) -> None:
+    print("adarank-fast: building its C++ products, once (about 20 s) ...", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
+        built = Path(folder, path.name)
+        command = [compiler, *_options(), str(SOURCES[0]), "-o", str(built)]
+        command += [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", *LIBRARIES]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        if result.returncode:
+            errors = [line for line in result.stderr.splitlines() if "error" in line]
+            raise RuntimeError(f"{compiler}: {(errors or ['it failed'])[0]}")
+        os.replace(built, path)
+    print(f"adarank-fast: built in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _options() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    abi = int(torch.compiled_with_cxx11_abi())
+    return [*OPTIONS, f"-I{include}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """`SOURCE`'s function, or None where it cannot be built."""
-    loaded = build("philox", SOURCE)
-    if loaded is None:
-        return None
-    u64, i64 = ctypes.c_uint64, ctypes.c_int64
-    loaded.words.argtypes = (u64, u64, i64, i64, ctypes.c_void_p)
-    loaded.words.restype = None
-    return loaded
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise FileNotFoundError("no C++ compiler found")
 
 
-def for_call(count: int) -> ctypes.CDLL | None:
-    """The library, if a call for `count` numbers is large enough to want it and it can be built."""
-    return library() if count >= WORTH_BUILDING else None
+def _key(compiler: str) -> str:
+    digest = hashlib.sha256()
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
+    for part in (
+        torch.__version__.encode(),
+        " ".join(_options()).encode(),
+        compiler.encode(),
+        version,
+        _cpu_flags().encode(),
+        *(source.read_bytes() for source in SOURCES),
+    ):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:24]
 
 
-def words(loaded: ctypes.CDLL, key: int, c0: int, c1: int, rows: int, n: int) -> Tensor:
-    """int32 [4, rows, n]: `philox_words` of counters (c0 + i, c1 + row); c0 carries into c1."""
-    out = torch.empty(4, rows, n, dtype=torch.int32)
-    loaded.words(key % 2**64, c0 + (c1 << 32), rows, n, out.data_ptr())
-    return out
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), platform.processor())
