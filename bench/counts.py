@@ -45,13 +45,9 @@ PASSES = {
     "PEFT, adapters in bf16": ((1, 0, 6), (5, 0, 4)),
     "Unsloth": ((1, 0, 2), (4, 0, 3)),
     "LoRAFusion": ((1, 0, 0), (1, 0, 1)),
-    "here, by default": ((0, 1, 2), (0, 3, 2)),
-    "here, with the opt-in down, r <= 32": ((0, 1, 2), (0, 3, 1)),
-    "here, with the opt-in down and fused": ((0, 1, 0), (0, 3, 1)),
+    "here": ((0, 1, 2), (0, 3, 2)),
     "floor with S stored": ((0, 1, 0), (0, 1, 1)),
 }
-DOWN_BLOCKS_R = (16, 32)  # ranks that `down` pads to; above, dS and dB are the vendor's
-DOWN_BLOCK_M = 64  # rows of one of its partial sums of dB
 
 
 def pass_elements(passes: tuple[int, int, int], width: int, outs: tuple[int, ...]) -> int:
@@ -83,19 +79,6 @@ def expand(tokens: int, rank: int, outs: tuple[int, ...], itemsize: int = 2) -> 
     """Y_m += S_m B_m^T, all of rank `rank`: Y is read and written, S and B are read."""
     moved = sum(tokens * (2 * out + rank) + out * rank for out in outs)
     return Cost(itemsize * moved, 2.0 * tokens * rank * sum(outs))
-
-
-def down(tokens: int, rank: int, outs: tuple[int, ...], itemsize: int = 2) -> Cost:
-    """dS and dB from one pass over dY, with dB's float32 partial sums written and read."""
-    moved = sum(tokens * (out + 2 * rank) + out * rank for out in outs)
-    partial = down_partial_bytes(tokens, rank, sum(outs))
-    return Cost(itemsize * moved + partial, 4.0 * tokens * rank * sum(outs))
-
-
-def down_partial_bytes(tokens: int, rank: int, outs: int) -> float:
-    """Partial sums of dB, once written and once read, float32."""
-    block = next(block for block in DOWN_BLOCKS_R if rank <= block)
-    return 2 * 4 * -(-tokens // DOWN_BLOCK_M) * outs * block
 
 
 def drop(rows: int, columns: int, itemsize: int = 2) -> Cost:

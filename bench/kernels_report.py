@@ -20,9 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +30,12 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import MockTensor
 
-from adarank_kernels.disagreement import triton_kernels as disagreement
-from adarank_kernels.disagreement import triton_launch as compare
-from adarank_kernels.lora import triton_kernels as lora
-from adarank_kernels.lora import triton_launch as launch
-from adarank_kernels.random import triton as philox
 from bench.counts import PASSES
+from bench.kernel_cases import Case, cases
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES, PAGE = ROOT / "bench" / "results" / "kernels.csv", ROOT / "docs" / "kernels.md"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -53,16 +47,10 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 SHARED_PER_SM = {"sm_80": 167936, "sm_90": 233472, "sm_100": 233472, "gfx942": 65536}
 # Dense 16-bit FLOPs per SM and clock, from the vendors' peak rates.
 MMA_FLOPS_PER_CLOCK = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
-TENSOR_CORE = {
-    "sm_80": r"^HMMA",
-    "sm_90": r"^[HQ]GMMA",  # of 64 rows at least
-    "sm_100": r"^UTC\w*MMA|^[HQ]G?MMA",
-    "gfx942": r"^v_mfma",
-}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = (
-    "target kernel config dtype warps stages registers spill_store_bytes stack_bytes shared_bytes"
-    " occupancy tensor_core loads_16B loads stores_16B stores issue_clocks mma_clocks broken"
+    "triton target kernel config dtype warps stages registers spill_store_bytes stack_bytes"
+    " shared_bytes occupancy tensor_core loads_16B loads stores_16B stores issue_clocks mma_clocks"
+    " broken"
 ).split()
 
 
@@ -83,142 +71,6 @@ class StubDriver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-
-@dataclass
-class Case:
-    kernel: str
-    config: str
-    dtype: str
-    function: Any
-    args: list[Any]
-    options: dict[str, Any]
-    flops_per_step: int = 0  # of one block and one iteration of the hot loop; 0: no GEMM
-    aligned: bool = True  # every stored row starts at 16 bytes: stores must be wide
-    skinny: bool = False  # a tile of few rows and columns, bound by memory: HMMA will do
-
-    def tensor_core(self, target: str) -> str:
-        """A pattern of the instructions that it must have."""
-        return r"^HMMA" if self.skinny and target == "sm_90" else TENSOR_CORE[target]
-
-
-def cases() -> Iterator[Case]:
-    """Every kernel x configuration x dtype that the launchers can ask for."""
-    int32, int64, fp32 = (MockTensor(t) for t in (torch.int32, torch.int64, torch.float32))
-    precision = {"PRECISION": "tf32"}
-    for name, dtype in DTYPES.items():
-        t = MockTensor(dtype)
-        for R, even, dropout in itertools.product(
-            launch.SHRINK_BLOCKS_R, (True, False), (False, True)
-        ):
-            K = 4096 if even else 4112
-            options = launch.SHRINK | precision
-            options |= {"BLOCK_R": R, "EVEN_K": even, "DROPOUT": dropout}
-            yield Case(
-                "shrink",
-                f"R={R}{'' if even else ' ragged'}{' dropout' if dropout else ''}",
-                name,
-                lora.shrink_kernel,
-                [t, t, t, int64, 8192, K, R, K, 6554],
-                options,
-                2 * launch.SHRINK["BLOCK_M"] * launch.SHRINK["BLOCK_K"] * R,
-                aligned=R == 64,  # of fewer, a thread holds less than 16 bytes
-                skinny=True,
-            )
-        for b, aligned in itertools.product((t, fp32), (True, False)):
-            suffix = (" B fp32" if b is fp32 else "") + ("" if aligned else " ragged")
-            M, N, R = (launch.EXPAND[f"BLOCK_{axis}"] for axis in "MNR")
-            yield Case(
-                "expand",
-                f"{M}x{N}{suffix}",
-                name,
-                lora.expand_kernel,
-                [t, *[t] * 4, *[b] * 4, fp32, int32, 8192, 48],
-                launch.EXPAND | precision | {"ALIGNED": aligned},
-                2 * M * N * R,
-                aligned,
-            )
-            for R in launch.DOWN_BLOCKS_R:
-                yield Case(
-                    "down",
-                    f"R={R}{suffix}",
-                    name,
-                    lora.down_kernel,
-                    [t, t, *[t] * 4, *[b] * 4, fp32, fp32, int32, 8192, 48, 48, 98304],
-                    launch.DOWN | precision | {"BLOCK_R": R, "ALIGNED": aligned},
-                    4 * launch.DOWN["BLOCK_M"] * launch.DOWN["BLOCK_N"] * R,
-                    aligned,
-                )
-        for add in (True, False):
-            yield Case(
-                "drop",
-                "add" if add else "copy",
-                name,
-                lora.drop_kernel,
-                [t, t, int64, 8192, 4096, 4096, 6554],
-                launch.DROP | {"ADD": add},
-            )
-        for even, bias, conv1d in itertools.product((True, False), repeat=3):
-            K, out = (4096 if even else 4112), 4096
-            M, N, step = (launch.FUSED[f"BLOCK_{axis}"] for axis in "MNK")
-            yield Case(
-                "fused",
-                ("even" if even else "ragged")
-                + (" bias" if bias else "")
-                + (" W [in, out]" if conv1d else ""),
-                name,
-                lora.fused_kernel,
-                [t, t, t, t, t, t, 8192, K, out, 8, 2.0, K, *((1, out) if conv1d else (K, 1)), 48],
-                launch.FUSED | precision | {"EVEN_K": even, "HAS_BIAS": bias},
-                2 * M * N * step,
-            )
-        yield from disagreement_cases(name, t, fp32)
-    yield from disagreement_cases("fp32", fp32, fp32)
-    for name, dtype in {"fp32": torch.float32, **DTYPES}.items():
-        yield Case(
-            "philox fill",
-            "normals",
-            name,
-            philox.fill_kernel,
-            [MockTensor(dtype), int64, 4096 * 4096],
-            philox.FILL | {"WORDS": False},
-        )
-
-
-def disagreement_cases(name: str, t: MockTensor, fp32: MockTensor) -> Iterator[Case]:
-    """Of a head in `t`'s dtype; "fp32": of products that exist, which always are."""
-    head = name != "fp32"
-    args = [8, 512, 576, 49152] if head else [8, 512, 49152, 49152]  # R, tokens, D, V
-    args += [512 * args[2], args[2], compare.SPLIT]
-    constants = {"HEAD": head, "PRECISION": "tf32"}
-    for metric, K, ALL in itertools.product(compare.METRICS, (8, 16), (True, False)):
-        options = compare.pairs_options(metric, head)
-        step = 2 * options["M"] * options["BLOCK_V"] * options["BLOCK_D"] if head else 0
-        yield Case(
-            "head pairs" if head else "pairs",
-            f"{metric} K={K}{'' if ALL else ' reference'}",
-            name,
-            disagreement.pairs_kernel,
-            [t, t, t if head else fp32, fp32, fp32, fp32, K, *args[1:]],
-            options
-            | constants
-            | {"METRIC": metric, "K": K, "ALL": ALL, "HAS_BIAS": metric != "l1"},
-            step,
-            aligned=False,  # a few sums per 4,096 outputs
-        )
-    options = compare.ROWS_HEAD if head else compare.ROWS
-    step = 2 * options["M"] * options["BLOCK_V"] * options["BLOCK_D"] if head else 0
-    second = MockTensor(torch.int32) if head else fp32
-    yield Case(
-        "head rows" if head else "rows",
-        f"{options['M']}x{options['BLOCK_V']}",
-        name,
-        disagreement.rows_kernel,
-        [t, t, t if head else fp32, fp32, fp32, fp32, second, *args],
-        options | constants | {"HAS_BIAS": True},
-        step,
-        aligned=False,  # a number a row
-    )
 
 
 # Reading what the compilers made
@@ -347,6 +199,7 @@ def measure(target: str, case: Case) -> dict[str, Any]:
     """Compile a case for a target; its figures, or the error."""
     triton.runtime.driver.set_active(StubDriver(target))
     row: dict[str, Any] = {
+        "triton": triton.__version__,
         "target": target,
         "kernel": case.kernel,
         "config": case.config,
@@ -392,21 +245,25 @@ def traffic() -> str:
         lines.append(f"| {name} | {text(forward)} | {text(backward)} | {qkv:g} X | {gate:g} X |")
     return "\n".join(lines) + (
         "\n\nFLOPs are the same for all: 6·tokens·sum r_m·(in + out_m), beside the frozen base's"
-        " 4·tokens·in·sum out_m. `down` also writes and reads its partial sums of dB: about r/32 Y"
-        " each way.\n"
+        " 4·tokens·in·sum out_m.\n"
     )
 
 
+def figures() -> list[dict[str, Any]]:
+    """The rows of the last report."""
+    with FIGURES.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def page(rows: list[dict[str, Any]]) -> str:
-    """docs/kernels.md."""
+    """docs/kernels.md, of rows as `measure` or `figures` gives them."""
     out = [
         "# The Triton kernels, as compiled\n",
-        f"Written by `make kernels-report` with triton {triton.__version__}; the same rows are in"
+        f"Written by `make kernels-report` with triton {rows[0]['triton']}; the same rows are in"
         " `bench/results/kernels.csv`. No GPU was involved: these are compilers' figures, **not"
-        " speeds**. What each kernel computes is said in"
-        " `kernels/adarank_kernels/_grouped_lora_kernels.py` and `_disagreement_kernels.py`; its"
-        " numbers are proved under the interpreter (`tests/interpreter`) and again, once, on each"
-        " device before first use.\n",
+        " speeds**. What each kernel computes is said where it stands, under"
+        " `kernels/adarank_kernels`; its numbers are proved under the interpreter"
+        " (`tests/interpreter`) and again, once, on each device before first use.\n",
         "Registers per thread; spill stores and stack in bytes; shared memory in bytes a block;"
         " occupancy: share of the warps an SM can hold; TC: tensor-core instructions; 16-byte loads"
         " (asynchronous copies included) and all plain ones; 16-byte stores of all. Issue / MMA:"
@@ -425,11 +282,11 @@ def page(rows: list[dict[str, Any]]) -> str:
             if r["target"] != target:
                 continue
             cells = [r["kernel"], r["config"], r["dtype"]]
-            if "registers" in r:
+            if r.get("registers"):
                 cells += [r["registers"], r["spill_store_bytes"], r["stack_bytes"]]
-                cells += [f"{r['shared_bytes']:,}", r["occupancy"], r["tensor_core"]]
+                cells += [f"{int(r['shared_bytes']):,}", r["occupancy"], r["tensor_core"]]
                 cells += [f"{r['loads_16B']} / {r['loads']}", f"{r['stores_16B']} of {r['stores']}"]
-                bound = f"{r['issue_clocks']} / {r['mma_clocks']}" if "issue_clocks" in r else ""
+                bound = f"{r['issue_clocks']} / {r['mma_clocks']}" if r.get("issue_clocks") else ""
                 cells += [bound, r["broken"]]
             else:
                 cells += [""] * 9 + [r["broken"].replace("|", "/").replace("\n", " ")]
@@ -457,11 +314,11 @@ def main() -> int:
             print(*(str(v) for v in row.values()), file=sys.stderr, flush=True)
     rows.sort(key=lambda r: list(TARGETS).index(r["target"]))
     if not (arguments.dry_run or arguments.kernels):
-        with (ROOT / "bench" / "results" / "kernels.csv").open("w", newline="") as file:
+        with FIGURES.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        (ROOT / "docs" / "kernels.md").write_text(page(rows))
+        PAGE.write_text(page(rows))
     failures = [
         r
         for r in rows

@@ -19,15 +19,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.counts import (
-    DOWN_BLOCKS_R,
-    PASSES,
-    SHAPES,
-    Cost,
-    Shape,
-    down_partial_bytes,
-    pass_elements,
-)
+from bench.counts import PASSES, SHAPES, Cost, Shape, pass_elements
 
 
 class Card(NamedTuple):
@@ -52,9 +44,7 @@ FORMS = {
     "PEFT": "PEFT, adapters in bf16",
     "Unsloth": "Unsloth",
     "LoRAFusion": "LoRAFusion",
-    "ours": "here, by default",
-    "ours, down": "here, with the opt-in down, r <= 32",
-    "ours, down, fused": "here, with the opt-in down and fused",
+    "ours": "here",
     "floor": "floor with S stored",
 }
 
@@ -69,7 +59,7 @@ Peaks (data sheets): {"; ".join(f"{name} SXM {card.rate / 1e12:g} TFLOP/s, {card
 Assumed: bfloat16 throughout, the same rank on every linear, no dropout, no recomputation, launches
 hidden, sequences of {SEQUENCE}, flash attention; parameters, their gradients and the optimizer's step
 are not counted. Fused GEMMs (LoRAFusion's too) are taken to be as fast as the vendor's, which is the open
-question. The opt-in forms add the partial sums of dB up to rank {DOWN_BLOCKS_R[-1]}; above, backward is the vendor's.
+question.
 """  # noqa: E501
 
 
@@ -81,14 +71,8 @@ def base_cost(tokens: int, width: int, outs: tuple[int, ...]) -> Cost:
 def adapter_cost(form: str, tokens: int, width: int, outs: tuple[int, ...], rank: int) -> Cost:
     """What LoRA of one rank on each linear adds to a step, forward and backward."""
     forward, backward = PASSES[FORMS[form]]
-    partial = 0.0
-    if form in ("ours, down", "ours, down, fused"):
-        if rank <= DOWN_BLOCKS_R[-1]:
-            partial = down_partial_bytes(tokens, rank, sum(outs))
-        else:
-            backward = PASSES["here, by default"][1]
     elements = pass_elements(forward, width, outs) + pass_elements(backward, width, outs)
-    moved = BYTES * tokens * (elements + STORED_PASSES * rank * len(outs)) + partial
+    moved = BYTES * tokens * (elements + STORED_PASSES * rank * len(outs))
     return Cost(moved, 6.0 * tokens * rank * sum(width + out for out in outs))
 
 

@@ -36,7 +36,7 @@ class FusionReport(dict[str, LayerReport]):
 
     Attributes:
         kernels: device of fused layers -> Triton kernel -> "passed" its check there, "failed: why",
-            "not checked yet", "off" (opt-in) or "no Triton". The CPU uses none and is not listed.
+            "not checked yet" or "no Triton". The CPU uses none and is not listed.
     """
 
     kernels: dict[str, dict[str, str]]

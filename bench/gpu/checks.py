@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adarank_kernels import (
@@ -22,12 +21,11 @@ from adarank_kernels import (
     lora_linear_ref,
     pairwise_disagreement,
     pairwise_disagreement_ref,
-    perturbed_linear,
     philox_normal,
     philox_normal_ref,
 )
 from adarank_kernels.disagreement.op import METRICS
-from adarank_kernels.runtime import registry as _triton
+from adarank_kernels.runtime import registry
 from bench.gpu.timing import reason, release
 
 Check = dict[str, Any]  # "op", "case", "kernels", "dtype", "status", "share" of the allowed error
@@ -39,16 +37,9 @@ DEFAULT = "default"
 LORA_SETS = {
     "vendor GEMMs": (),
     **{f"+ {name.removeprefix('lora_')}": (name,) for name in LORA},
-    "+ down": ("lora_down",),
     DEFAULT: LORA,
-    f"{DEFAULT} + down": (*LORA, "lora_down"),
-    f"{DEFAULT} + fused GEMM": (*LORA, "lora_fused"),
 }
-DISAGREEMENT_SETS = {
-    "vendor GEMMs": (),
-    "+ pairs": ("disagreement_pairs",),
-    "+ pairs, fused head": ("disagreement_pairs", "disagreement_fused"),
-}
+DISAGREEMENT_SETS = {"vendor GEMMs": (), "+ pairs": ("disagreement_pairs",)}
 PHILOX_SETS = {"plain torch": (), "Philox kernel": ("philox_normal",)}
 OWN = "16-bit"  # "dtype" of a kernel's own check, which tries both
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -59,21 +50,21 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    return _triton.HAS_TRITON and (device.type == "cuda" or _triton.INTERPRETED)
+    return registry.HAS_TRITON and (device.type == "cuda" or registry.INTERPRETED)
 
 
 def choose(device: torch.device, kernels: Sequence[str]) -> None:
     """From now on exactly these Triton kernels run on the device."""
-    _triton.choose(kernels, device)
+    registry.choose(kernels, device)
 
 
 def check_kernels(device: torch.device) -> Iterator[Check]:
     """Each kernel's own check, as it runs before a kernel is used for the first time."""
-    for name in _triton._checks if runs_kernels(device) else ():
+    for name in registry._checks if runs_kernels(device) else ():
 
         def check(name: str = name) -> float:
             with on(device), torch.no_grad():
-                _triton._checks[name](device)
+                registry._checks[name](device)
             return 1.0
 
         yield _checked(check, name, "its own check", name, OWN) | {"share": None}
@@ -102,8 +93,7 @@ def check_ops(device: torch.device, timed: str, kernels: Sequence[Check]) -> Ite
         ):
             usable = usable_sets(sets, kernels)
             if dtype != timed:  # what users get, only
-                unasked = [label for label in usable if "fused" not in label]
-                label = DEFAULT if DEFAULT in usable else unasked[-1]
+                label = DEFAULT if DEFAULT in usable else list(usable)[-1]
                 usable = {label: usable[label]}
             for op, case, check in checks(device, DTYPES[dtype]):
                 for label, chosen in usable.items():
@@ -248,7 +238,7 @@ def lora_results(
     return found | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-# Disagreement, perturbed linear, noise
+# Disagreement, noise
 
 OUTPUTS = (5, 300, 64, 500)  # variants, tokens, width, outputs
 
@@ -284,23 +274,3 @@ def _noise_checks(device: torch.device, dtype: torch.dtype) -> Cases:
         return compare({"E": philox_normal((4099,), 2**63 + 7, device, dtype)}, torchs, exact)
 
     yield "philox_normal", "4099 numbers", normals
-    for expanded in (False, True):
-
-        def perturbed(expanded: bool = expanded) -> float:
-            x = numbers(device, 3, 130, 72)
-            x = x[:1].expand(3, -1, -1) if expanded else x
-            W, b = numbers(device, 96, 72, scale=72**-0.5), numbers(device, 96)
-            keys = [(5, 6), (2**64 - 1, 1)]
-            noise = [(philox_normal(W.shape, k, device), philox_normal(b.shape, j, device))
-                     for k, j in keys]  # fmt: skip
-            truth = F.linear(x, W, b)
-            plain = F.linear(x.to(dtype), W.to(dtype), b.to(dtype))
-            for k, (E, e) in enumerate(noise):  # the third variant stays unperturbed
-                truth[k] += F.linear(x[k], 0.1 * E.double(), 0.3 * e.double())
-                term = F.linear(x[k].to(dtype), (0.1 * E).to(dtype), (0.3 * e).to(dtype))
-                plain[k] = plain[k] + term
-            given = (x.to(dtype), W.to(dtype), b.to(dtype))
-            ours = perturbed_linear(*given, seeds=[*keys, None], weight_std=0.1, bias_std=0.3)
-            return compare({"y": ours}, {"y": plain}, {"y": truth})
-
-        yield "perturbed_linear", "expanded" if expanded else "own inputs", perturbed

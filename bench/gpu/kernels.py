@@ -12,24 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adarank_kernels.disagreement import metrics as _disagreement_metrics
-from adarank_kernels.disagreement import op as disagreement
-from adarank_kernels.random.philox import _fill
+from adarank_kernels.disagreement import metrics, op
+from adarank_kernels.random.philox import fill_in_torch
 from adarank_kernels.random.words import key_tensor
-from adarank_kernels.runtime import registry as _triton
-from bench.counts import SHAPES, Cost, down, drop, expand, pairs, product
+from adarank_kernels.runtime.registry import HAS_TRITON
+from bench.counts import SHAPES, Cost, drop, expand, pairs, product
 from bench.gpu.checks import choose, runs_kernels
 from bench.gpu.context import Context, Row
-from bench.gpu.rows import GROUPS, HEADS, PHILOX
+from bench.gpu.rows import GROUPS, PAIRS, PHILOX
 from bench.gpu.timing import Step, rotating
 
-if _triton.HAS_TRITON:
-    from adarank_kernels.disagreement.triton_launch import compare
+if HAS_TRITON:
+    from adarank_kernels.disagreement.triton import compare
     from adarank_kernels.lora import triton_launch as launch
-    from adarank_kernels.random import triton as _philox_kernels
+    from adarank_kernels.random.triton import fill
 
 RANK = 16
-VARIANTS, PAIRED_TOKENS = 8, 512
+VARIANTS = 8
 Made = Callable[[], tuple[Any, ...]]
 
 
@@ -55,7 +54,7 @@ def in_pairs(
 
 
 def lora_kernels(context: Context, row: str) -> list[Row]:
-    """shrink, expand, down, drop and fused in one group's shapes, all of one rank."""
+    """shrink, expand and drop in one group's shapes, all of one rank."""
     kind, name = GROUPS[row]
     width, outs = SHAPES[kind].groups()[name]
     M, N, R = len(outs), context.tokens[0] * context.tokens[1], RANK * len(outs)
@@ -73,20 +72,6 @@ def lora_kernels(context: Context, row: str) -> list[Row]:
         for Y, B, first in zip(Ys, Bs, offsets, strict=True):
             Y.addmm_(S[:, first : first + RANK], B.t(), alpha=2.0)
 
-    def down_kernel(dYs: list[Tensor], S: Tensor, Bs: list[Tensor]) -> list[Tensor]:
-        dS = torch.zeros_like(S)
-        return [dS, *launch.down(dYs, S, offsets, Bs, scalings, dS, offsets)]
-
-    def down_plain(dYs: list[Tensor], S: Tensor, Bs: list[Tensor]) -> list[Tensor]:
-        dS, dBs = torch.empty_like(S), []
-        for dY, B, first in zip(dYs, Bs, offsets, strict=True):
-            part = slice(first, first + RANK)
-            dS[:, part].addmm_(dY, B, beta=0.0, alpha=2.0)
-            dBs.append(torch.mm(S[:, part].t(), dY))
-        return [dS, *dBs]
-
-    out = outs[0]
-    fused_cost = product(N, out, width) + Cost(2 * RANK * (N + out), 2.0 * N * RANK * out)
     table: list[tuple[str, Cost, Made, Any, Any]] = [
         (
             "shrink",
@@ -109,25 +94,12 @@ def lora_kernels(context: Context, row: str) -> list[Row]:
             lambda Ys, S, Bs: launch.expand(Ys, S, offsets, Bs, scalings),
             expand_plain,
         ),
-        ("down", down(N, RANK, outs), factors, down_kernel, down_plain),
         (
             "drop",
             drop(N, width),
             lambda: (randn(N, width),),
             lambda X: launch.drop(X, seed, dropout),
             lambda X: F.dropout(X, dropout),
-        ),
-        (
-            "fused",
-            fused_cost,
-            lambda: (
-                randn(N, width),
-                randn(out, width, scale=width**-0.5),
-                randn(N, RANK),
-                randn(out, RANK),
-            ),
-            lambda X, W, S, B: launch.fused(X, W, None, S, B, 2.0),
-            lambda X, W, S, B: F.linear(X, W).addmm_(S, B.t(), alpha=2.0),
         ),
     ]
     rows = []
@@ -137,39 +109,21 @@ def lora_kernels(context: Context, row: str) -> list[Row]:
     return rows
 
 
-def disagreement_kernels(context: Context, row: str) -> list[Row]:
-    """pairs and the fused head for eight variants: products with a head, compared pair by pair."""
-    kind, tokens = HEADS[row]
-    shape = SHAPES[kind]
-    D, V = shape.width, shape.vocabulary
-    half = context.dtype if context.dtype.itemsize == 2 else torch.bfloat16
+def pairs_kernel(context: Context, row: str) -> list[Row]:
+    """The l1 distances of a block of outputs of eight variants, pair by pair."""
+    tokens = PAIRS[row]
 
     def compared(f: Tensor) -> Tensor:
-        return _disagreement_metrics.l1(f, pairs=True)  # with no kernel chosen: plain torch
+        return metrics.l1(f, pairs=True)  # with no kernel chosen: plain torch
 
-    def head() -> tuple[Tensor, Tensor]:
-        rows = torch.randn(VARIANTS, tokens, D, device=context.device).to(half)
-        weight = torch.randn(V, D, device=context.device).mul_(D**-0.5).to(half)
-        return rows, weight
-
-    block = disagreement.OUTPUTS
-    rows = in_pairs(
+    return in_pairs(
         context,
-        f"pairs, {VARIANTS} x {PAIRED_TOKENS} x {block}",
+        f"pairs, {VARIANTS} x {tokens} x {op.OUTPUTS}",
         "disagreement_pairs",
-        pairs(VARIANTS, PAIRED_TOKENS, block),
-        lambda: (torch.randn(VARIANTS, PAIRED_TOKENS, block, device=context.device),),
+        pairs(VARIANTS, tokens, op.OUTPUTS),
+        lambda: (torch.randn(VARIANTS, tokens, op.OUTPUTS, device=context.device),),
         lambda f: compare(f, "l1"),
         compared,
-    )
-    return rows + in_pairs(
-        context,
-        f"fused {row}, {tokens} tokens",
-        "disagreement_fused",
-        product(VARIANTS * tokens, V, D),
-        head,
-        lambda h, w: compare(h, "l1", weight=w),
-        lambda h, w: compared(F.linear(h, w).float()),
     )
 
 
@@ -184,8 +138,8 @@ def philox_kernel(context: Context, row: str) -> list[Row]:
         "philox_normal",
         Cost(4 * size),
         lambda: (torch.empty(size // 4, 4, device=device),),
-        lambda out: _philox_kernels.fill(out, key),
-        lambda out: _fill(out, 7),
+        lambda out: fill(out, key),
+        lambda out: fill_in_torch(out, 7),
     )
     own = {"torch.randn": Step(lambda: [torch.randn(shape, device=device)])}
     return rows + context.measure(rows[0]["row"], own)

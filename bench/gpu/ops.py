@@ -1,23 +1,22 @@
-"""The ops of a prediction: the disagreement against materialising, and the perturbed linear."""
+"""The disagreement of variants beside materialising all outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from adarank_kernels import pairwise_disagreement, perturbed_linear, philox_normal
+from adarank_kernels import pairwise_disagreement
 from bench.counts import SHAPES
-from bench.gpu.checks import DISAGREEMENT_SETS, PHILOX_SETS, choose
+from bench.gpu.checks import DISAGREEMENT_SETS, choose
 from bench.gpu.context import Context, Row
-from bench.gpu.rows import DISAGREEMENTS, PERTURBED
+from bench.gpu.rows import DISAGREEMENTS
 from bench.gpu.timing import Step, release, said_of_check
 from bench.materialised import materialised
 
 K = 8
-HEAD_TOKENS, LINEAR_TOKENS = 2048, 512  # a variant
+HEAD_TOKENS = 2048  # a variant
 
 
 def disagreement_row(context: Context, row: str) -> list[Row]:
@@ -41,7 +40,7 @@ def disagreement_row(context: Context, row: str) -> list[Row]:
         "materialised": Step(lambda: [materialised(hidden, weight, metric)], captured=False),
     }
     refused: dict[str, str] = {}
-    sample = hidden[:, :100]  # the yardstick itself must not need all its memory for the check
+    sample = hidden[:, :100]  # materialising itself must not need all its memory for the check
     expected = materialised(sample.double(), weight.double(), metric)
     for label, kernels in context.sets(DISAGREEMENT_SETS).items():
         name = f"ours, {label}"
@@ -75,42 +74,3 @@ def _refusal(hidden: Tensor, weight: Tensor, metric: str, expected: Tensor) -> s
         release()
         return said_of_check(failure)
     return None
-
-
-def perturbed_row(context: Context, row: str) -> list[Row]:
-    """Eight noisy copies of one linear: the weights formed, or noise beside one base product."""
-    shape = SHAPES[PERTURBED[row]]
-    out, width = shape.query, shape.width
-    x = torch.randn(LINEAR_TOKENS, width, device=context.device).to(context.dtype)
-    x = x.expand(K, -1, -1)
-    weight = torch.randn(out, width, device=context.device).mul_(width**-0.5).to(context.dtype)
-    noise = [
-        (philox_normal(weight.shape, k, context.device, context.dtype), None) for k in range(K)
-    ]
-    std = float(weight.double().std())
-
-    def formed() -> list[Tensor]:
-        return [F.linear(x[k], weight + std * E) for k, (E, _) in enumerate(noise)]
-
-    def drawn() -> list[Tensor]:
-        return [perturbed_linear(x, weight, seeds=[(k, 0) for k in range(K)], weight_std=std)]
-
-    def given() -> list[Tensor]:
-        return [perturbed_linear(x, weight, noise=noise, weight_std=std)]
-
-    steps = {
-        "base product alone": Step(lambda: [F.linear(x[0], weight)]),
-        "W + E formed, noise given": Step(formed),
-    }
-    refused: dict[str, str] = {}
-    why = context.failure("perturbed_linear")
-    if why:
-        refused["ours"] = why
-    else:
-        steps["ours, noise given"] = Step(given)
-        for label, kernels in context.sets(PHILOX_SETS).items():
-            steps[f"ours, noise drawn, {label}"] = Step(
-                drawn, lambda kernels=kernels: choose(context.device, kernels)
-            )
-    rows = context.measure(row, steps)
-    return rows + [{"row": row, "variant": n, "status": why} for n, why in refused.items()]

@@ -18,13 +18,10 @@ GROUPS = {  # name -> model, group of linears that share an input
         ("Llama-3-8B", "down"),
     )
 }
-HEADS = {  # name -> model, tokens
-    f"head of {kind}": (kind, tokens) for kind, tokens in zip(KINDS, (1024, 256, 256), strict=True)
-}
+PAIRS = {"pairs": 512}  # tokens
 DISAGREEMENTS = {  # name -> model, metric
     f"{metric}, head of {kind}": (kind, metric) for kind in KINDS for metric in ("l1", "tv")
 }
-PERTURBED = {f"perturbed q of {kind}": kind for kind in ("SmolLM2-135M", "Llama-3-8B")}
 PHILOX = {"philox": (4096, 4096)}
 PREDICTIONS = {  # name -> model, targets, trials
     "ranks of MiniLM, attention": ("MiniLM", "attention", 5),
@@ -36,8 +33,8 @@ PREDICTIONS = {  # name -> model, targets, trials
 SECTIONS = {  # of the report: title, jobs in their order
     "card": ("The card's own rates", []),
     "blocks": ("Training steps of one block, forward and backward", [*BLOCKS]),
-    "kernels": ("Triton kernels beside plain PyTorch", [*GROUPS, *HEADS, *PHILOX]),
-    "ops": ("Ops of a prediction", [*DISAGREEMENTS, *PERTURBED]),
+    "kernels": ("Triton kernels beside plain PyTorch", [*GROUPS, *PAIRS, *PHILOX]),
+    "ops": ("The disagreement of variants", [*DISAGREEMENTS]),
     "predictions": ("Whole predictions, models of random weights", [*PREDICTIONS]),
 }
 

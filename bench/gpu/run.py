@@ -18,10 +18,9 @@ Sections = dict[str, list[Row]]
 MEASURES: list[tuple[dict, Callable[[Context, str], list[Row]]]] = [
     (rows.BLOCKS, steps.block_row),
     (rows.GROUPS, kernels.lora_kernels),
-    (rows.HEADS, kernels.disagreement_kernels),
+    (rows.PAIRS, kernels.pairs_kernel),
     (rows.PHILOX, kernels.philox_kernel),
     (rows.DISAGREEMENTS, ops.disagreement_row),
-    (rows.PERTURBED, ops.perturbed_row),
     (rows.PREDICTIONS, predictions.prediction_row),
 ]
 

@@ -4,7 +4,6 @@ from adarank_kernels.disagreement.op import pairwise_disagreement
 from adarank_kernels.disagreement.reference import pairwise_disagreement_ref
 from adarank_kernels.lora.op import grouped_lora_linear, lora_linear
 from adarank_kernels.lora.reference import grouped_lora_linear_ref, lora_linear_ref
-from adarank_kernels.perturbed import perturbed_linear, perturbed_linear_ref
 from adarank_kernels.random.philox import philox_normal
 from adarank_kernels.random.reference import philox_normal_ref
 
@@ -15,8 +14,6 @@ __all__ = [
     "lora_linear_ref",
     "pairwise_disagreement",
     "pairwise_disagreement_ref",
-    "perturbed_linear",
-    "perturbed_linear_ref",
     "philox_normal",
     "philox_normal_ref",
 ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adarank_kernels.runtime import registry as _triton
+from adarank_kernels.runtime import registry
 from bench.counts import SHAPES, Shape
-from bench.gpu import checks, kernels, ops, predictions, rows, steps
+from bench.gpu import checks, ops, predictions, rows, steps
 from bench.gpu.context import Context
 from bench.gpu.timing import Clock
 
-TINY = ("blocks: tiny", "kernels: tiny group", "kernels: tiny head", "kernels: philox")
-TINY_OPS = ("ops: tiny l1", "ops: tiny tv", "ops: tiny perturbed")
+TINY = ("blocks: tiny", "kernels: tiny group", "kernels: pairs", "kernels: philox")
+TINY_OPS = ("ops: tiny l1", "ops: tiny tv")
 TINY_PREDICTIONS = ("predictions: tiny writer", "predictions: tiny encoder")
 
 
@@ -21,13 +21,11 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", Shape(64, 96, 32, 80, 16, True, 1, 200))
     monkeypatch.setitem(rows.BLOCKS, "tiny", ("tiny", "all-linear", 0.1))
     monkeypatch.setitem(rows.GROUPS, "tiny group", ("tiny", "q/k/v"))
-    monkeypatch.setitem(rows.HEADS, "tiny head", ("tiny", 6))
+    monkeypatch.setitem(rows.PAIRS, "pairs", 4)
     monkeypatch.setitem(rows.PHILOX, "philox", (8, 64))
     for metric in ("l1", "tv"):
         monkeypatch.setitem(rows.DISAGREEMENTS, f"tiny {metric}", ("tiny", metric))
-    monkeypatch.setitem(rows.PERTURBED, "tiny perturbed", "tiny")
     monkeypatch.setattr(ops, "HEAD_TOKENS", 120)
-    monkeypatch.setattr(ops, "LINEAR_TOKENS", 9)
     monkeypatch.setitem(SHAPES, "tiny writer", Shape(64, 64, 32, 80, 16, True, 1, 200))
     monkeypatch.setitem(SHAPES, "tiny encoder", Shape(32, 32, 32, 48, 16, False, 2, 200))
     for kind, trials in (("tiny writer", 1), ("tiny encoder", 2)):
@@ -37,11 +35,14 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"small": ((21,), 64, (0, 3, 20), (40, 16, 33))}
     monkeypatch.setattr(checks, "GROUPS", small)
     monkeypatch.setattr(checks, "OUTPUTS", (3, 40, 16, 50))
-    monkeypatch.setattr(kernels, "PAIRED_TOKENS", 4)
     monkeypatch.setattr(steps, "CHECKED_TOKENS", 20)
-    for state in ("_opt_in", "_status", "_settled"):  # choosing kernels changes them
-        monkeypatch.setattr(_triton, state, dict(getattr(_triton, state)))
+    for state in ("_status", "_settled"):  # choosing kernels changes them
+        monkeypatch.setattr(registry, state, dict(getattr(registry, state)))
 
 
 def cpu_context(dtype: str = "bfloat16", repetitions: int = 3) -> Context:
     return Context(torch.device("cpu"), lambda: [Clock()], dtype, repetitions, tokens=(2, 20))
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -14,8 +14,6 @@ from bench.counts import (
     SHAPES,
     Cost,
     Shape,
-    down,
-    down_partial_bytes,
     expand,
     pass_elements,
     product,
@@ -42,10 +40,6 @@ def test_counts_of_one_group() -> None:
     assert pass_elements((0, 3, 2), 10, (30, 20)) == 30 + 2 * 50
     assert product(2, 3, 5) == Cost(2 * (10 + 15 + 6), 60)
     assert expand(7, 2, (3, 5)) == Cost(2 * (7 * (2 * 8 + 2 * 2) + 8 * 2), 2 * 7 * 2 * 8)
-    # two blocks of 64 rows, padded to rank 16, float32, written and read
-    assert down_partial_bytes(100, 9, 30) == 2 * 4 * 2 * 30 * 16
-    moved = 2 * (100 * (30 + 2 * 9) + 30 * 9) + 2 * 4 * 2 * 30 * 16
-    assert down(100, 9, (30,)) == Cost(moved, 4 * 100 * 9 * 30)
     assert Cost(100.0, 30.0).seconds(10.0, 10.0) == 10.0
     assert Cost(100.0, 30.0).seconds(100.0, 10.0) == 3.0
 
@@ -59,16 +53,6 @@ def test_bytes_of_llamas_attention(form: str, passes: float) -> None:
     cost = adapter_cost(form, tokens, width, outs, 8)
     assert cost.bytes == 2 * tokens * (passes * width + 6 * 3 * 8)
     assert cost.flops == 6 * tokens * 8 * (3 * 4096 + 6144)
-
-
-def test_triton_reads_dY_once_up_to_rank_32() -> None:
-    width, outs = QKV
-    vendor, triton = ("ours", "ours, down")
-    for rank in (8, 32):
-        saved = 2 * 1280 * sum(outs) - down_partial_bytes(1280, rank, sum(outs))
-        both = [adapter_cost(form, 1280, width, outs, rank).bytes for form in (vendor, triton)]
-        assert both[0] - both[1] == saved
-    assert adapter_cost(vendor, 8, width, outs, 64) == adapter_cost(triton, 8, width, outs, 64)
 
 
 def test_a_projection_worked_out_by_hand() -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from adarank_kernels import pairwise_disagreement, pairwise_disagreement_ref
-from adarank_kernels.disagreement import triton_launch as launch
-from adarank_kernels.runtime import registry as _triton
+from adarank_kernels.disagreement import triton
+from adarank_kernels.runtime import registry
 from adarank_kernels.runtime.registry import check_close
-from tests.kernels.disagreement_cases import exact, head, token_values, variants
+from tests.kernels.disagreement_cases import METRICS, exact, head, token_values, variants
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-METRICS = ["l1", "tv", "kl", "js", "argmax"]
 INF = float("inf")
 
 
@@ -30,18 +27,8 @@ def guarded(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by operations; `test_self_checks_pass` has the offered tiles."""
-    monkeypatch.setitem(launch.PAIRS, "M", 128)
-
-
-@pytest.fixture
-def fused(request: pytest.FixtureRequest) -> Iterator[None]:
-    _triton.enable("disagreement_fused", request.param)
-    yield
-    _triton.enable("disagreement_fused", False)
-
-
-with_and_without_fusion = pytest.mark.parametrize("fused", [False, True], indirect=True)
+    """The interpreter's time goes by operations; `test_self_check_passes` has the offered tiles."""
+    monkeypatch.setitem(triton.PAIRS, "M", 128)
 
 
 @pytest.mark.parametrize("R", [2, 3, 8, 9, 16])
@@ -51,11 +38,11 @@ def test_pairs(R: int, tokens: int, V: int, dtype: torch.dtype) -> None:
     x = guarded((variants(R, tokens, V, 0.3, torch.float64) / V).to(dtype))
     right = (x.double()[:, None] - x.double()).abs().sum(-1)
     torchs = (x[:, None] - x).abs().float().sum(-1)
-    ours = launch.compare(x, "l1")
+    ours = triton.compare(x, "l1")
     check_close(ours, torchs, right)
     assert torch.equal(ours, ours.transpose(0, 1)) and not ours.diagonal().any()
-    assert torch.equal(ours, launch.compare(x, "l1"))
-    check_close(launch.compare(x, "l1", False), torchs[1:, 0], right[1:, 0])
+    assert torch.equal(ours, triton.compare(x, "l1"))
+    check_close(triton.compare(x, "l1", False), torchs[1:, 0], right[1:, 0])
 
 
 @pytest.mark.parametrize("metric", METRICS[1:4])
@@ -66,36 +53,22 @@ def test_pairs_of_distributions(metric: str, R: int, tokens: int, V: int, large_
 
     def values(f: Tensor) -> Tensor:
         rows = f.double().numpy()
-        return torch.tensor(
-            np.array([[token_values(a, b, metric, None) for b in rows] for a in rows])
-        )
+        return torch.tensor(np.array([[token_values(a, b, metric) for b in rows] for a in rows]))
 
     right = values(f)
     for centre in (f[0], torch.zeros_like(f[0])):  # any base will do
-        options = {"bias": -centre, "base": centre.log_softmax(-1)}
-        ours = launch.compare(x, metric, **options)
+        options = {"shift": -centre, "base": centre.log_softmax(-1)}
+        ours = triton.compare(x, metric, **options)
         torch.testing.assert_close(ours, right, rtol=3e-6, atol=3e-7)
-        assert torch.equal(ours, launch.compare(x, metric, **options))
-        near = launch.compare(x, metric, False, **options)
+        assert torch.equal(ours, triton.compare(x, metric, **options))
+        near = triton.compare(x, metric, False, **options)
         torch.testing.assert_close(near, right[1:, 0], rtol=3e-6, atol=3e-7)
         assert metric == "kl" or torch.equal(ours, ours.transpose(0, 1))
         assert not ours.diagonal().any()
 
 
-@pytest.mark.parametrize("name", ["pairs", "fused"])
-def test_self_checks_pass(name: str) -> None:
-    _triton._checks[f"disagreement_{name}"](torch.device("cpu"))
-
-
-def test_row_statistics_of_ties_infinities_and_nan() -> None:
-    weight = torch.eye(6).repeat(3, 1).half()
-    h = torch.tensor([[0.0, 3, 1, 3, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, torch.nan, 0]]).half()
-    bias = torch.zeros(18)
-    bias[:8] = -torch.inf
-    (lse,), (index,) = launch.row_statistics(h[None], weight, bias)
-    right = (h[:2].double() @ weight.double().t() + bias.double()).logsumexp(-1)
-    torch.testing.assert_close(lse[:2].double(), right)
-    assert index[:2].tolist() == [9, 8] and lse[2].isnan()
+def test_self_check_passes() -> None:
+    registry._checks["disagreement_pairs"](torch.device("cpu"))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -103,8 +76,7 @@ def test_row_statistics_of_ties_infinities_and_nan() -> None:
 @pytest.mark.parametrize(
     ("K", "N", "D", "V"), [(2, 60, 17, 33), (3, 21, 40, 131), (8, 9, 24, 70), (16, 7, 33, 65)]
 )
-@with_and_without_fusion
-def test_op_through_the_kernels(metric, dtype, K, N, D, V, fused, large_tiles) -> None:
+def test_op_through_the_kernels(metric, dtype, K, N, D, V, large_tiles) -> None:
     hidden, weight = variants(K, N, D, 0.1, dtype), head(V, D, dtype, 3.0)
     bias = head(V, 1, dtype)[:, 0].contiguous()
     ours = pairwise_disagreement(hidden, weight, bias, metric)
@@ -128,8 +100,7 @@ def test_op_through_the_kernels(metric, dtype, K, N, D, V, fused, large_tiles) -
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@with_and_without_fusion
-def test_mask(metric, fused, large_tiles) -> None:
+def test_mask(metric, large_tiles) -> None:
     hidden, weight = variants(3, 13, 20, 0.4), head(35, 20)
     mask = torch.arange(13) % 3 != 0
     spoiled = torch.where(mask[:, None], hidden, torch.nan)
@@ -189,8 +160,7 @@ def test_classes_ruled_out_in_the_outputs(metric, first, large_tiles) -> None:
 
 @pytest.mark.parametrize("metric", METRICS[1:])
 @pytest.mark.parametrize("spread", [0.1, 3.0])
-@with_and_without_fusion
-def test_classes_ruled_out_by_the_head(metric, spread, fused, large_tiles) -> None:
+def test_classes_ruled_out_by_the_head(metric, spread, large_tiles) -> None:
     hidden, weight, bias = variants(3, 6, 20, spread), head(21, 20), head(21, 1)[:, 0].clone()
     bias[[0, 7]] = -INF
     allowed = [v for v in range(21) if v not in (0, 7)]

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from adarank_kernels import grouped_lora_linear, grouped_lora_linear_ref
-from adarank_kernels.lora import parts as _grouped_lora_parts
+from adarank_kernels.lora import parts
 from adarank_kernels.lora import triton_launch as launch
 from adarank_kernels.lora.dropout import keep_mask
-from adarank_kernels.runtime import registry as _triton
+from adarank_kernels.runtime import registry
 from adarank_kernels.runtime.registry import check_close
-from bench import counts
 from tests.kernels.lora_cases import assert_as_good_as_torch, make_group
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -74,30 +73,6 @@ def test_expand_tiles_skip_rank_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N", [1, 300])
-def test_down(dtype: torch.dtype, N: int) -> None:
-    ranks, outs = (1, 3, 24, 16, 32), (96, 7, 129, 64, 30)  # two launches
-    offsets, total = [], 0
-    for rank in ranks:
-        offsets.append(total)
-        total += launch.padded(rank)
-    S = guarded(randn(N, total), dtype)
-    Bs = [randn(o, r, scale=r**-0.5).to(dtype) for o, r in zip(outs, ranks, strict=True)]
-    dYs = [guarded(randn(N, out), dtype) for out in outs]
-    scalings = [0.5, 1.0, 2.0, 1.5, 0.75]
-    dS, dS_again = (torch.full_like(S, float("nan")) for _ in range(2))
-    dBs = launch.down(dYs, S, offsets, Bs, scalings, dS, offsets)
-    again = launch.down(dYs, S, offsets, Bs, scalings, dS_again, offsets)
-    assert torch.equal(dS, dS_again) and all(map(torch.equal, dBs, again))
-    for m, (dY, B, s, offset) in enumerate(zip(dYs, Bs, scalings, offsets, strict=True)):
-        part = S[:, offset : offset + B.shape[1]]
-        ours = dS[:, offset : offset + B.shape[1]]
-        check_close(ours, (dY @ B) * s, (dY.double() @ B.double()) * s)
-        check_close(dBs[m], (dY.t() @ part) * s, (dY.double().t() @ part.double()) * s)
-        assert not dS[:, offset + B.shape[1] : offset + launch.padded(B.shape[1])].any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_drop_draws_the_bits_of_torch(dtype: torch.dtype) -> None:
     X, seed = guarded(randn(40, 333), dtype), torch.tensor([-(2**60) - 17])
     expected = X * keep_mask(seed, 40, 333, 0.4)
@@ -106,59 +81,29 @@ def test_drop_draws_the_bits_of_torch(dtype: torch.dtype) -> None:
     assert torch.equal(added, X + expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_fused(dtype: torch.dtype, bias: bool, transposed: bool) -> None:
-    N, K, out, rank = 140, 200, 150, 19
-    X, W = guarded(randn(N, K), dtype), guarded(randn(out, K, scale=K**-0.5), dtype)
-    weight = W.t().contiguous().t() if transposed else W
-    S, B = guarded(randn(N, 32), dtype), randn(out, rank, scale=rank**-0.5).to(dtype)
-    b = randn(1, out)[0].to(dtype) if bias else None
-    part = S[:, :rank]
-    exact = X.double() @ W.double().t() + 1.5 * (part.double() @ B.double().t())
-    exact = exact + (b.double() if b is not None else 0.0)
-    torchs = torch.nn.functional.linear(X, W, b) + 1.5 * (part @ B.t())
-    check_close(launch.fused(X, weight, b, S, B, 1.5), torchs, exact)
-
-
-def test_the_counts_know_the_tiles_of_down() -> None:
-    assert counts.DOWN_BLOCK_M == launch.DOWN["BLOCK_M"]
-    assert counts.DOWN_BLOCKS_R == launch.DOWN_BLOCKS_R
-
-
-@pytest.mark.parametrize("name", ["shrink", "expand", "down", "drop", "fused"])
+@pytest.mark.parametrize("name", ["shrink", "expand", "drop"])
 def test_self_checks_pass(name: str) -> None:
-    _triton._checks[f"lora_{name}"](torch.device("cpu"))
+    registry._checks[f"lora_{name}"](torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("asked_for", [(), ("lora_down",), ("lora_down", "lora_fused")])
-def test_op_through_the_kernels(
-    dtype: torch.dtype, dropout: float, asked_for: tuple[str, ...]
-) -> None:
+def test_op_through_the_kernels(dtype: torch.dtype, dropout: float) -> None:
     group = make_group((2, 70), train_base=True, dropout=dropout, seed=torch.tensor([41]))
     exact = group.results(grouped_lora_linear_ref)  # float64
     torchs = group.to(dtype).results(grouped_lora_linear_ref)
-    for name in asked_for:
-        _triton.enable(name)
-    try:
-        ours = group.to(dtype).results(grouped_lora_linear)
-        again = group.to(dtype).results(grouped_lora_linear)
-    finally:
-        for name in asked_for:
-            _triton.enable(name, False)
+    ours = group.to(dtype).results(grouped_lora_linear)
+    again = group.to(dtype).results(grouped_lora_linear)
     assert_as_good_as_torch(ours, torchs, exact)
     assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
-@pytest.mark.parametrize("left", ["shrink", "expand", "down", "drop", "fused"])
+@pytest.mark.parametrize("left", ["shrink", "expand", "drop"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_one_kernel_alone(left: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others failed their checks on this device: torch's products take their places."""
     chosen = frozenset({f"lora_{left}"})
-    monkeypatch.setattr(_grouped_lora_parts, "ready_among", lambda names, *_: chosen & {*names})
+    monkeypatch.setattr(parts, "ready_among", lambda names, *_: chosen & {*names})
     group = make_group((2, 35), train_base=True, dropout=dropout, seed=torch.tensor([7]))
     exact = group.results(grouped_lora_linear_ref)
     torchs = group.to(torch.bfloat16).results(grouped_lora_linear_ref)
@@ -175,18 +120,6 @@ def test_outputs_may_be_changed_in_place(bias: bool, ranks: tuple[int, ...]) -> 
     Bs = [torch.randn(24, r, requires_grad=True) if r else None for r in ranks]
     for y in grouped_lora_linear(x, weights, As, Bs, [1.0] * len(ranks), biases):
         y.relu_()
-
-
-def test_down_where_only_a_is_trained() -> None:
-    group = make_group((33,), bias=False)
-    for B in group.lora_Bs:
-        if B is not None:
-            B.requires_grad_(False)
-    _triton.enable("lora_down")
-    try:
-        group.results(grouped_lora_linear)
-    finally:
-        _triton.enable("lora_down", False)
 
 
 def test_op_through_the_kernels_with_float32_adapters_and_foreign_base() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adarank_kernels import philox_normal, philox_normal_ref
-from adarank_kernels.random import triton as _philox_kernels
-from adarank_kernels.random.philox import _check_kernel, _fill
+from adarank_kernels.random import triton
+from adarank_kernels.random.philox import _check_kernel, fill_in_torch
 from adarank_kernels.random.words import key_tensor, philox_words
 
 SEEDS = [0, 1, 2**32 + 7, 2**63, 2**64 - 1]
@@ -18,7 +18,7 @@ SEEDS = [0, 1, 2**32 + 7, 2**63, 2**64 - 1]
 def test_words_are_torchs_bit_for_bit(seed: int, total: int) -> None:
     key = key_tensor(seed, torch.device("cpu"))
     buffer = torch.full((total + 8,), -7, dtype=torch.int32)
-    _philox_kernels.fill(buffer[4:-4], key, words=True)
+    triton.fill(buffer[4:-4], key, words=True)
     counters = torch.arange((total + 3) // 4)
     expected = torch.stack(philox_words(key, counters, counters * 0), 1).view(-1)[:total]
     assert torch.equal(buffer[4:-4], expected)
@@ -29,7 +29,7 @@ def test_words_are_torchs_bit_for_bit(seed: int, total: int) -> None:
 def test_normals(seed: int) -> None:
     ours = philox_normal((9, 331), seed)  # the kernel: the interpreter stands in for the card
     torchs = torch.empty((9 * 331 + 3) // 4, 4)
-    _fill(torchs, seed)
+    fill_in_torch(torchs, seed)
     torchs = torchs.view(-1)[: 9 * 331].view(9, 331)
     torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-6)
     exact = philox_normal_ref((9, 331), seed, dtype=torch.float64)
@@ -44,12 +44,12 @@ def test_rounds_once(dtype: torch.dtype) -> None:
 
 def test_self_check_passes_and_sees_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
     _check_kernel(torch.device("cpu"))
-    right = _philox_kernels.fill
+    right = triton.fill
 
     def wrong(out: torch.Tensor, key: torch.Tensor, words: bool = False) -> torch.Tensor:
         right(out, key, words).view(-1)[-1] += 1
         return out
 
-    monkeypatch.setattr(_philox_kernels, "fill", wrong)
+    monkeypatch.setattr(triton, "fill", wrong)
     with pytest.raises(ArithmeticError, match="words differ"):
         _check_kernel(torch.device("cpu"))

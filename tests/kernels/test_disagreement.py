@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(2, 1, 7, 5), (3, 101, 33, 129), (8, 12, 20, 5001), (16, 5, 9, 40)]  # K, N, D, V
 INF = float("inf")
 both = pytest.mark.parametrize("op", [pairwise_disagreement, pairwise_disagreement_ref])
-each_metric = pytest.mark.parametrize(("metric", "activation"), METRICS)
+each_metric = pytest.mark.parametrize("metric", METRICS)
 
 
 def assert_as_good_as_torch(
@@ -31,17 +31,16 @@ def assert_as_good_as_torch(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spread", [0.03, 2.0])
-def test_with_a_head(metric, activation, dtype, shape, spread) -> None:
+def test_with_a_head(metric, dtype, shape, spread) -> None:
     K, N, D, V = shape
     hidden, weight, bias = (
         variants(K, N, D, spread, dtype),
         head(V, D, dtype, 3.0),
         head(V, 1)[:, 0],
     )
-    options = {"metric": metric, "activation": activation}
-    right = exact(hidden, weight, bias.to(dtype), **options)
-    ours = pairwise_disagreement(hidden, weight, bias.to(dtype), **options)
-    torchs = pairwise_disagreement_ref(hidden, weight, bias.to(dtype), **options)
+    right = exact(hidden, weight, bias.to(dtype), metric=metric)
+    ours = pairwise_disagreement(hidden, weight, bias.to(dtype), metric=metric)
+    torchs = pairwise_disagreement_ref(hidden, weight, bias.to(dtype), metric=metric)
     assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     largest = np.abs(outputs64(hidden, weight, bias)).max()
     bound = largest * torch.finfo(dtype).eps if N == 1 else 0.0
@@ -50,54 +49,48 @@ def test_with_a_head(metric, activation, dtype, shape, spread) -> None:
     assert_as_good_as_torch(ours, torchs, right, bound)
     assert not ours.diagonal().any()
     assert metric == "kl" or torch.equal(ours, ours.t())
-    again = pairwise_disagreement(hidden, weight, bias.to(dtype), **options)
+    again = pairwise_disagreement(hidden, weight, bias.to(dtype), metric=metric)
     assert torch.equal(ours, again)
 
     reference = variants(1, N, D, 1.0, dtype, seed=5)[0]
-    right = exact(hidden, weight, None, reference=reference, **options)
-    ours = pairwise_disagreement(hidden, weight, reference=reference, **options)
-    torchs = pairwise_disagreement_ref(hidden, weight, reference=reference, **options)
+    right = exact(hidden, weight, None, reference=reference, metric=metric)
+    ours = pairwise_disagreement(hidden, weight, reference=reference, metric=metric)
+    torchs = pairwise_disagreement_ref(hidden, weight, reference=reference, metric=metric)
     assert ours.shape == (K,)
     assert_as_good_as_torch(ours, torchs, right, bound)
 
 
 @each_metric
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_a_head(metric, activation, dtype) -> None:
+def test_without_a_head(metric, dtype) -> None:
     hidden = variants(5, 9, 77, 0.5, dtype)
-    options = {"metric": metric, "activation": activation}
-    ours = pairwise_disagreement(hidden, **options)
+    ours = pairwise_disagreement(hidden, metric=metric)
     assert_as_good_as_torch(
-        ours, pairwise_disagreement_ref(hidden, **options), exact(hidden, **options)
+        ours, pairwise_disagreement_ref(hidden, metric=metric), exact(hidden, metric=metric)
     )
-    one = pairwise_disagreement(hidden[1:2], reference=hidden[0], **options)
+    one = pairwise_disagreement(hidden[1:2], reference=hidden[0], metric=metric)
     torch.testing.assert_close(one, ours[1:2, 0])
 
 
 @each_metric
-def test_float64_is_exact(metric, activation) -> None:
+def test_float64_is_exact(metric) -> None:
     hidden, weight = variants(3, 6, 10, 0.3, torch.float64), head(50, 10, torch.float64)
-    options = {"metric": metric, "activation": activation}
-    right = exact(hidden, weight, **options)
+    right = exact(hidden, weight, metric=metric)
     for op in (pairwise_disagreement, pairwise_disagreement_ref):
-        torch.testing.assert_close(op(hidden, weight, **options), right, rtol=1e-7, atol=1e-15)
+        torch.testing.assert_close(op(hidden, weight, metric=metric), right, rtol=1e-7, atol=1e-15)
 
 
-@pytest.mark.parametrize(
-    ("metric", "activation", "relative"),
-    [("l1", None, 1e-6), ("l1", "tanh", 1e-6), ("tv", None, 1e-6), ("kl", None, 1e-4)],
-)
+@pytest.mark.parametrize(("metric", "relative"), [("l1", 1e-6), ("tv", 1e-6), ("kl", 1e-4)])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_small_differences_keep_their_digits(metric, activation, relative, pairs) -> None:
+def test_small_differences_keep_their_digits(metric, relative, pairs) -> None:
     hidden = variants(3, 20, 64, 1e-6, torch.float32)
     weight, bias = head(700, 64, scale=4.0), 10 * head(700, 1)[:, 0]
-    options = {"metric": metric, "activation": activation}
-    right = exact(hidden, weight, bias, **options)
+    right = exact(hidden, weight, bias, metric=metric)
     if pairs:
-        ours = pairwise_disagreement(hidden, weight, bias, **options)
+        ours = pairwise_disagreement(hidden, weight, bias, metric=metric)
     else:
         right = right[:, 0]
-        ours = pairwise_disagreement(hidden, weight, bias, reference=hidden[0], **options)
+        ours = pairwise_disagreement(hidden, weight, bias, reference=hidden[0], metric=metric)
     torch.testing.assert_close(ours.double(), right, rtol=relative, atol=0)
     assert ours.max() < 1e-5
 
@@ -136,54 +129,53 @@ def test_bfloat16_sees_what_its_logits_cannot() -> None:
 
 
 @each_metric
-def test_mask_reductions_and_values_of_tokens(metric, activation) -> None:
+def test_mask_reductions_and_values_of_tokens(metric) -> None:
     hidden, weight = variants(4, 50, 12, 0.5), head(60, 12)
     mask = torch.arange(50) % 3 != 0
-    options = {"metric": metric, "activation": activation}
     spoiled = torch.where(mask[:, None], hidden, torch.nan)
     kept = hidden[:, mask]
-    whole = pairwise_disagreement(kept, weight, **options)
+    whole = pairwise_disagreement(kept, weight, metric=metric)
     for op in (pairwise_disagreement, pairwise_disagreement_ref):
-        torch.testing.assert_close(op(spoiled, weight, mask=mask, **options), whole)
+        torch.testing.assert_close(op(spoiled, weight, mask=mask, metric=metric), whole)
         halves = [
-            op(spoiled[:, part], weight, mask=mask[part].int(), reduction="sum", **options)
+            op(spoiled[:, part], weight, mask=mask[part].int(), reduction="sum", metric=metric)
             for part in (slice(0, 20), slice(20, 50))
         ]
         torch.testing.assert_close(sum(halves) / mask.sum(), whole)
-        values = op(spoiled, weight, mask=mask, reference=hidden[2], reduction="none", **options)
+        values = op(
+            spoiled, weight, mask=mask, reference=hidden[2], reduction="none", metric=metric
+        )
         assert values.shape == (4, 50) and values.dtype == torch.float64
         assert not values[:, ~mask].any()
         f = outputs64(hidden, weight, None)
         for k in range(4):
-            right = torch.from_numpy(token_values(f[k], f[2], metric, activation))[mask]
+            right = torch.from_numpy(token_values(f[k], f[2], metric))[mask]
             torch.testing.assert_close(values[k, mask], right, rtol=1e-5, atol=1e-7)
 
 
 @each_metric
-def test_any_chunk_size_gives_the_same(metric, activation, monkeypatch) -> None:
+def test_any_chunk_size_gives_the_same(metric, monkeypatch) -> None:
     hidden, weight, bias = variants(3, 37, 16, 0.5), head(300, 16), head(300, 1)[:, 0]
-    options = {"metric": metric, "activation": activation}
-    whole = pairwise_disagreement(hidden, weight, bias, **options)
+    whole = pairwise_disagreement(hidden, weight, bias, metric=metric)
     monkeypatch.setattr(disagreement, "LOGITS_BYTES", 5 * 3 * 300 * 4)
     monkeypatch.setattr(disagreement, "CACHE_BYTES", 2 * 3 * 300 * 4)
     monkeypatch.setattr(disagreement, "ROWS", 7)
     monkeypatch.setattr(disagreement, "OUTPUTS", 64)
-    pieces = pairwise_disagreement(hidden, weight, bias, **options)
+    pieces = pairwise_disagreement(hidden, weight, bias, metric=metric)
     torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-9)
 
 
 @each_metric
-def test_strides_do_not_matter(metric, activation) -> None:
+def test_strides_do_not_matter(metric) -> None:
     base = variants(4, 10, 24, 0.5)
     weight = head(33, 24)
-    options = {"metric": metric, "activation": activation}
     strided = base.permute(2, 1, 0).contiguous().permute(2, 1, 0)[:, ::2, 1::2]
     expanded = base[:1, ::2, 1::2].expand(4, -1, -1)
     columns = weight.t().contiguous().t()[:, 1::2]
-    plain = pairwise_disagreement(strided.contiguous(), columns.contiguous(), **options)
+    plain = pairwise_disagreement(strided.contiguous(), columns.contiguous(), metric=metric)
     assert plain.max() > 0
-    torch.testing.assert_close(pairwise_disagreement(strided, columns, **options), plain)
-    assert not pairwise_disagreement(expanded, columns, **options).any()
+    torch.testing.assert_close(pairwise_disagreement(strided, columns, metric=metric), plain)
+    assert not pairwise_disagreement(expanded, columns, metric=metric).any()
 
 
 @both
@@ -199,15 +191,14 @@ def test_ties_go_to_the_lowest_index(op) -> None:
 @pytest.mark.parametrize("scale", [1e3, 3e4])
 def test_large_logits(op, scale) -> None:
     f = scale * torch.tensor([[[1.0, 0.0, 0.5]], [[0.0, 1.0, 0.5]], [[1.0, 0.0, 0.25]]])
-    for options, apart, close in (
-        ({"metric": "tv"}, 1.0, 0.0),
-        ({"metric": "kl"}, scale, 0.0),
-        ({"metric": "js"}, 0.6931472, 0.0),
-        ({"metric": "l1"}, scale * 2 / 3, scale / 12),
-        ({"metric": "l1", "activation": "tanh"}, 2 / 3, 0.0),
+    for metric, apart, close in (
+        ("tv", 1.0, 0.0),
+        ("kl", scale, 0.0),
+        ("js", 0.6931472, 0.0),
+        ("l1", scale * 2 / 3, scale / 12),
     ):
         for weight in (None, torch.eye(3)):
-            d = op(f, weight, **options)
+            d = op(f, weight, metric=metric)
             assert d[0, 1].item() == pytest.approx(apart) and d[1, 0].item() == pytest.approx(apart)
             assert d[0, 2].item() == pytest.approx(close, rel=1e-6, abs=1e-9)
 
@@ -236,17 +227,14 @@ def test_classes_ruled_out_in_the_outputs(op, metric) -> None:
 
 @both
 @each_metric
-def test_classes_ruled_out_by_the_head(op, metric, activation) -> None:
+def test_classes_ruled_out_by_the_head(op, metric) -> None:
     hidden, weight = variants(3, 6, 10, 0.4), head(21, 10)
     bias = head(21, 1)[:, 0].clone()
     bias[[0, 7]] = -INF
-    options = {"metric": metric, "activation": activation}
-    ours = op(hidden, weight, bias, **options)
+    ours = op(hidden, weight, bias, metric=metric)
     allowed = [v for v in range(21) if v not in (0, 7)]
-    right = exact(hidden, weight[allowed], bias[allowed], **options)
-    if metric == "l1" and activation:
-        right = right * len(allowed) / 21
-    elif metric == "l1":  # what cancels cannot be told apart
+    right = exact(hidden, weight[allowed], bias[allowed], metric=metric)
+    if metric == "l1":  # what cancels cannot be told apart
         right = exact(hidden, weight) if op is pairwise_disagreement else right * 19 / 21
     torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-7)
 
@@ -254,20 +242,19 @@ def test_classes_ruled_out_by_the_head(op, metric, activation) -> None:
 @each_metric
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("broken", [0, 2])
-def test_nan_stays_in_its_variant(metric, activation, with_head, broken) -> None:
+def test_nan_stays_in_its_variant(metric, with_head, broken) -> None:
     hidden, weight = variants(4, 9, 15, 0.4), head(22, 15) if with_head else None
-    options = {"metric": metric, "activation": activation}
-    right = pairwise_disagreement_ref(hidden, weight, **options)
+    right = pairwise_disagreement_ref(hidden, weight, metric=metric)
     spoiled = hidden.clone()
     spoiled[broken, 3, 2] = torch.nan
-    ours = pairwise_disagreement(spoiled, weight, **options)
+    ours = pairwise_disagreement(spoiled, weight, metric=metric)
     touched = torch.zeros(4, 4, dtype=torch.bool)
     touched[broken] = touched[:, broken] = True
     assert torch.equal(ours.isnan(), touched)
     torch.testing.assert_close(ours[~touched], right[~touched], rtol=1e-5, atol=1e-7)
-    against = pairwise_disagreement(spoiled, weight, reference=hidden[1], **options)
+    against = pairwise_disagreement(spoiled, weight, reference=hidden[1], metric=metric)
     assert against.isnan().tolist() == [k == broken for k in range(4)]
-    against = pairwise_disagreement(hidden, weight, reference=spoiled[broken], **options)
+    against = pairwise_disagreement(hidden, weight, reference=spoiled[broken], metric=metric)
     assert against.isnan().all()
 
 
@@ -280,6 +267,40 @@ def test_float16_differences_below_its_range() -> None:
     torch.testing.assert_close(
         ours.double(), exact(hidden, weight, reference=zero), rtol=2e-3, atol=0
     )
+
+
+# The bound on a card's memory, of sizes alone
+
+SHAPES_OF_HEADS = [(8, 2048, 576, 49152), (8, 2048, 1024, 151936), (16, 4096, 4096, 128256)]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", SHAPES_OF_HEADS)
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_chunk_on_a_card_holds_a_tenth_of_the_logits(metric, shape, kernel, dtype) -> None:
+    R, N, D, V = shape
+    chunk = disagreement.chunk_tokens("cuda", R, N, D, V, metric, dtype, kernel)
+    width = min(V, disagreement.GPU_OUTPUTS) if metric == "l1" else V
+    products = R * chunk * width * 4
+    held = disagreement.held_copies(metric, kernel) * products + R * chunk * D * (
+        dtype.itemsize + 8
+    )
+    assert 1 <= chunk <= N and products <= disagreement.GPU_BYTES
+    assert held <= R * N * V * dtype.itemsize / 10
+    assert products > 4 << 20  # enough for a card to do
+
+
+def test_chunks_of_small_and_of_huge_problems() -> None:
+    def chunk(device, R, N, D, V, metric="tv", dtype=torch.bfloat16):
+        return disagreement.chunk_tokens(device, R, N, D, V, metric, dtype, True)
+
+    assert chunk("cuda", 8, 100, 32, 1000) >= 100  # a tenth of little is not worth its launches
+    assert chunk("cuda", 16, 10**6, 4096, 128256) * 16 * 128256 * 4 <= disagreement.GPU_BYTES
+    assert chunk("cuda", 16, 1, 64, 10**8) == chunk("cpu", 16, 1, 64, 10**8) == 1
+    assert chunk("cuda", 8, 4096, 1024, None) > chunk("cpu", 8, 4096, 1024, None)
+    assert chunk("cpu", 8, 10**6, 64, 49152) == chunk("cpu", 8, 10, 64, 49152)
+    assert chunk("cpu", 8, 10**6, 64, 49152, "l1") == disagreement.ROWS // 8
 
 
 # Bad input
@@ -305,8 +326,6 @@ def test_float16_differences_below_its_range() -> None:
         ({"reference": torch.ones(2, 4, 6)}, ValueError, r"reference must be \[4, 6\]"),
         ({"reference": torch.ones(4, 6).half()}, TypeError, "reference must be torch.float32"),
         ({"metric": "l2"}, ValueError, "metric must be one of l1, .*'l2'"),
-        ({"activation": "relu"}, ValueError, "activation must be None or 'tanh', got 'relu'"),
-        ({"metric": "tv", "activation": "tanh"}, ValueError, "metric 'l1' only, got 'tv'"),
         ({"reduction": "max"}, ValueError, "reduction must be .* got 'max'"),
         ({"reduction": "none"}, ValueError, "needs a reference"),
     ],

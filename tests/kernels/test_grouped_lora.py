@@ -1,9 +1,7 @@
-"""grouped_lora_linear and lora_linear on the CPU: values, every gradient, bad input, graphs."""
+"""grouped_lora_linear and lora_linear on the CPU: values, every gradient, bad input."""
 
 from __future__ import annotations
 
-import shutil
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -16,18 +14,13 @@ from adarank_kernels import (
     lora_linear,
     lora_linear_ref,
 )
-from adarank_kernels.lora import skinny as _skinny
 from adarank_kernels.lora.dropout import draw_seed, keep_mask, keep_scale
 from tests.kernels.lora_cases import Group, assert_as_good_as_torch, make_group
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both forms of the products with few ranks: `_skinny`'s and torch's."""
-    monkeypatch.setattr(_skinny, "LEAST_ROWS", 1 if request.param == "native" else 1 << 62)
-    return request.param
+pytestmark = pytest.mark.usefixtures("products")
 
 
 def check(group: Group, dtype: torch.dtype, adapters: torch.dtype | None = None) -> None:
@@ -302,7 +295,7 @@ def test_dropout_is_unbiased() -> None:
     assert keep_scale(0.5) == 2.0 and draw_seed(torch.device("cpu")).dtype == torch.int64
 
 
-# NaN, autocast, graphs
+# NaN, autocast
 
 
 def test_nan_propagates() -> None:
@@ -324,71 +317,6 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert ours["y[1]"].dtype == dtype and ours["dx"].dtype == torch.float32
     assert ours["dlora_As[1]"].dtype == torch.float32
     assert_as_good_as_torch(ours, refs, exact)
-
-
-class Block(torch.nn.Module):
-    def __init__(self, ranks: tuple[int, ...], dropout: float) -> None:
-        super().__init__()
-        outs = [16 + 8 * m for m in range(len(ranks))]
-        self.base = torch.nn.ModuleList(torch.nn.Linear(24, out) for out in outs)
-        self.As = torch.nn.ParameterList(torch.randn(r, 24) / 5 for r in ranks)
-        self.Bs = torch.nn.ParameterList(
-            torch.randn(out, r) for out, r in zip(outs, ranks, strict=True)
-        )
-        self.dropout = dropout
-        for parameter in self.base.parameters():
-            parameter.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(x)
-        outputs = grouped_lora_linear(
-            x,
-            [base.weight for base in self.base],
-            list(self.As),
-            list(self.Bs),
-            [2.0, 0.5, 1.0][: len(self.As)],
-            [base.bias for base in self.base],
-            dropout=self.dropout,
-        )
-        return torch.cat([torch.relu_(y) for y in outputs], dim=-1)
-
-
-@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)])
-def test_compiled_gradients_whatever_the_dimensions(shape: tuple[int, ...]) -> None:
-    """torch.compile of torch 2.11 loses gradients of outputs that an autograd node changed."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    block = Block((3, 8, 1), 0.0)
-    x = torch.randn(shape, requires_grad=True)
-    parameters = [x, *block.As, *block.Bs]
-    expected = torch.autograd.grad(block(x).square().sum(), parameters)
-    found = torch.autograd.grad(torch.compile(block, backend="eager")(x).square().sum(), parameters)
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_compiles_to_one_graph_without_recompiling(backend: str, dropout: float) -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    block = Block((3, 8, 1), dropout)
-    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("inductor needs a C++ compiler, and this machine has none")
-    compiled = torch.compile(block, fullgraph=True, backend=backend)
-    x = torch.randn(2, 5, 24, requires_grad=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled(x).square().sum().backward()
-    torch._dynamo.utils.counters.clear()
-    if not dropout:
-        ours = torch.autograd.grad(compiled(x).square().sum(), [x, *block.As, *block.Bs])
-        refs = torch.autograd.grad(block(x).square().sum(), [x, *block.As, *block.Bs])
-        torch.testing.assert_close(ours, refs)
-    optimiser = torch.optim.SGD([*block.As, *block.Bs], 1e-3)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            compiled(torch.randn(2, 5, 24, requires_grad=True)).square().sum().backward()
-            optimiser.step()
 
 
 # Bad input

@@ -3,8 +3,8 @@ import torch
 
 from adarank_kernels import philox_normal, philox_normal_ref
 from adarank_kernels.lora.dropout import keep_mask
+from adarank_kernels.random import native
 from adarank_kernels.random.words import philox_words
-from adarank_kernels.runtime import native as _native
 
 # As drawn by the first release: plans made then must be made again.
 PINNED = [1.53377831, -0.63036144, -0.35869935, 0.11006770, -0.46694282, 0.10247138, -1.03088462]
@@ -14,7 +14,7 @@ PINNED = [1.53377831, -0.63036144, -0.35869935, 0.11006770, -0.46694282, 0.10247
 def words_by(request, monkeypatch):
     """Large calls once with the C function, if it can be built here, and once without."""
     if request.param == "torch":
-        monkeypatch.setattr(_native, "library", lambda: None)
+        monkeypatch.setattr(native, "library", lambda: None)
 
 
 def test_words_are_those_of_random123():
@@ -33,11 +33,11 @@ def test_matches_integers_and_float64(shape, seed):
 
 
 def test_compiled_words_are_torchs():
-    library = _native.library()
+    library = native.library()
     if library is None:
         pytest.skip("no C compiler")
     key, first, row = -(2**40) - 3, 2**32 - 5, 7  # the counter's low word carries
-    ours = _native.words(library, key, first, row, 3, 11)
+    ours = native.words(library, key, first, row, 3, 11)
     counters = first + torch.arange(11)
     rows = (row + torch.arange(3))[:, None] + (counters >> 32)
     expected = philox_words(torch.tensor([key]), counters & 0xFFFFFFFF, rows)
@@ -47,12 +47,12 @@ def test_compiled_words_are_torchs():
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert _native.library.__wrapped__() is None
+    assert native.library.__wrapped__() is None
 
 
 def test_a_compiler_that_fails(monkeypatch):
     monkeypatch.setenv("CC", "false")
-    assert _native.library.__wrapped__() is None
+    assert native.library.__wrapped__() is None
 
 
 def test_pinned_numbers(words_by):

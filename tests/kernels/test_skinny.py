@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adarank_kernels.lora import skinny as _skinny
+from adarank_kernels.lora import skinny
 from adarank_kernels.lora.dropout import keep_mask, threshold
 from adarank_kernels.lora.skinny import Factors, drop, narrow, outer, usable, wide
-from adarank_kernels.runtime import native as _native
+from adarank_kernels.runtime import native
 
 DTYPES = [torch.float32, torch.bfloat16]
 RANKS = (3, 1, 8, 24)
@@ -31,7 +31,7 @@ def test_it_is_there() -> None:
 def test_torch_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert _native.build("nothing", "int one(void) { return 1; }") is None
+    assert native.build("nothing", "int one(void) { return 1; }") is None
 
 
 def skip_without(dtype: torch.dtype) -> None:
@@ -155,4 +155,4 @@ def test_dropout_draws_the_same_mask(dtype: torch.dtype, rows: int, features: in
     assert torch.equal(drop(X, seed, threshold(0.4), torch.empty_like(X)), X * keep)
     assert torch.equal(drop(X, seed, threshold(0.4), total.clone(), add=True), total + X * keep)
     assert not drop(X, seed, threshold(1.0), torch.empty_like(X)).any()
-    assert _skinny.drop(X, seed, 0, torch.empty_like(X)).equal(X)
+    assert skinny.drop(X, seed, 0, torch.empty_like(X)).equal(X)

@@ -13,46 +13,35 @@ from torch import Tensor
 from adarank_kernels.runtime.registry import DTYPES, HAS_TRITON, INTERPRETED, ready
 
 if HAS_TRITON:
-    from adarank_kernels.disagreement import triton_launch as launch
+    from adarank_kernels.disagreement import triton
 
 RULED_OUT = -30.0  # of a log-probability: e^-30 adds nothing to a float32 sum
 
 
-def kernel(name: str, rows: Tensor, dtype: torch.dtype) -> bool:
-    """Whether Triton kernel `name` compares rows [R, ...] that came in `dtype`."""
-    if not HAS_TRITON or not (rows.is_cuda or INTERPRETED) or len(rows) > launch.MAX_ROWS:
+def has_kernel(R: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel compares R rows of outputs in `dtype`: float32 is welcome there."""
+    if not HAS_TRITON or not (device.type == "cuda" or INTERPRETED) or R > triton.MAX_ROWS:
         return False
-    return ready(f"disagreement_{name}", rows.device, dtype)
+    return dtype != torch.float64 and ready("disagreement_pairs", device, DTYPES[0])
 
 
-def pairs_kernel(f: Tensor) -> bool:
-    """Whether the kernel for outputs that exist compares f [R, ...]: float32 is welcome there."""
-    return f.dtype != torch.float64 and kernel("pairs", f, DTYPES[0])
-
-
-def compare(
-    f: Tensor, metric: str, activation: str | None, pairs: bool, working: torch.dtype
-) -> Tensor:
+def compare(f: Tensor, metric: str, pairs: bool, working: torch.dtype) -> Tensor:
     """Outputs [R, s, V] -> float64 [R, R, s], or [R - 1, s]; l1 summed over V.
 
     Functions of the outputs are taken in float64, their small differences to row 0 and those of
     each other in `working`.
     """
-    if metric in ("l1", "tv"):
-        if metric == "tv":
-            f = f.softmax(-1, dtype=torch.float64)
-        elif activation:
-            f = f.double().tanh()
-        else:
-            return l1(f, pairs, infinite=f.is_cuda or not bool(f.isfinite().all()))
-        found = l1((f - f[0]).to(working), pairs)
-        return found / 2 if metric == "tv" else found
+    if metric == "l1":
+        return l1(f, pairs, infinite=f.is_cuda or not bool(f.isfinite().all()))
+    if metric == "tv":
+        p = f.softmax(-1, dtype=torch.float64)
+        return l1((p - p[0]).to(working), pairs) / 2
     if metric == "argmax":
         return _argmax(f, pairs)
     return (_kl if metric == "kl" else _js)(f.double(), pairs)
 
 
-def pairwise(distance: Callable[[Tensor, Tensor], Tensor], f: Tensor, pairs: bool) -> Tensor:
+def _pairwise(distance: Callable[[Tensor, Tensor], Tensor], f: Tensor, pairs: bool) -> Tensor:
     """A symmetric distance of rows [R, s, ...]; rows (i, i + shift) in one go."""
     R, s = f.shape[:2]
     if not pairs:
@@ -66,8 +55,8 @@ def pairwise(distance: Callable[[Tensor, Tensor], Tensor], f: Tensor, pairs: boo
 
 def l1(f: Tensor, pairs: bool, infinite: bool = False) -> Tensor:
     """sum_v |f_i - f_j|; where there may be `infinite` ones, equal ones are no difference."""
-    if pairs_kernel(f):
-        return launch.compare(f, "l1", pairs)
+    if has_kernel(len(f), f.device, f.dtype):
+        return triton.compare(f, "l1", pairs)
     buffer = f.new_empty(f[1:].shape)  # fresh memory for each pair costs more than the pair
 
     def distance(f: Tensor, g: Tensor) -> Tensor:
@@ -76,17 +65,17 @@ def l1(f: Tensor, pairs: bool, infinite: bool = False) -> Tensor:
             difference.nan_to_num_(nan=0.0, posinf=torch.inf)
         return difference.sum(-1).double()
 
-    return pairwise(distance, f, pairs)
+    return _pairwise(distance, f, pairs)
 
 
-def differ(i: Tensor, j: Tensor) -> Tensor:
+def _differ(i: Tensor, j: Tensor) -> Tensor:
     return (i != j).double() + 0 * (i + j)  # NaN stays
 
 
 def _argmax(f: Tensor, pairs: bool) -> Tensor:
     largest, index = f.max(-1)
     index = index.double().masked_fill_(largest.isnan(), torch.nan)
-    return pairwise(differ, index, pairs)
+    return _pairwise(_differ, index, pairs)
 
 
 def _kl(f: Tensor, pairs: bool) -> Tensor:
@@ -114,7 +103,7 @@ def _js(f: Tensor, pairs: bool) -> Tensor:
 
     p = f.softmax(-1)
     own = entropy(p).sum(-1)
-    mixed = pairwise(mixture, p, pairs)
+    mixed = _pairwise(mixture, p, pairs)
     if not pairs:
         return (mixed - (own[1:] + own[0]) / 2).clamp_min_(0)
     found = (mixed - (own + own[:, None]) / 2).clamp_min_(0)
@@ -154,9 +143,11 @@ def relative(logits: Tensor, far: Tensor, bias: Tensor | None, metric: str, pair
     if bias is not None:
         log_p += bias
     lse = log_p.logsumexp(-1, keepdim=True)
-    log_p -= lse
-    base = log_p.clamp_min(RULED_OUT)  # any will do that is finite
-    alone = -lse if bias is None else bias.double() - lse  # of rows that hold their own logits
-    shift = torch.where(far[:, None], alone, log_p).sub_(base)
+    base = (log_p - lse).clamp_min_(RULED_OUT).float()  # any will do that is finite
+    added = (
+        log_p.new_zeros(()) if bias is None else bias.double()
+    )  # to rows with logits of their own
+    shift = torch.where(far[:, None], added, log_p, out=log_p).sub_(lse).sub_(base).float()
+    del log_p
     logits[0].masked_fill_(~far[:, None], 0)
-    return launch.compare(logits, metric, pairs, bias=shift.float(), base=base.float())
+    return triton.compare(logits, metric, pairs, shift, base)

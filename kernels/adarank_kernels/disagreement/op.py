@@ -1,7 +1,7 @@
 """How far apart K variants' outputs are: hidden states [K, N, D] -> [K, K], head included.
 
     f_k = H_k W^T + b (or H_k itself), p_k = softmax(f_k); per token, then over tokens
-    l1 (i, j)  mean_v |a(f_i) - a(f_j)|, a = identity or tanh
+    l1 (i, j)  mean_v |f_i - f_j|
     tv         1/2 sum_v |p_i - p_j|
     kl         sum_v p_i (log p_i - log p_j)                       row i, column j
     js         entropy((p_i + p_j) / 2) - (entropy(p_i) + entropy(p_j)) / 2
@@ -18,9 +18,9 @@ and divergences lose nothing to cancellation. Any finite centre is right, so a n
 replaced by zeros and spoils no other variant.
 
 Logits exist for one chunk of tokens at a time; l1 sees one block of outputs of a chunk at a time.
-Distances of outputs that exist are in `_disagreement_metrics.py`, Triton kernels of both kinds in
-`_disagreement_kernels.py`. On CUDA a call waits for the device where a mask says which tokens count
-and, where no kernel compares the logits of tv, once a chunk.
+Distances of outputs that exist are in metrics.py, their Triton kernels in triton.py. On CUDA a call
+waits for the device where a mask says which tokens count and, where no kernel compares the logits
+of tv, once a chunk.
 """
 
 from __future__ import annotations
@@ -31,33 +31,22 @@ import torch
 from torch import Tensor
 
 from adarank_kernels.disagreement import metrics
-from adarank_kernels.runtime.registry import HAS_TRITON
-
-if HAS_TRITON:
-    from adarank_kernels.disagreement import triton_launch as launch
 
 METRICS = ("l1", "tv", "kl", "js", "argmax")
 
 
 LOGITS_BYTES = 80 << 20  # of a token chunk's logits
-
-
 CACHE_BYTES = 2 << 20  # of an operand of the elementwise passes
-
-
 ROWS = 512  # of a product whose outputs are needed only block by block
-
-
 LARGE = 30.0  # moves of a token's logits that differ by more are exponentiated in float64
-
-
 OUTPUTS = 4096  # of a block; wider products take more time per output (measured)
 
-
-GPU_BYTES = 256 << 20  # of the outputs that exist at once on CUDA, where few launches count more
-
-
-GPU_OUTPUTS = 16384
+# On CUDA few launches count more. A chunk has at most GPU_BYTES of outputs, and all that it holds
+# is at most GPU_SHARE of [K, N, V] in hidden's dtype, or GPU_LEAST_BYTES where that is less.
+GPU_BYTES = 256 << 20
+GPU_LEAST_BYTES = 64 << 20
+GPU_SHARE = 0.1
+GPU_OUTPUTS = 16384  # of a block
 
 
 def pairwise_disagreement(
@@ -65,7 +54,6 @@ def pairwise_disagreement(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     metric: str = "l1",
-    activation: str | None = None,
     mask: Tensor | None = None,
     reference: Tensor | None = None,
     reduction: str = "mean",
@@ -81,7 +69,6 @@ def pairwise_disagreement(
         metric: "l1" mean over outputs of |f_i - f_j|; "tv" half the sum of |p_i - p_j|,
             p = softmax(f); "kl" KL(p_i || p_j) in nats, row i and column j; "js" Jensen-Shannon in
             nats; "argmax" 1 where the largest outputs differ (lowest index on ties).
-        activation: None or "tanh" (of the outputs), for l1 only.
         mask: [N], zero where a token does not count; what it holds is then never read.
         reference: [N, D] in hidden's dtype: each variant against it only, kl as KL(p_k || p_ref).
         reduction: "mean" over tokens; "sum", which merges over batches; "none", each token's own
@@ -98,19 +85,23 @@ def pairwise_disagreement(
             left, too few variants.
         TypeError: `hidden`, `weight`, `bias` or `reference` of a wrong dtype.
     """
-    check(hidden, weight, bias, metric, activation, mask, reference, reduction)
+    check(hidden, weight, bias, metric, mask, reference, reduction)
     with torch.no_grad():
         kept = None if mask is None else kept_tokens(mask)
         tokens = hidden.shape[1] if kept is None else len(kept)
         head = None if weight is None else (weight, bias)
-        step = _chunk_tokens(hidden, weight, metric, activation, reference)
+        R, working = len(hidden) + (reference is not None), _working(hidden.dtype)
+        kernel = metrics.has_kernel(R, hidden.device, working)
+        V = None if weight is None else len(weight)
+        device, D = hidden.device.type, hidden.shape[2]
+        step = chunk_tokens(device, R, tokens, D, V, metric, hidden.dtype, kernel)
         parts, total = [], hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, tokens, step):
             chosen = slice(start, start + step) if kept is None else kept[start : start + step]
             rows = hidden[:, chosen]
             if reference is not None:
                 rows = torch.cat([reference[chosen][None], rows])
-            values = _chunk(rows, head, metric, activation, pairs=reference is None)
+            values = _chunk(rows, head, metric, pairs=reference is None)
             if reference is None:
                 total = total + values.sum(-1)
             else:
@@ -131,7 +122,6 @@ def check(
     weight: Tensor | None,
     bias: Tensor | None,
     metric: str,
-    activation: str | None,
     mask: Tensor | None,
     reference: Tensor | None,
     reduction: str,
@@ -148,10 +138,6 @@ def check(
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    if activation not in (None, "tanh"):
-        raise ValueError(f"activation must be None or 'tanh', got {activation!r}")
-    if activation and metric != "l1":
-        raise ValueError(f"activation={activation!r} goes with metric 'l1' only, got {metric!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction == "none" and reference is None:
@@ -181,24 +167,54 @@ def kept_tokens(mask: Tensor) -> Tensor:
     return kept
 
 
-def _chunk_tokens(
-    hidden: Tensor,
-    weight: Tensor | None,
+def chunk_tokens(
+    device: str,
+    R: int,
+    tokens: int,
+    features: int,
+    outputs: int | None,
     metric: str,
-    activation: str | None,
-    reference: Tensor | None,
+    dtype: torch.dtype,
+    kernel: bool,
 ) -> int:
-    """How many tokens to compare at once."""
-    rows = len(hidden) + (reference is not None)
-    outputs = hidden.shape[2] if weight is None else len(weight)
-    in_blocks = metric == "l1" and activation is None and weight is not None
-    if hidden.is_cuda:
-        width = max(min(outputs, GPU_OUTPUTS) if in_blocks else outputs, hidden.shape[2])
-        return max(1, GPU_BYTES // (rows * width * _working(hidden.dtype).itemsize))
+    """How many of the tokens of R rows to compare at once: a function of sizes alone.
+
+    Args:
+        device: its type; "cuda" has a memory bound of its own.
+        R: variants, the reference included.
+        tokens: all that count.
+        features: D of hidden.
+        outputs: V of the head; None without one.
+        metric: as in `pairwise_disagreement`.
+        dtype: of hidden.
+        kernel: whether the Triton kernel compares the outputs.
+    """
+    V, in_blocks = outputs or features, metric == "l1" and outputs is not None
+    size = _working(dtype).itemsize
+    if device == "cuda":
+        width = min(V, GPU_OUTPUTS) if in_blocks else V
+        held = R * (
+            held_copies(metric, kernel) * width * size + features * (2 * size + dtype.itemsize)
+        )
+        bound = max(GPU_LEAST_BYTES, int(GPU_SHARE * R * tokens * V * dtype.itemsize))
+        return max(1, min(GPU_BYTES // (R * max(width, features) * size), bound // held))
     if in_blocks:
-        return max(1, ROWS // rows)
-    space = LOGITS_BYTES // 8 if weight is None else LOGITS_BYTES  # no product to feed
-    return max(1, space // (rows * outputs * _working(hidden.dtype).itemsize))
+        return max(1, ROWS // R)
+    space = LOGITS_BYTES // 8 if outputs is None else LOGITS_BYTES  # no product to feed
+    return max(1, space // (R * V * size))
+
+
+def held_copies(metric: str, kernel: bool) -> int:
+    """How many times a chunk's outputs a comparison on CUDA holds at its peak, in their own dtype.
+
+    With a kernel for tv, kl and js beside them float64 log-probabilities of row 0; without one
+    differences in l1, and passes in float64 elsewhere.
+    """
+    if metric == "l1":
+        return 1 if kernel else 2
+    if metric == "argmax":
+        return 4
+    return 2 if kernel else 12
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
@@ -209,11 +225,9 @@ def _chunk(
     rows: Tensor,
     head: tuple[Tensor, Tensor | None] | None,
     metric: str,
-    activation: str | None,
     pairs: bool,
 ) -> Tensor:
     """rows [R, c, D] -> float64 [R, R, c] of all pairs, or [R - 1, c] of row 0 with the others."""
-    raw = metric == "l1" and activation is None
     divergence = metric in ("tv", "kl", "js")
     working = _working(rows.dtype)
     if head is not None:
@@ -225,28 +239,21 @@ def _chunk(
             bad |= largest.isinf()  # no distribution
     dtype = rows.dtype
     rows = rows.to(working).masked_fill(bad[..., None], 0)
-    if head is None and divergence and metrics.pairs_kernel(rows):
+    if head is None and divergence and metrics.has_kernel(len(rows), rows.device, working):
         found = metrics.relative(rows, torch.ones_like(bad[0]), None, metric, pairs)
     elif head is None:
-        values = [
-            metrics.compare(part, metric, activation, pairs, working) for part in _parts(rows)
-        ]
+        values = [metrics.compare(part, metric, pairs, working) for part in _parts(rows)]
         found = torch.cat(values, -1)
-    elif metric != "l1" and metrics.kernel("fused", rows, dtype):
-        found = _fused(rows, head, dtype, metric, pairs)
     else:
         far = _far(rows)
         rows[1:] -= rows[0].masked_fill(far[:, None], 0)
-        if raw:
+        if metric == "l1":
             rows[0].masked_fill_(~far[:, None], 0)
-            if metrics.kernel("fused", rows, dtype):
-                found = _fused(rows, head, dtype, metric, pairs)
-            else:
-                # a GPU multiplies zeros sooner than it answers
-                first = 0 if rows.is_cuda or far.any() else 1
-                found = _compare_deltas(rows, head[0], dtype, pairs, first)
+            # a GPU multiplies zeros sooner than it answers
+            first = 0 if rows.is_cuda or far.any() else 1
+            found = _compare_deltas(rows, head[0], dtype, pairs, first)
         else:
-            found = _compare_logits(rows, far, *head, dtype, metric, activation, pairs)
+            found = _compare_logits(rows, far, *head, dtype, metric, pairs)
     if metric == "l1":
         found /= rows.shape[2] if head is None else len(head[0])
     bad = bad | bad[:, None] if pairs else bad[1:] | bad[:1]
@@ -260,23 +267,6 @@ def _far(rows: Tensor) -> Tensor:
     A difference is rounded, and so is its product; of the row itself only the product is.
     """
     return (rows[1:] - rows[0]).norm(dim=-1).amax(0) > rows[0].norm(dim=-1) / 2**0.5
-
-
-def _fused(
-    rows: Tensor, head: tuple[Tensor, Tensor | None], dtype: torch.dtype, metric: str, pairs: bool
-) -> Tensor:
-    """Distances of rows [R, c, D] (l1: differences to a centre) without logits in memory."""
-    weight, bias = (None if x is None else x.to(dtype) for x in head)
-    assert weight is not None
-    if metric == "l1":
-        exponent = torch.frexp(rows.abs().amax()).exponent  # float16 has few
-        found = launch.compare(torch.ldexp(rows, -exponent).to(dtype), "l1", pairs, weight)
-        return torch.ldexp(found, exponent)
-    if metric == "argmax":
-        lse, index = launch.row_statistics(rows.to(dtype), weight, bias)
-        index = index.double().masked_fill_(lse.isnan(), torch.nan)
-        return metrics.pairwise(metrics.differ, index, pairs)
-    return launch.compare(rows.to(dtype), metric, pairs, weight, bias)
 
 
 def _few(rows: Tensor) -> int:
@@ -342,15 +332,14 @@ def _compare_logits(
     bias: Tensor | None,
     dtype: torch.dtype,
     metric: str,
-    activation: str | None,
     pairs: bool,
 ) -> Tensor:
-    """`_compare` of logits: row 0 as it is, the others as differences to it unless `far`."""
+    """Distances of logits: row 0 as it is, the others as differences to it unless `far`."""
     R, c, D = rows.shape
     logits = rows.new_empty(R, c, len(weight))
     for _ in _multiply(rows.view(-1, D), weight, dtype, logits.view(R * c, -1)):
         pass
-    if metric in ("tv", "kl", "js") and metrics.pairs_kernel(logits):
+    if metric != "argmax" and metrics.has_kernel(R, logits.device, logits.dtype):
         return metrics.relative(logits, far, bias, metric, pairs)
     moderate = ~far
     if metric == "tv":
@@ -369,5 +358,5 @@ def _compare_logits(
         f = part.double()
         f[1:] += torch.where(away[:, None], shift, centre)
         f[0] = centre
-        found.append(metrics.compare(f, metric, activation, pairs, rows.dtype))
+        found.append(metrics.compare(f, metric, pairs, rows.dtype))
     return torch.cat(found, -1)

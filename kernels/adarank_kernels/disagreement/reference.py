@@ -9,13 +9,11 @@ from torch import Tensor
 from adarank_kernels.disagreement.op import check, kept_tokens
 
 
-# The twin
 def pairwise_disagreement_ref(
     hidden: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     metric: str = "l1",
-    activation: str | None = None,
     mask: Tensor | None = None,
     reference: Tensor | None = None,
     reduction: str = "mean",
@@ -24,8 +22,7 @@ def pairwise_disagreement_ref(
 
     def outputs(rows: Tensor) -> Tensor:
         f = rows if weight is None else F.linear(rows, weight.to(rows), None)
-        f = f if bias is None else f + bias.to(f)
-        return f if activation is None else f.tanh()
+        return f if bias is None else f + bias.to(f)
 
     def distance(f: Tensor, g: Tensor) -> Tensor:
         p, q, log_p, log_q = f.softmax(-1), g.softmax(-1), f.log_softmax(-1), g.log_softmax(-1)
@@ -48,7 +45,7 @@ def pairwise_disagreement_ref(
         total = values.mean() if reduction == "mean" else values.sum()
         return total if hidden.dtype == torch.float64 else total.float()
 
-    check(hidden, weight, bias, metric, activation, mask, reference, reduction)
+    check(hidden, weight, bias, metric, mask, reference, reduction)
     kept = None if mask is None else kept_tokens(mask)
     f = [outputs(rows) for rows in hidden]
     if reference is not None:

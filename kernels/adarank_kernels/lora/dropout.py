@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adarank_kernels.random import native
 from adarank_kernels.random.words import philox_words
-from adarank_kernels.runtime import native as _native
 
 COLUMNS_PER_COUNTER = 8
 
@@ -67,14 +67,14 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     if torch.compiler.is_compiling() or type(seed) is not Tensor or seed.device.type != "cpu":
         return _keep_rows(seed, 0, rows, columns, dropped)
     groups = -(-columns // COLUMNS_PER_COUNTER)
-    native = _native.for_call(rows * columns)
-    key = 0 if native is None else int(seed)
+    library = native.for_call(rows * columns)
+    key = 0 if library is None else int(seed)
     mask = torch.empty(rows, columns, dtype=torch.bool)
     for start in range(0, rows, _ROWS_PER_CHUNK):
         stop = min(start + _ROWS_PER_CHUNK, rows)
-        if native is None:
+        if library is None:
             mask[start:stop] = _keep_rows(seed, start, stop, columns, dropped)
         else:
-            words = _native.words(native, key, 0, start, stop - start, groups)
+            words = native.words(library, key, 0, start, stop - start, groups)
             mask[start:stop] = _compare(words.movedim(0, -1).contiguous(), dropped)[:, :columns]
     return mask

@@ -1,4 +1,4 @@
-"""Triton kernels of the grouped LoRA linear; `_grouped_lora_launch.py` launches them.
+"""Triton kernels of the grouped LoRA linear; `triton_launch.py` launches them.
 
 Packed layout: A is [sum of padded ranks, in], each module's rows filled up to a multiple of 16 (S
 is not read there, dS is zero), so every segment of S and dS [N, sum of padded ranks] starts
@@ -8,10 +8,7 @@ of int32 rows, cached by shape.
 
     shrink    S = drop(X) A^T                 a pass over X for 64 columns (with dropout only)
     expand    Y_m += s_m S_m B_m^T            one launch; each tile loops over its own padded rank
-    down      dS_m = s_m dY_m B_m and         one pass over dY; dB from partial sums of row blocks
-              dB_m = s_m dY_m^T S_m           that are added in a fixed order (opt-in)
     drop      out (+)= drop(in)               for the operands of the vendor's GEMMs
-    fused     Y = s S B^T + X W^T + b         the low-rank product as first K-steps (opt-in)
 """
 
 from __future__ import annotations
@@ -137,66 +134,6 @@ def expand_kernel(
 
 
 @triton.jit
-def down_kernel(
-    s_ptr,
-    ds_ptr,
-    g0,
-    g1,
-    g2,
-    g3,
-    b0,
-    b1,
-    b2,
-    b3,
-    partial_ptr,
-    scaling_ptr,
-    table_ptr,
-    N,
-    stride_sn,
-    stride_dsn,
-    stride_pm,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    i_m = tl.program_id(0)
-    module = tl.program_id(1)
-    entry = table_ptr + module * 8
-    s_offset = tl.multiple_of(tl.load(entry + 1), 16)
-    rank = tl.load(entry + 2)
-    padded = tl.multiple_of(tl.load(entry + 3), 16)
-    p_offset = tl.multiple_of(tl.load(entry + 4), 16)
-    out = tl.load(entry + 5)
-    ds_offset = tl.multiple_of(tl.load(entry + 6), 16)
-    if ALIGNED:
-        out = tl.multiple_of(out, 16)
-    g_ptr, b_ptr = _slot(module, g0, g1, g2, g3), _slot(module, b0, b1, b2, b3)
-    rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    ns = tl.arange(0, BLOCK_N)
-    rs = tl.arange(0, BLOCK_R)
-    m_rows, m_rank = rows[:, None] < N, rs[None, :] < rank
-    p_s = s_ptr + rows.to(tl.int64)[:, None] * stride_sn + s_offset + rs[None, :]
-    s = tl.load(p_s, mask=m_rows & m_rank, other=0.0)
-    p_g = g_ptr + rows.to(tl.int64)[:, None] * out + ns[None, :]
-    p_b = b_ptr + ns[:, None] * rank + rs[None, :]
-    p_p = partial_ptr + i_m.to(tl.int64) * stride_pm + p_offset
-    p_p += ns[:, None] * BLOCK_R + rs[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for n in range(0, out, BLOCK_N):
-        m_n = n + ns < out
-        g = tl.load(p_g + n, mask=m_rows & m_n[None, :], other=0.0)
-        b = tl.load(p_b + n * rank, mask=m_n[:, None] & m_rank, other=0.0).to(g.dtype)
-        acc = tl.dot(g, b, acc, input_precision=PRECISION)
-        partial = tl.dot(tl.trans(g), s, input_precision=PRECISION)
-        tl.store(p_p + n * BLOCK_R, partial, mask=m_n[:, None] & (rs[None, :] < BLOCK_R))
-    p_ds = ds_ptr + rows.to(tl.int64)[:, None] * stride_dsn + ds_offset + rs[None, :]
-    ds = acc * tl.load(scaling_ptr + module)
-    tl.store(p_ds, ds.to(ds_ptr.dtype.element_ty), mask=m_rows & (rs[None, :] < padded))
-
-
-@triton.jit
 def drop_kernel(
     x_ptr,
     out_ptr,
@@ -221,63 +158,3 @@ def drop_kernel(
     if ADD:
         x = x.to(tl.float32) + tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
     tl.store(p_out, x.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def fused_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    s_ptr,
-    b_ptr,
-    y_ptr,
-    N,
-    K,
-    out,
-    rank,
-    scaling,
-    stride_xn,
-    stride_wn,
-    stride_wk,
-    stride_sn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tiles_m, tiles_n = tl.cdiv(N, BLOCK_M), tl.cdiv(out, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * tiles_n)
-    height = min(tiles_m - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * tiles_n)
-    rows = (group * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rs, ks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    m_rows, m_cols = rows[:, None] < N, cols[None, :] < out
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    p_s = s_ptr + rows.to(tl.int64)[:, None] * stride_sn + rs[None, :]
-    p_b = b_ptr + cols[None, :] * rank + rs[:, None]
-    for r in range(0, rank, BLOCK_R):
-        s = tl.load(p_s + r, mask=m_rows & (r + rs[None, :] < rank), other=0.0)
-        b = tl.load(p_b + r, mask=m_cols & (r + rs[:, None] < rank), other=0.0)
-        acc = tl.dot(s, b.to(s.dtype), acc, input_precision=PRECISION)
-    acc *= scaling
-    p_x = x_ptr + rows.to(tl.int64)[:, None] * stride_xn + ks[None, :]
-    p_w = w_ptr + cols.to(tl.int64)[None, :] * stride_wn + ks[:, None] * stride_wk
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(p_x, mask=m_rows, other=0.0)
-            w = tl.load(p_w, mask=m_cols, other=0.0)
-        else:
-            x = tl.load(p_x, mask=m_rows & (k + ks[None, :] < K), other=0.0)
-            w = tl.load(p_w, mask=m_cols & (k + ks[:, None] < K), other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        p_x += BLOCK_K
-        p_w += BLOCK_K * stride_wk
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=cols < out, other=0.0).to(tl.float32)[None, :]
-    p_y = y_ptr + rows.to(tl.int64)[:, None] * out + cols[None, :]
-    tl.store(p_y, acc.to(y_ptr.dtype.element_ty), mask=m_rows & m_cols)

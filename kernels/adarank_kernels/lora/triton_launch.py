@@ -23,9 +23,6 @@ SLOTS = 4  # modules a launch
 PADDING = 16  # the smallest K of a tensor-core product
 
 
-DOWN_MAX_RANK = 32
-
-
 # One known-good configuration each; BLOCK_R follows the rank, in these steps.
 SHRINK = {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 
@@ -36,24 +33,7 @@ SHRINK_BLOCKS_R = (16, 32, 64)
 EXPAND = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2}
 
 
-DOWN = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-
-
-DOWN_BLOCKS_R = (16, 32)
-
-
 DROP = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1}
-
-
-FUSED = {
-    "BLOCK_M": 128,
-    "BLOCK_N": 128,
-    "BLOCK_K": 64,
-    "BLOCK_R": 16,
-    "GROUP_M": 8,
-    "num_warps": 8,
-    "num_stages": 3,
-}
 
 
 def padded(rank: int) -> int:
@@ -62,7 +42,7 @@ def padded(rank: int) -> int:
 
 
 def rows_aligned(x: Tensor) -> bool:
-    """Whether the rows of x [..., in] start at 16 elements: else shrink and fused would spill.
+    """Whether the rows of x [..., in] start at 16 elements: else shrink would spill.
 
     Rows that are not in order are copied first.
     """
@@ -92,11 +72,6 @@ def _key(tensors: Sequence[Tensor], integers: Sequence[int]) -> tuple[Any, ...]:
 
 def _rows_in_order(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
-
-
-def _aligned(tensors: Sequence[Tensor], widths: Sequence[int]) -> bool:
-    """Whether rows of these widths start at 16 bytes in every tensor: what ALIGNED claims."""
-    return all(t.data_ptr() % 16 == 0 for t in tensors) and all(w % 16 == 0 for w in widths)
 
 
 def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -206,79 +181,6 @@ def expand(
             launch(kernels.expand_kernel, key, grid, arguments, constants)
 
 
-@lru_cache(maxsize=4096)
-def _down_table(
-    offsets: tuple[int, ...],
-    ranks: tuple[int, ...],
-    outs: tuple[int, ...],
-    dS_offsets: tuple[int, ...],
-    block_r: int,
-    device: torch.device,
-) -> tuple[Tensor, tuple[int, ...], int]:
-    """A row per module; its first column of the partial sums; their width."""
-    columns = [cdiv(out, 16) * 16 * block_r for out in outs]
-    firsts = tuple(sum(columns[:m]) for m in range(len(columns)))
-    rows = tuple(
-        (m, offset, rank, padded(rank), first, out, dS_offset)
-        for m, (offset, rank, first, out, dS_offset) in enumerate(
-            zip(offsets, ranks, firsts, outs, dS_offsets, strict=True)
-        )
-    )
-    return _table(rows, device), firsts, sum(columns)
-
-
-def down(
-    dYs: Sequence[Tensor],
-    S: Tensor,
-    offsets: Sequence[int],
-    lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    dS: Tensor,
-    dS_offsets: Sequence[int],
-) -> list[Tensor]:
-    """Fill the modules' segments of dS [N, R]; return float32 dB_m [out_m, r_m]; dY is read once.
-
-    Ranks up to 32. `offsets` and `dS_offsets` are the first columns of the modules in S and dS.
-    """
-    N = S.shape[0]
-    dBs: list[Tensor] = []
-    for i in range(0, len(dYs), SLOTS):
-        some = slice(i, i + SLOTS)
-        Bs = _one_dtype(lora_Bs[some], S.dtype)
-        ranks, outs = tuple(B.shape[1] for B in Bs), tuple(B.shape[0] for B in Bs)
-        block_r = next_block(max(ranks), DOWN_BLOCKS_R)
-        table, firsts, width = _down_table(
-            tuple(offsets[some]), ranks, outs, tuple(dS_offsets[some]), block_r, S.device
-        )
-        chunks = cdiv(N, DOWN["BLOCK_M"])
-        partial = S.new_empty(chunks, width, dtype=torch.float32)
-        gs = _slots(dYs[some])
-        if N:
-            with _on(S):
-                kernels.down_kernel[(chunks, len(Bs))](
-                    S,
-                    dS,
-                    *gs,
-                    *_slots(Bs),
-                    partial,
-                    _floats(tuple(scalings[some]), S.device),
-                    table,
-                    N,
-                    S.stride(0),
-                    dS.stride(0),
-                    partial.stride(0),
-                    BLOCK_R=block_r,
-                    ALIGNED=_aligned(gs, outs),
-                    PRECISION=_precision(S.dtype),
-                    **DOWN,
-                )
-        total = partial.sum(0)  # row blocks in a fixed order: the same bits every time
-        for first, B, scaling in zip(firsts, Bs, scalings[some], strict=True):
-            dB = total[first : first + B.shape[0] * block_r].view(-1, block_r)
-            dBs.append(dB[:, : B.shape[1]] * scaling)
-    return dBs
-
-
 def drop(X: Tensor, seed: Tensor, dropout: float, out: Tensor | None = None) -> Tensor:
     """X [N, in] with its dropped elements at zero, unscaled; added to `out` if given."""
     X = _rows_in_order(X)
@@ -293,41 +195,6 @@ def drop(X: Tensor, seed: Tensor, dropout: float, out: Tensor | None = None) -> 
         with _on(X):
             launch(kernels.drop_kernel, key, grid, tensors + integers, constants)
     return result
-
-
-def fused(
-    X: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float
-) -> Tensor:
-    """X W^T + bias + scaling S B^T in one GEMM; S [N, >= r] starts at the module's segment."""
-    X, B = _rows_in_order(X), B.contiguous()
-    N, K = X.shape
-    out, rank = B.shape
-    Y = X.new_empty(N, out)
-    if N:
-        grid = (cdiv(N, FUSED["BLOCK_M"]) * cdiv(out, FUSED["BLOCK_N"]),)
-        with _on(X):
-            kernels.fused_kernel[grid](
-                X,
-                W,
-                X if bias is None else bias,
-                S,
-                B,
-                Y,
-                N,
-                K,
-                out,
-                rank,
-                scaling,
-                X.stride(0),
-                W.stride(0),
-                W.stride(1),
-                S.stride(0),
-                EVEN_K=K % FUSED["BLOCK_K"] == 0,
-                HAS_BIAS=bias is not None,
-                PRECISION=_precision(X.dtype),
-                **FUSED,
-            )
-    return Y
 
 
 # Self-checks: small but ragged problems, mixed ranks, each 16-bit dtype, against float64.
@@ -385,17 +252,6 @@ def _check_expand(p: dict[str, Any]) -> None:
         check_close(y, Y + s * (S @ B.t()), exact)
 
 
-def _check_down(p: dict[str, Any]) -> None:
-    dS = torch.full_like(p["S"], float("nan"))
-    dBs = down(p["Ys"], p["S"], p["offsets"], p["Bs"], p["scalings"], dS, p["offsets"])
-    for m, (dY, S, B, s) in enumerate(
-        zip(p["Ys"], _segments(p), p["Bs"], p["scalings"], strict=True)
-    ):
-        ours = dS[:, p["offsets"][m] : p["offsets"][m] + B.shape[1]]
-        check_close(ours, (dY @ B) * s, (dY.double() @ B.double()) * s)
-        check_close(dBs[m], (dY.t() @ S) * s, (dY.double().t() @ S.double()) * s)
-
-
 def _check_drop(p: dict[str, Any]) -> None:
     expected = p["X"] * _dropout.keep_mask(p["seed"], _N, _K, 0.3)
     if not torch.equal(drop(p["X"], p["seed"], 0.3), expected):
@@ -404,25 +260,10 @@ def _check_drop(p: dict[str, Any]) -> None:
     check_close(added, p["X"] + expected, p["X"].double() + expected.double())
 
 
-def _check_fused(p: dict[str, Any]) -> None:
-    X, W, B, bias = p["X"], p["W"], p["Bs"][0], p["Bs"][0][:, 0].contiguous()
-    S = _segments(p)[0]
-    for weight in (W, W.t().contiguous().t()):
-        exact = X.double() @ W.double().t() + bias.double() + 2 * S.double() @ B.double().t()
-        torchs = torch.nn.functional.linear(X, W, bias) + 2 * (S @ B.t())
-        check_close(fused(X, weight, bias, S, B, 2.0), torchs, exact)
-
-
 register("lora_shrink", _each_dtype(_check_shrink))
 
 
 register("lora_expand", _each_dtype(_check_expand))
 
 
-register("lora_down", _each_dtype(_check_down), opt_in=True)
-
-
 register("lora_drop", _each_dtype(_check_drop))
-
-
-register("lora_fused", _each_dtype(_check_fused), opt_in=True)

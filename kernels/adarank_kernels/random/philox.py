@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adarank_kernels.random import native
+from adarank_kernels.random.reference import philox_normal_ref
 from adarank_kernels.random.words import WORD, key_tensor, philox_words, uniform_from_words
-from adarank_kernels.runtime import native as _native
 from adarank_kernels.runtime.registry import DTYPES, HAS_TRITON, check_close, ready, register
 
 if HAS_TRITON:
-    from adarank_kernels.random import triton as _philox_kernels
-from adarank_kernels.random.reference import philox_normal_ref
+    from adarank_kernels.random import triton
 
 COUNTERS_PER_CHUNK = 1 << 15  # on the CPU: temporaries stay in the second-level cache
 
@@ -63,22 +63,22 @@ def philox_normal(
     out = torch.empty((total + 3) // 4, 4, dtype=dtype, device=device)
     # Drawn in float32 whatever `dtype`: the registry's float32 rule is about products.
     if total and dtype != torch.float64 and ready("philox_normal", out.device, DTYPES[0]):
-        _philox_kernels.fill(out, key_tensor(seed, out.device))
+        triton.fill(out, key_tensor(seed, out.device))
     else:
-        _fill(out, seed)
+        fill_in_torch(out, seed)
     return out.view(-1)[:total].view(tuple(shape))
 
 
-def _fill(out: Tensor, seed: int) -> None:
+def fill_in_torch(out: Tensor, seed: int) -> None:
     """Normals into `out` [counters, 4], in torch."""
     on_cpu = out.device.type == "cpu"
-    native = _native.for_call(out.numel()) if on_cpu else None
+    library = native.for_call(out.numel()) if on_cpu else None
     key = key_tensor(seed, out.device)
     step = COUNTERS_PER_CHUNK if on_cpu else 256 * COUNTERS_PER_CHUNK
     for start in range(0, len(out), step):
         part = out[start : start + step]
-        if native is not None:
-            words = _native.words(native, seed, start, 0, 1, len(part))[:, 0]
+        if library is not None:
+            words = native.words(library, seed, start, 0, 1, len(part))[:, 0]
         else:
             counters = torch.arange(start, start + len(part), device=out.device)
             words = torch.stack(philox_words(key, counters & WORD, counters >> 32))
@@ -92,11 +92,11 @@ def _check_kernel(device: torch.device) -> None:
     counters = torch.arange((total + 3) // 4, device=device)
     expected = torch.stack(philox_words(key, counters, counters * 0), 1).view(-1)[:total]
     words = torch.empty(total, dtype=torch.int32, device=device)
-    if not torch.equal(_philox_kernels.fill(words, key, words=True), expected):
+    if not torch.equal(triton.fill(words, key, words=True), expected):
         raise ArithmeticError("the words differ from torch's")
     torchs = torch.empty(len(counters), 4, device=device)
-    _fill(torchs, seed)
-    ours = _philox_kernels.fill(torch.empty(total, device=device), key)
+    fill_in_torch(torchs, seed)
+    ours = triton.fill(torch.empty(total, device=device), key)
     exact = philox_normal_ref((total,), seed, device, torch.float64)
     check_close(ours, torchs.view(-1)[:total], exact)
 

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
-
-
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-
-
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-
-
 ROUNDS = 10
 
 

@@ -20,57 +20,25 @@ try:
 except ImportError:  # Windows, macOS
     HAS_TRITON = False
 
-
 logger = logging.getLogger(__name__)
 
-
 INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
-
-
 Constants = Mapping[str, Any]
-
-
 DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
-
-
 _checks: dict[str, Callable[[torch.device], None]] = {}
-
-
-_opt_in: dict[str, bool] = {}  # kernels that wait for `enable`
-
-
 _status: dict[tuple[str, str], str] = {}
-
-
 _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # what `launch` has launched
-
-
 _settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
 
 
-def register(name: str, check: Callable[[torch.device], None], opt_in: bool = False) -> None:
+def register(name: str, check: Callable[[torch.device], None]) -> None:
     """Make a kernel known; `check(device)` raises where its numbers are wrong."""
     _checks[name] = check
-    if opt_in:
-        _opt_in[name] = False
-
-
-def enable(name: str, on: bool = True) -> None:
-    """Switch an opt-in kernel on or off for the process."""
-    if name not in _opt_in:
-        raise ValueError(f"name must be one of {sorted(_opt_in)}, got {name!r}")
-    _opt_in[name] = on
-    _settled.clear()
 
 
 def choose(names: Collection[str], device: torch.device) -> None:
-    """From now on exactly these kernels run on the device, checked or not: for benchmarks.
-
-    Under the interpreter only the opt-in ones can be chosen.
-    """
+    """From now on exactly these kernels run on the device, checked or not: for benchmarks."""
     for name in _checks:
-        if name in _opt_in:
-            enable(name, name in names)
         _status[name, str(device)] = "passed" if name in names else "not chosen"
     _settled.clear()
 
@@ -81,8 +49,7 @@ def ready_among(names: tuple[str, ...], device: torch.device, dtype: torch.dtype
     found = _settled.get(key)
     if found is None:
         found = frozenset(name for name in names if ready(name, device, dtype))
-        waiting = (name for name in names if _opt_in.get(name, True))
-        if not INTERPRETED and all((name, str(device)) in _status for name in waiting):
+        if not INTERPRETED and all((name, str(device)) in _status for name in names):
             _settled[key] = found
     return found
 
@@ -90,10 +57,10 @@ def ready_among(names: tuple[str, ...], device: torch.device, dtype: torch.dtype
 def ready(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernel `name` may run on tensors of `device` and `dtype`; checks it if need be."""
     if INTERPRETED:
-        return _opt_in.get(name, True) and dtype != torch.float64
+        return dtype != torch.float64 and _status.get((name, str(device))) != "not chosen"
     if not HAS_TRITON or device.type != "cuda" or dtype not in DTYPES:
         return False
-    if not _opt_in.get(name, True) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False  # in a graph, inductor fuses the plain torch form
     key = (name, str(device))
     if key not in _status:
@@ -110,15 +77,10 @@ def ready(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def kernel_status(device: torch.device | str = "cuda") -> dict[str, str]:
-    """Per kernel: "passed", "failed: why", "not checked yet", "off" (opt-in) or "no Triton"."""
+    """Per kernel: "passed", "failed: why", "not checked yet", "not chosen" or "no Triton"."""
     if not HAS_TRITON:
         return dict.fromkeys(_checks, "no Triton")
-    return {
-        name: _status.get((name, str(device)), "not checked yet")
-        if _opt_in.get(name, True)
-        else "off"
-        for name in _checks
-    }
+    return {name: _status.get((name, str(device)), "not checked yet") for name in _checks}
 
 
 def launch(
@@ -185,7 +147,6 @@ __all__ = [
     "cdiv",
     "check_close",
     "choose",
-    "enable",
     "kernel_status",
     "kind",
     "launch",
