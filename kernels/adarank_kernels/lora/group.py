@@ -80,7 +80,7 @@ class Group:
         if torch.compiler.is_compiling() or INTERPRETED:
             return False
         if x.device.type == "cpu":
-            return self.backend is cpu or (x.dtype == torch.float64 and native.operators() is not None)
+            return self.backend is cpu
         return HAS_TRITON and self.backend is triton and native.operators() is not None
 
     def fits(self, x: Tensor) -> bool:

@@ -102,7 +102,11 @@ def _built() -> Path:
 
 
 def _build(compiler: str, path: Path) -> None:
-    print("adarank-fast: building its C++ products, once (about 20 s) ...", file=sys.stderr, flush=True)
+    print(
+        "adarank-fast: building its C++ products, once (about 20 s) ...",
+        file=sys.stderr,
+        flush=True,
+    )
     start = time.monotonic()
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.runtime import native
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -103,6 +104,8 @@ def expand(
     scalings: Sequence[float],
     in_place: bool,
 ) -> list[Tensor]:
+    if any([Y.dtype != S.dtype for Y in Ys]):  # a foreign base's own
+        return aten.expand(Ys, S, Bs, first, scalings, in_place)
     outputs = list(Ys) if in_place else [Y.clone() for Y in Ys]
     for Y, B, start, scaling in zip(outputs, Bs, first, scalings, strict=True):
         torch.ops.adarank.expand_(Y, S, B, start, scaling, None)

@@ -33,6 +33,13 @@ def pack(As: Sequence[Tensor], first: Sequence[int], width: int, dtype: torch.dt
     return cast(pieces[0] if len(pieces) == 1 else torch.cat(pieces), dtype)
 
 
+def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling a b, rounded once."""
+    if scaling == 1.0:
+        return torch.mm(a, b)
+    return torch.addmm(a.new_zeros(1, 1), a, b, beta=0.0, alpha=scaling)
+
+
 def drop(X: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     if seed is None:
         return X
@@ -65,7 +72,9 @@ def expand(
         Bt = cast(B, S.dtype).t()
         if Y.dtype != S.dtype:  # a foreign base's own
             low = torch.mm(S_m, Bt)
-            outputs.append(Y.add_(low, alpha=scaling) if in_place else (Y + scaling * low).to(Y.dtype))
+            outputs.append(
+                Y.add_(low, alpha=scaling) if in_place else (Y + scaling * low).to(Y.dtype)
+            )
         elif in_place:
             outputs.append(Y.addmm_(S_m, Bt, alpha=scaling))
         else:
@@ -85,8 +94,7 @@ def grad_S(
     for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=True):
         if start > end:
             parts.append(dY.new_zeros(dY.shape[0], start - end))
-        low = torch.mm(dY, cast(B, dtype))
-        parts.append(low if scaling == 1.0 else low * scaling)
+        parts.append(scaled_mm(dY, cast(B, dtype), scaling))
         end = start + B.shape[1]
     if width > end:
         parts.append(dYs[0].new_zeros(dYs[0].shape[0], width - end))
@@ -96,8 +104,7 @@ def grad_S(
 def grad_B(
     dY: Tensor, S: Tensor, start: int, rank: int, scaling: float, dtype: torch.dtype
 ) -> Tensor:
-    dB = torch.mm(dY.t(), S.narrow(1, start, rank))
-    return cast(dB if scaling == 1.0 else dB * scaling, dtype)
+    return cast(scaled_mm(dY.t(), S.narrow(1, start, rank), scaling), dtype)
 
 
 def grad_X(

@@ -553,21 +553,38 @@ Tensor philox(int64_t key, int64_t c0, int64_t c1, int64_t rows, int64_t n)
     return words;
 }
 
-// In-place operators bump the version of what they write, as aten's do.
-template <typename F, F *f>
-struct Bumping;
-template <typename... Rest, void (*f)(Tensor &, Rest...)>
-struct Bumping<void(Tensor &, Rest...), f> {
-    static void call(Tensor &written, Rest... rest)
+// In-place operators bump the version of what they write, as aten's do; the operator itself comes below.
+template <typename... Rest>
+void bump(const char *name, c10::DispatchKeySet keys, Tensor &written, Rest... rest)
+{
+    auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<void(Tensor &, Rest...)>();
     {
-        {
-            at::AutoDispatchBelowADInplaceOrView guard;
-            f(written, rest...);
-        }
-        written.unsafeGetTensorImpl()->bump_version();
+        at::AutoDispatchBelowADInplaceOrView guard;
+        op.redispatch(keys & c10::after_ADInplaceOrView_keyset, written, rest...);
     }
-};
-#define BUMPING(f) TORCH_FN((Bumping<decltype(f), f>::call))
+    written.unsafeGetTensorImpl()->bump_version();
+}
+
+void bump_expand_(c10::DispatchKeySet keys, Tensor &y, const Tensor &s, const Tensor &lora_B, int64_t first,
+                  double scaling, const std::optional<Tensor> &bias)
+{
+    bump<const Tensor &, const Tensor &, int64_t, double, const std::optional<Tensor> &>(
+        "adarank::expand_", keys, y, s, lora_B, first, scaling, bias);
+}
+
+void bump_grad_s_(c10::DispatchKeySet keys, Tensor &ds, const Tensor &dy, const Tensor &lora_B, int64_t first,
+                  double scaling)
+{
+    bump<const Tensor &, const Tensor &, int64_t, double>("adarank::grad_s_", keys, ds, dy, lora_B, first,
+                                                          scaling);
+}
+
+void bump_grad_x_(c10::DispatchKeySet keys, Tensor &dx, const Tensor &ds, at::TensorList lora_A,
+                  at::IntArrayRef first, const std::optional<Tensor> &seed, double dropout)
+{
+    bump<const Tensor &, at::TensorList, at::IntArrayRef, const std::optional<Tensor> &, double>(
+        "adarank::grad_x_", keys, dx, ds, lora_A, first, seed, dropout);
+}
 
 } // namespace
 
@@ -611,7 +628,7 @@ TORCH_LIBRARY_IMPL(adarank, CompositeExplicitAutograd, m)
 
 TORCH_LIBRARY_IMPL(adarank, ADInplaceOrView, m)
 {
-    m.impl("expand_", BUMPING(expand_));
-    m.impl("grad_s_", BUMPING(grad_s_));
-    m.impl("grad_x_", BUMPING(grad_x_));
+    m.impl("expand_", TORCH_FN(bump_expand_));
+    m.impl("grad_s_", TORCH_FN(bump_grad_s_));
+    m.impl("grad_x_", TORCH_FN(bump_grad_x_));
 }

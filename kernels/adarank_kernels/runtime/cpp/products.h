@@ -197,7 +197,7 @@ INLINE void tile(vec (&sum)[R][V], const element *X, int64_t ldx, const unit *P,
     }
 }
 
-constexpr int64_t SHORT = 64; // units
+constexpr int64_t SHORT = 32; // units
 
 template <int R, int V>
 INLINE void shrink_tile(const element *X, int64_t ldx, int64_t features, const unit *P, int64_t lanes,
@@ -364,7 +364,7 @@ void expand(element *X, int64_t ldx, int64_t N, int64_t features, const element 
 
 constexpr int STRIP = 2 * LANES; // features of an outer product's tile
 constexpr int OUTER_RANKS = 12;
-constexpr int RUN = 256;         // rows summed before they join the total
+constexpr int RUN = 32;          // rows summed before they join the total
 constexpr int AHEAD = 8;         // rows from a row to the one that is fetched meanwhile
 
 // Ranks of Q [pairs of rows][width] times `rows` of X, STRIP features: added to G [ranks][STRIP].
