@@ -8,7 +8,6 @@ sum moves it by as much). A kernel that fails its own check is not used in what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,10 +44,6 @@ OWN = "16-bit"  # "dtype" of a kernel's own check, which tries both
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def runs_kernels(device: torch.device) -> bool:
     return registry.HAS_TRITON and (device.type == "cuda" or registry.INTERPRETED)
 
@@ -63,7 +58,7 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
     for name in registry._checks if runs_kernels(device) else ():
 
         def check(name: str = name) -> float:
-            with on(device), torch.no_grad():
+            with registry.on_device(device), torch.no_grad():
                 registry._checks[name](device)
             return 1.0
 

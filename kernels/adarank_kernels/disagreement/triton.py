@@ -20,7 +20,6 @@ a row's logsumexp enters kl only squared.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adarank_kernels.runtime.registry import cdiv, check_close, register
+from adarank_kernels.runtime.registry import cdiv, check_close, on_device, register
 
 METRICS = ("l1", "tv", "kl", "js")
 MAX_ROWS = 16  # variants, the reference included
@@ -54,7 +53,10 @@ def _moved(base, r):
 
 @triton.jit
 def _relative(x_ptr, shift_ptr, base_ptr, k, token, valid, cols, V, stride_xr, stride_xt):
-    """Rows (k, token) [M] at cols [BLOCK_V] plus their token's shift, and its base; float32."""
+    """Rows (k, token) [M] at cols [BLOCK_V] plus their token's shift, and its base; float32.
+
+    Beyond V the base is -inf: what is there has no probability and is no difference.
+    """
     inside = valid[:, None] & (cols[None, :] < V)
     p_x = x_ptr + (k.to(tl.int64) * stride_xr + token.to(tl.int64) * stride_xt)[:, None]
     x = tl.load(p_x + cols[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -81,7 +83,7 @@ def rows_kernel(
             x_ptr, shift_ptr, base_ptr, k, token, valid, cols, V, stride_xr, stride_xt
         )
         moved += tl.sum(_moved(base, x), 1)
-        x = tl.where(cols[None, :] < V, x + base, float("-inf"))
+        x += base
         both = tl.maximum(tl.max(x, 1), largest)
         anchor = tl.where(both == float("-inf"), 0.0, both)
         total = total * tl.exp(largest - anchor) + tl.sum(tl.exp(x - anchor[:, None]), 1)
@@ -96,9 +98,8 @@ def _apart(x, y, p, base, METRIC: tl.constexpr):
     """What rows x and y are apart in each output; kl and js of log-probabilities less base."""
     if METRIC == "kl" or METRIC == "js":
         d, q = y - x, tl.exp(base + y)
-        near = tl.abs(d) < 0.5
     if METRIC == "kl":
-        found = tl.where(near, p * _curve(d), q - p - p * d)
+        found = tl.where(tl.abs(d) < 0.5, p * _curve(d), q - p - p * d)
         found = tl.where(y == float("-inf"), float("inf"), found)
         found = tl.where(x == float("-inf"), q, found)
     elif METRIC == "js":
@@ -106,7 +107,7 @@ def _apart(x, y, p, base, METRIC: tl.constexpr):
         series = h * (0.5 - h * (1 / 4 - h * (1 / 9 - h * (17 / 360 - h * (31 / 1575)))))
         far = tl.minimum(tl.abs(d), 100.0)
         u = tl.exp(-far)
-        curve = tl.where(near, series, 0.6931471805599453 - tl.log(1 + u) - far * u / (1 + u))
+        curve = tl.where(far < 0.5, series, 0.6931471805599453 - tl.log(1 + u) - far * u / (1 + u))
         found = tl.where(p + q > 0, (p + q) * 0.5 * curve, 0.0)
     else:
         found = tl.where(x == y, 0.0, tl.abs(x - y))  # equal infinities
@@ -149,9 +150,8 @@ def pairs_kernel(
             )
             x -= lse
             if METRIC == "tv":
-                x = tl.where(cols[None, :] < V, _moved(base, x), 0.0)
+                x = _moved(base, x)
             else:
-                x = tl.where(cols[None, :] < V, x, float("-inf"))
                 p = tl.exp(base + x)
         for s in range(1, (K if METRIC == "kl" else K // 2 + 1) if ALL else 2):
             other = group + (k + s) % K if ALL else group
@@ -200,7 +200,7 @@ def compare(
     options = pairs_options(metric)
     blocks, splits = cdiv(tokens * K, options["M"]), cdiv(V, SPLIT)
     out = torch.empty(splits, blocks * options["M"], K, device=x.device)
-    with _device(x):
+    with on_device(x.device):
         pairs_kernel[(blocks, splits)](
             x, shift, base, lse, out,
             R, tokens, V, x.stride(0), x.stride(1), SPLIT, K=K, METRIC=metric, ALL=every, **options,
@@ -215,16 +215,12 @@ def _logsumexp(x: Tensor, shift: Tensor, base: Tensor) -> Tensor:
     R, tokens, V = x.shape
     splits = cdiv(V, SPLIT)
     lse, moved = torch.empty(2, splits, R, tokens, device=x.device)
-    with _device(x):
+    with on_device(x.device):
         rows_kernel[(cdiv(R * tokens, PAIRS["M"]), splits)](
             x, shift, base, lse, moved, R, tokens, V, x.stride(0), x.stride(1), SPLIT, **PAIRS
         )
     lse, moved = lse.logsumexp(0), moved.sum(0)  # e^lse - 1
     return torch.where(moved.abs() < 0.5, moved.log1p(), lse)
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _unrolled(sums: Tensor, R: int, metric: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Launchers and numerical self-checks of the kernels in `_grouped_lora_kernels.py`.
+"""Launchers and numerical self-checks of the kernels in `triton_kernels.py`.
 
 Every launcher takes matrices of one dtype on one device, in the packed layout described there.
 """

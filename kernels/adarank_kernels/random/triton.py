@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from adarank_kernels.runtime.registry import on_device
 
 FILL = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}  # counters, four numbers each, a program
 
@@ -38,6 +38,6 @@ def fill(out: Tensor, key: Tensor, words: bool = False) -> Tensor:
     """Fill the contiguous `out` with normals, or with words if it is int32 and `words`."""
     assert out.is_contiguous() and (out.dtype == torch.int32) == words
     grid = (triton.cdiv(out.numel(), 4 * FILL["BLOCK"]),)
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+    with on_device(out.device):
         fill_kernel[grid](out, key, out.numel(), WORDS=words, **FILL)
     return out

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 try:
-    import triton
     from triton import knobs
 
     HAS_TRITON = True
@@ -23,7 +23,6 @@ except ImportError:  # Windows, macOS
 logger = logging.getLogger(__name__)
 
 INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
-Constants = Mapping[str, Any]
 DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
 _checks: dict[str, Callable[[torch.device], None]] = {}
 _status: dict[tuple[str, str], str] = {}
@@ -88,7 +87,7 @@ def launch(
     key: Hashable,
     grid: tuple[int, int],
     arguments: Sequence[Any],
-    constants: Constants,
+    constants: Mapping[str, Any],
 ) -> None:
     """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
 
@@ -123,6 +122,11 @@ def kind(value: int) -> tuple[bool, bool, bool]:
     return value % 16 == 0, value == 1, value < 2**31
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where to launch: Triton takes the current CUDA device, whatever the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -138,21 +142,3 @@ def check_close(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -
     allowed = 2 * (torchs.double() - exact).abs().max().item() + 1e-6
     if not error <= allowed:
         raise ArithmeticError(f"error {error:.3g} above {allowed:.3g}")
-
-
-__all__ = [
-    "DTYPES",
-    "HAS_TRITON",
-    "INTERPRETED",
-    "cdiv",
-    "check_close",
-    "choose",
-    "kernel_status",
-    "kind",
-    "launch",
-    "next_block",
-    "ready",
-    "ready_among",
-    "register",
-    "triton",
-]
