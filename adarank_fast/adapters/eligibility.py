@@ -86,6 +86,15 @@ def _is_plain(parameter: Tensor) -> bool:
     return type(parameter) in (nn.Parameter, Tensor)
 
 
+def returns_its_own(base: nn.Module) -> bool:
+    """Whether nobody else can hold what the base layer's forward returns: known classes only."""
+    cls = type(base)
+    return cls is nn.Linear or (
+        cls.__module__.startswith("bitsandbytes.")
+        and cls.__name__ in ("Linear4bit", "Linear8bitLt")
+    )
+
+
 def active_name(layer: Layer) -> str:
     return next(name for name in layer.active_adapters if name in layer.lora_A)
 

@@ -21,13 +21,13 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from adarank_fast.adapters.eligibility import (
-    SAFE_BASES,
     Layer,
     Member,
     active_name,
     dropout_of,
     has_plain_base,
     remember,
+    returns_its_own,
     why_not,
     why_not_here,
 )
@@ -109,7 +109,7 @@ class _Fused:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As PEFT's own layer: who loads it need not have this package."""
         state = {key: value for key, value in self.__dict__.items() if key != "_adarank"}
-        return copyreg.__newobj__, (_plain_class(type(self)),), state
+        return copyreg._reconstructor, (_plain_class(type(self)), object, None), state
 
 
 class FusedLinear(_Fused, lora.Linear):
@@ -196,7 +196,7 @@ def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequ
             [m.B for m in members],
             [m.scaling for m in members],
             dropout,
-            frozenset(i for i, m in enumerate(members) if m.base_class.__name__ in SAFE_BASES),
+            frozenset(i for i, m in enumerate(members) if returns_its_own(m.base)),
         )
         state.call = call = group, members, dropout
     bases: Sequence[Tensor | None] = ()
@@ -225,7 +225,7 @@ def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
             weights.append(None)
             biases.append(None)
             output = base(x)
-            safe = type(base).__name__ in SAFE_BASES or _is_compiling()
+            safe = returns_its_own(base) or _is_compiling()
             bases.append(output if safe else output.clone())
         lora_As.append(layer.lora_A[name].weight)
         lora_Bs.append(layer.lora_B[name].weight)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate
 from types import ModuleType
 
 import torch
@@ -97,7 +95,7 @@ class Group:
     ) -> tuple[int, tuple[int, ...]]:
         """(columns of S, first column of each of these modules)."""
         ranks = [self.ranks[m] for m in (self.adapted if modules is None else modules)]
-        return side_by_side(tuple([backend.padded(rank, dtype) for rank in ranks]))
+        return side_by_side([backend.padded(rank, dtype) for rank in ranks])
 
     def may_overwrite(self, m: int, base: Tensor) -> bool:
         """Whether a foreign base product may be written into: rows in order, nobody else's."""
@@ -107,10 +105,13 @@ class Group:
         return base.is_contiguous() and not base._is_view() and not leaf
 
 
-@lru_cache(maxsize=4096)
-def side_by_side(widths: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    ends = tuple(accumulate(widths))
-    return (ends[-1] if ends else 0), (0, *ends[:-1])[: len(widths)]
+def side_by_side(widths: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """(their sum, where each starts)."""
+    starts, end = [], 0
+    for width in widths:
+        starts.append(end)
+        end += width
+    return end, tuple(starts)
 
 
 def choose_backend(x: Tensor, factors: Sequence[Tensor | None]) -> ModuleType:
