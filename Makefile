@@ -20,21 +20,25 @@ suite:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
 # The suite with the lower bounds of pyproject.toml, and with the newest releases the index serves.
+# Bounds are read from every quoted "name>=version" there: the build's, the dependencies' and the
+# extras'. The extra "dev" is not installed: no test needs its tools.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
-	grep -o '"[a-z][a-z-]*>=[0-9.]*' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-oldest/bounds.txt
-	$(VENV)-oldest/bin/pip install --quiet --constraint $(VENV)-oldest/bounds.txt --editable '.[dev]'
+	grep -o '"[[:alnum:]][[:alnum:]._-]*>=[0-9.]*' pyproject.toml \
+		| sed 's/"//; s/>=/==/' > $(VENV)-oldest/bounds.txt
+	$(VENV)-oldest/bin/pip install --quiet --constraint $(VENV)-oldest/bounds.txt --editable '.[test]'
 	$(MAKE) suite BIN=$(VENV)-oldest/bin
 
 test-newest:
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(MAKE) suite BIN=$(VENV)-newest/bin
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -112,4 +116,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks \
+		.import_linter_cache .hypothesis

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, trec
 from adarank_fast.models.outputs import mean_pool
 from adarank_fast.plots.plans import arrange
 from adarank_fast.plots.style import clean, line_style, new_figure, write
-from adarank_fast.prediction.predict import noise_key
+from adarank_fast.prediction.noise import noise_key
 from adarank_kernels import philox_normal
-from bench.results_file import write_results
+from bench.pages import DOCS
+from bench.results_file import Row, write_results
 
 MODELS = {"MiniLM": (minilm, 16, 5), "MPNet-base": (mpnet, 8, 3)}  # questions, trials
-PLOT = Path(__file__).resolve().parent.parent / "docs" / "accumulating.png"
+SEED = 0
 PROCEDURES = {
     "exact": "every trial from the clean model",
     "accumulating": "noise stays, std(W) of the checkpoint",
@@ -41,12 +45,11 @@ PROCEDURES = {
 
 
 @torch.no_grad()
-def accumulated_disagreements(
+def accumulated(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    modules: Sequence[tuple[str, str]],
+    modules: Mapping[str, str],
     trials: int,
-    seed: int,
     current_std: bool,
 ) -> dict[str, float]:
     """Mean |f_perturbed(x) - f(x)| of each module when no perturbation is ever undone.
@@ -54,9 +57,8 @@ def accumulated_disagreements(
     Args:
         model: is copied.
         batch: keyword inputs.
-        modules: (canonical name, path), in the order in which they are perturbed.
+        modules: canonical name -> path, in the order in which they are perturbed.
         trials: per module.
-        seed: of the noise, as `predict_ranks` draws it.
         current_std: scale E with the standard deviation of the weight as it stands.
     """
     model = copy.deepcopy(model).eval()
@@ -64,30 +66,32 @@ def accumulated_disagreements(
     def output() -> Tensor:
         return mean_pool(model(**batch).last_hidden_state, batch["attention_mask"])
 
-    clean = output()
-    found = {}
-    for name, path in modules:
+    clean, found = output(), {}
+    for name, path in modules.items():
         parameters = dict(model.get_submodule(path).named_parameters(recurse=False))
-        stds = {part: p.double().std(correction=0).item() for part, p in parameters.items()}
+        stds = {part: _std(p) for part, p in parameters.items()}
         values = []
         for trial in range(trials):
             for part, p in parameters.items():
-                std = p.double().std(correction=0).item() if current_std else stds[part]
-                noise = philox_normal(p.shape, noise_key(seed, name, part, trial))
-                p.add_(noise, alpha=std)
+                noise = philox_normal(p.shape, noise_key(SEED, name, part, trial))
+                p.add_(noise, alpha=_std(p) if current_std else stds[part])
             values.append((output() - clean).abs().double().mean().item())
         found[name] = statistics.fmean(values)
     return found
 
 
-def measure(name: str, seed: int = 0) -> dict[str, Any]:
+def _std(parameter: Tensor) -> float:
+    return parameter.double().std(correction=0).item()
+
+
+def measure(name: str) -> dict[str, Any]:
     """Scores and ranks by procedure, module type and layer."""
     source, questions, trials = MODELS[name]
-    folder = source()
-    model = AutoModel.from_pretrained(folder).eval()
+    model = AutoModel.from_pretrained(source()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source())
     texts = [text for text, _ in trec()[0][:questions]]
-    batch = dict(AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt"))
-    plan = ada.predict_ranks(model, [batch], 8, trials=trials, seed=seed, progress=False)
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    plan = ada.predict_ranks(model, [batch], 8, trials=trials, seed=SEED, progress=False)
     paths = {t.name: t.path for t in ada.find_targets(model, "attention")}
     types: dict[str, list[str]] = {}
     for module, (_, label) in arrange(plan.ranks).items():
@@ -95,32 +99,25 @@ def measure(name: str, seed: int = 0) -> dict[str, Any]:
     scores = {"exact": {module: score.mean for module, score in plan.scores.items()}}
     for procedure in ("accumulating", "compounding"):
         scores[procedure] = {}
-        for members in types.values():
-            order = [(member, paths[member]) for member in members]
-            scores[procedure] |= accumulated_disagreements(
-                model, batch, order, trials, seed, procedure == "compounding"
-            )
+        for members in types.values():  # each type from a clean model
+            modules = {member: paths[member] for member in members}
+            current = procedure == "compounding"
+            scores[procedure] |= accumulated(model, batch, modules, trials, current)
     ranks = {p: ada.allocate_ranks(found, 8, sizes=plan.sizes) for p, found in scores.items()}
-    row: dict[str, Any] = {"questions": questions, "trials": trials, "seed": seed}
-    row["tokens"] = int(batch["attention_mask"].sum())
-    row["scores"] = {
-        p: {t: [found[m] for m in members] for t, members in types.items()}
-        for p, found in scores.items()
-    }
-    row["ranks"] = {
-        p: {t: [found[m] for m in members] for t, members in types.items()}
-        for p, found in ranks.items()
-    }
-    row["changed_ranks"] = {
-        p: sum(found[m] != ranks["exact"][m] for m in found)
-        for p, found in ranks.items()
-        if p != "exact"
-    }
-    row["modules"] = len(paths)
+
+    def by_type(found: Mapping[str, Any]) -> dict[str, list[Any]]:
+        return {t: [found[m] for m in members] for t, members in types.items()}
+
+    row: dict[str, Any] = {"questions": questions, "trials": trials, "seed": SEED}
+    row["tokens"], row["modules"] = int(batch["attention_mask"].sum()), len(paths)
+    row["scores"] = {procedure: by_type(found) for procedure, found in scores.items()}
+    row["ranks"] = {procedure: by_type(found) for procedure, found in ranks.items()}
+    exact = ranks.pop("exact")
+    row["changed_ranks"] = {p: sum(r[m] != exact[m] for m in exact) for p, r in ranks.items()}
     return row
 
 
-def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def draw(rows: Mapping[str, Row], path: Path) -> None:
     """Disagreement by layer: a row of axes a model, a column a procedure, a line a module type."""
     figure = new_figure(11, 3.3 * len(rows))
     grid = figure.subplots(len(rows), len(PROCEDURES), squeeze=False)
@@ -137,26 +134,9 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     write(figure, path)
 
 
-def report(name: str, row: Mapping[str, Any]) -> None:
-    """Print the figures that docs/method.md quotes."""
-    print(f"{name}: {row['questions']} questions, {row['tokens']} tokens, {row['trials']} trials")
-    for procedure in PROCEDURES:
-        for label, values in row["scores"][procedure].items():
-            ranks = " ".join(map(str, row["ranks"][procedure][label]))
-            print(f"  {procedure} {label}: {' '.join(f'{v:.4f}' for v in values)}; ranks {ranks}")
-    for procedure, changed in row["changed_ranks"].items():
-        print(f"  {procedure}: {changed} of {row['modules']} ranks differ from the exact ones")
-
-
-def main() -> None:
-    """Measure, print, write the results and the plot."""
-    rows = {}
-    for name in MODELS:
-        rows[name] = measure(name)
-        report(name, rows[name])
-        write_results("accumulating", name, rows[name])
-    draw(rows, PLOT)
-
-
 if __name__ == "__main__":
-    main()
+    found = {name: measure(name) for name in MODELS}
+    for name, row in found.items():
+        print(f"{name}: ranks that differ from the exact ones: {row['changed_ranks']}")
+    write_results("accumulating", found)
+    draw(found, DOCS / "accumulating.png")

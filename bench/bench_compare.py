@@ -18,14 +18,9 @@ import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, trec
 from bench.results_file import write_results
 
-ROW = "MiniLM, TREC with 50 classes"
-
 
 def measure(*arguments: Any, **options: Any) -> dict[str, float]:
-    """Seconds of a comparison and its report by the clock, and of their parts.
-
-    Args:
-        arguments, options: of `ada.compare`.
+    """Seconds of `ada.compare` and its report by the clock, and of their parts.
 
     Returns:
         "seconds" of everything; "run_seconds" of the runs: a model made, trained and evaluated;
@@ -49,17 +44,12 @@ def measure(*arguments: Any, **options: Any) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Times the default comparison.")
     parser.add_argument("--items", type=int, help="train and evaluate on so many only")
     items = parser.parse_args().items
     train, held_out = trec(fine=True)
-    figures = measure(minilm(), train[:items], held_out[:items])
-    for name, value in figures.items():
-        print(f"{name}: {value:.1%}" if name.startswith("added") else f"{name}: {value:.1f}")
+    found = measure(minilm(), train[:items], held_out[:items])
+    print(found)
     if items is None:
-        print(f"wrote {write_results('compare', ROW, figures).name}")
-
-
-if __name__ == "__main__":
-    main()
+        write_results("compare", {"MiniLM, TREC with 50 classes": found})

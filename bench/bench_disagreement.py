@@ -12,50 +12,43 @@ go to bench/results/disagreement.json. Linux only.
 from __future__ import annotations
 
 import json
-import os
-import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 from torch import Tensor
 
 from adarank_kernels import pairwise_disagreement
+from bench.blocks import DTYPES
 from bench.materialised import materialised
-from bench.results_file import write_results
+from bench.results_file import peak_resident, write_results
 
 K, N, D, V = 8, 2048, 576, 49152  # SmolLM2-135M's head
-ROUNDS = int(os.environ.get("BENCH_ROUNDS", "2"))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROUNDS = 2
 OUTPUTS_BYTES = K * N * V * 4
 
 
-def inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A hidden state and variants 10% away from it, a head with logits of size one."""
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn(tokens, D, generator=generator)
-    noise = torch.randn(K, tokens, D, generator=generator)
+    base = torch.randn(N, D, generator=generator)
+    noise = torch.randn(K, N, D, generator=generator)
     return (base + 0.1 * noise).to(dtype), torch.randn(V, D, generator=generator).div_(24).to(dtype)
-
-
-def resident(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(x.split()[1]) << 10 for x in status.splitlines() if x.startswith(key))
 
 
 def measure(way: str, metric: str, dtype: str) -> dict:
     run = pairwise_disagreement if way == "adarank_fast" else materialised
-    hidden, weight = inputs(N, DTYPES[dtype])
+    hidden, weight = inputs(DTYPES[dtype])
     run(hidden[:, :8], weight, metric=metric)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident("VmRSS"), time.perf_counter()
-    found = run(hidden, weight, metric=metric)
-    seconds = time.perf_counter() - start
-    peak = resident("VmHWM") - before
-    return {"seconds": seconds, "peak_extra_bytes": peak, "disagreement": found.tolist()}
+    with peak_resident() as memory:
+        start = time.perf_counter()
+        found = run(hidden, weight, metric=metric)
+        seconds = time.perf_counter() - start
+    extra = memory[1] - memory[0]
+    return {"seconds": seconds, "peak_extra_bytes": extra, "disagreement": found.tolist()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -71,22 +64,15 @@ def test_disagreement(capsys, metric, dtype):
     ours, theirs = (torch.tensor(runs[way][0]["disagreement"]) for way in reversed(runs))
     torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == "float32" else 2e-2, atol=1e-6)
     row: dict = {"K": K, "N": N, "D": D, "V": V, "outputs_float32_bytes": OUTPUTS_BYTES}
-    medians = {}
     for way, done in runs.items():
         row[f"{way}_seconds"] = [run["seconds"] for run in done]
         row[f"{way}_peak_extra_bytes"] = max(run["peak_extra_bytes"] for run in done)
-        medians[way] = statistics.median(row[f"{way}_seconds"])
-    row["materialised_over_adarank_fast"] = medians["materialised"] / medians["adarank_fast"]
+    theirs, ours = (median(row[f"{way}_seconds"]) for way in runs)
+    row["materialised_over_adarank_fast"] = theirs / ours
     row["peak_share_of_outputs"] = row["adarank_fast_peak_extra_bytes"] / OUTPUTS_BYTES
-    write_results("disagreement", f"{metric} {dtype}", row)
     with capsys.disabled():
-        print(
-            f"\n{metric} {dtype}: materialised {medians['materialised']:.1f} s and "
-            f"{row['materialised_peak_extra_bytes'] / 1e6:,.0f} MB, adarank-fast "
-            f"{medians['adarank_fast']:.1f} s and {row['adarank_fast_peak_extra_bytes'] / 1e6:.0f} "
-            f"MB ({row['peak_share_of_outputs']:.1%} of the float32 outputs), time ratio "
-            f"{row['materialised_over_adarank_fast']:.2f}, {ROUNDS} rounds"
-        )
+        print(f"\n{metric} {dtype}: {row}")
+        write_results("disagreement", {f"{metric} {dtype}": row})
 
 
 if __name__ == "__main__":

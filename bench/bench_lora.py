@@ -15,47 +15,62 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import adarank_fast as ada
-from bench.blocks import TARGETS, Block, adapted, cast_base
+from bench.blocks import ADAPTERS32, DTYPES, TARGETS, Block, adapted, cast_base, check, variants
 from bench.counts import SHAPES
-from bench.results_file import write_all
-from bench.slices import Row, Slices, arguments, kernel_sources, medians, ratio_interval
+from bench.results_file import write_results
+from bench.slices import Row, Slices, Step, arguments, medians, overhead_ratio
 
 TOKENS = (4, 256)  # batch, sequence
+SKINNY = 66  # products with a dimension up to here are the adapters'; no base has one
+ROWS = {
+    f"{kind}, {targets}, rank {rank}, {dtype}": (kind, targets, rank, DTYPES[dtype])
+    for dtype in DTYPES
+    for kind in ("SmolLM2-135M", "MiniLM", "MPNet-base")
+    for targets in TARGETS
+    for rank in (4, 8, 16)
+}
 
 
-KINDS = ("SmolLM2-135M", "MiniLM", "MPNet-base")
-
-
-def variants(
-    kind: str, targets: str, average_rank: int, dtype: torch.dtype
-) -> dict[str, nn.Module]:
+def steps_of_row(key: str) -> tuple[dict[str, Step], Row]:
+    """The row's steps, checked, and what is not timed."""
+    kind, targets, rank, dtype = ROWS[key]
     torch.manual_seed(0)
     block = Block(kind).requires_grad_(False)
-    peft_default = cast_base(adapted(block, targets, average_rank, mixed=True), dtype)
-    models: dict[str, nn.Module] = {
-        "frozen": copy.deepcopy(block).to(dtype),
-        "peft": adapted(block, targets, average_rank, mixed=True).to(dtype),
+
+    def make(adapters: torch.dtype, mixed: bool) -> nn.Module:
+        model = adapted(block, targets, rank, mixed)
+        return model.to(dtype) if adapters == dtype else cast_base(model, dtype)
+
+    def fused(model: nn.Module) -> nn.Module:
+        return ada.accelerate(copy.deepcopy(model))
+
+    models = variants(copy.deepcopy(block).to(dtype), make, fused, dtype)
+    x = torch.randn(*TOKENS, SHAPES[kind].width, dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        step_of(model, x, dy)()
+        leaves = (x, *model.parameters())
+        return [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+
+    check(models, gradients, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+    steps = {name: step_of(model, x, dy) for name, model in models.items()}
+    once = {
+        "arithmetic": arithmetic_overhead(models["ours"]),
+        "peak_bytes": {name: peak_bytes(steps[name], model, x) for name, model in models.items()},
+        "profile": {name: parts(steps[name]) for name in ("frozen", "ours", "peft")},
     }
-    if dtype != torch.float32:
-        models["peft default"] = peft_default
-        models["ours, float32 adapters"] = ada.accelerate(copy.deepcopy(peft_default))
-    models["ours"] = ada.accelerate(copy.deepcopy(models["peft"]))
-    models["ours, uniform"] = ada.accelerate(
-        adapted(block, targets, average_rank, mixed=False).to(dtype)
-    )
-    return models
+    return steps, once
 
 
-def step_of(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+def step_of(model: nn.Module, x: Tensor, dy: Tensor) -> Step:
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
 
     def step() -> None:
@@ -68,22 +83,6 @@ def step_of(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 def clear(leaves: Iterable[Tensor]) -> None:
     for leaf in leaves:
         leaf.grad = None
-
-
-def check(models: dict[str, nn.Module], x: Tensor, dy: Tensor) -> None:
-    """No time is reported for a step that computes something else."""
-    found = {}
-    for name in ("peft", "ours"):
-        step_of(models[name], x, dy)()
-        step_of(models[name], x, dy)()
-        assert x.grad is not None
-        found[name] = [x.grad.clone()] + [
-            p.grad.clone() for p in models[name].parameters() if p.grad is not None
-        ]
-    tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
-    for ours, theirs in zip(found["ours"], found["peft"], strict=True):
-        assert (ours - theirs).norm() <= tolerance * theirs.norm()
-    assert ada.fusion_report(models["ours"]).fused_share == 1.0
 
 
 def peak_bytes(step: Callable[[], None], model: nn.Module, x: Tensor) -> int:
@@ -99,9 +98,6 @@ def peak_bytes(step: Callable[[], None], model: nn.Module, x: Tensor) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
-
-
-SKINNY = 66  # products with a dimension up to here are the adapters'; no base has one
 
 
 def parts(step: Callable[[], None], steps: int = 5) -> dict[str, float]:
@@ -122,69 +118,26 @@ def parts(step: Callable[[], None], steps: int = 5) -> dict[str, float]:
     return sums
 
 
-ROWS: dict[str, tuple[str, str, int, torch.dtype]] = {
-    f"{kind}, {targets}, rank {rank}, {str(dtype).removeprefix('torch.')}": (
-        kind,
-        targets,
-        rank,
-        dtype,
-    )
-    for dtype in (torch.float32, torch.bfloat16)
-    for kind in KINDS
-    for targets in TARGETS
-    for rank in (4, 8, 16)
-}
-
-
-def steps_of_row(key: str) -> tuple[dict[str, Callable[[], None]], Row]:
-    """The row's steps, checked, and what is not timed."""
-    kind, targets, rank, dtype = ROWS[key]
-    models = variants(kind, targets, rank, dtype)
-    width = SHAPES[kind].width
-    x = torch.randn(*TOKENS, width, dtype=dtype, requires_grad=True)
-    dy = torch.randn(*TOKENS, width, dtype=dtype)
-    check(models, x, dy)
-    steps = {name: step_of(model, x, dy) for name, model in models.items()}
-    once = {
-        "arithmetic": arithmetic_overhead(models["ours"]),
-        "peak_bytes": {name: peak_bytes(steps[name], model, x) for name, model in models.items()},
-        "profile": {name: parts(steps[name]) for name in ("frozen", "ours", "peft")},
-    }
-    return steps, once
-
-
 def arithmetic_overhead(model: nn.Module) -> float:
     """LoRA's own FLOPs over the frozen step's: what the adapters would cost at the base's rate."""
-    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    linear = sum(
-        p.numel() for n, p in model.named_parameters() if "lora_" not in n and p.dim() == 2
-    )
-    batch, length = TOKENS
-    width = next(p.shape[0] for n, p in model.named_parameters() if n.endswith("norm1.weight"))
-    attention = 2 * length * width  # scores and mixing, as weights per token; backward doubles it
+    parameters = dict(model.named_parameters())
+    lora = sum(p.numel() for n, p in parameters.items() if "lora_" in n)
+    linear = sum(p.numel() for n, p in parameters.items() if "lora_" not in n and p.dim() == 2)
+    width = next(p.shape[0] for n, p in parameters.items() if n.endswith("norm1.weight"))
+    attention = 2 * TOKENS[1] * width  # scores and mixing, as weights per token; backward doubles
     return 6 * lora / (4 * linear + 6 * attention)
 
 
-def figures(key: str, row: Row) -> dict[str, Any]:
+def figures(row: Row) -> dict[str, Any]:
     """One row of the results: times are medians in seconds, overheads shares of the frozen step."""
-    kind, targets, rank, dtype = ROWS[key]
-    middle = medians(row["seconds"])
-    base = middle["frozen"]
-    ratio, low, high = ratio_interval([row], "ours", "peft", 200)
-    profile = row["profile"]
-    beyond = {
-        name: (seconds - profile["frozen"][name]) / sum(profile["frozen"].values())
-        for name, seconds in profile["ours"].items()
-    }
+    middle, profile = medians(row["seconds"]), row["profile"]
+    frozen = sum(profile["frozen"].values())
+    beyond = {k: (v - profile["frozen"][k]) / frozen for k, v in profile["ours"].items()}
     return {
-        "model": kind,
-        "targets": targets,
-        "average_rank": rank,
-        "dtype": str(dtype).removeprefix("torch."),
         "repetitions": len(row["seconds"]["frozen"]),
         "median_seconds": middle,
-        "overhead": {name: value / base - 1 for name, value in middle.items()},
-        "ours_over_peft": {"ratio": ratio, "interval": [low, high]},
+        "overhead": {name: value / middle["frozen"] - 1 for name, value in middle.items()},
+        "ours_over_peft": overhead_ratio([row], "ours", "peft", 200),
         "arithmetic": row["arithmetic"],
         "profiled_overhead": beyond,
         "peak_bytes": row["peak_bytes"],
@@ -193,56 +146,37 @@ def figures(key: str, row: Row) -> dict[str, Any]:
 
 def summary(rows: dict[str, Row]) -> dict[str, Any]:
     """The ratios that the targets speak of."""
-    found: dict[str, Any] = {}
     every = list(rows.values())
-    low = [row for key, row in rows.items() if key.endswith("bfloat16")]
-    high = [row for key, row in rows.items() if key.endswith("float32")]
-    for name, some, ours, theirs in (
-        ("matching dtypes, all rows", every, "ours", "peft"),
-        ("matching dtypes, float32", high, "ours", "peft"),
-        ("matching dtypes, bfloat16", low, "ours", "peft"),
-        ("PEFT's default on bfloat16", low, "ours, float32 adapters", "peft default"),
-        ("mixed over uniform ranks", every, "ours", "ours, uniform"),
-    ):
-        ratio, lower, upper = ratio_interval(some, ours, theirs)
-        found[name] = {"ratio": ratio, "interval": [lower, upper]}
+    low, high = ([row for k, row in rows.items() if k.endswith(d)] for d in ("bfloat16", "float32"))
     middles = [medians(row["seconds"]) for row in every]
     steps = [middle["ours"] / middle["ours, uniform"] - 1 for middle in middles]
-    found["mixed step over uniform step"] = {"median": statistics.median(steps), "max": max(steps)}
-    found["rows slower than PEFT"] = [
-        key for key, row in rows.items() if ratio_interval([row], "ours", "peft", 200)[1] > 1
-    ]
-    found["rows with a higher peak than PEFT"] = [
-        f"{key}: {row['peak_bytes']['ours']} against {row['peak_bytes']['peft']} bytes"
-        for key, row in rows.items()
-        if row["peak_bytes"]["ours"] > row["peak_bytes"]["peft"]
-    ]
-    return found
+    ratios = {key: overhead_ratio([row], "ours", "peft", 200) for key, row in rows.items()}
+    peaks = {key: row["peak_bytes"] for key, row in rows.items()}
+    return {
+        "matching dtypes, all rows": overhead_ratio(every, "ours", "peft"),
+        "matching dtypes, float32": overhead_ratio(high, "ours", "peft"),
+        "matching dtypes, bfloat16": overhead_ratio(low, "ours", "peft"),
+        "PEFT's default on bfloat16": overhead_ratio(low, ADAPTERS32, "peft default"),
+        "mixed over uniform ranks": overhead_ratio(every, "ours", "ours, uniform"),
+        "mixed step over uniform step": {"median": statistics.median(steps), "max": max(steps)},
+        "rows slower than PEFT": [k for k, found in ratios.items() if found["interval"][0] > 1],
+        "rows with a higher peak than PEFT": [
+            f"{key}: {peak['ours']} against {peak['peft']} bytes"
+            for key, peak in peaks.items()
+            if peak["ours"] > peak["peft"]
+        ],
+    }
 
 
 def main() -> None:
-    parser = arguments("Training steps of one transformer block.", repetitions=100)
-    options = parser.parse_args()
-    folder = Path(__file__).parent
-    sources = [*kernel_sources(), *(folder / f"{name}.py" for name in ("bench_lora", "blocks"))]
-    slices = Slices("lora", list(ROWS), options.repetitions, sources)
-    left = any(slices.missing(key) > 0 for key in ROWS)
-    done = 0
-    while left and (not options.slices or done < options.slices):
-        left, done = slices.run(steps_of_row, options.seconds), done + 1
-    if left:
-        rows = sum(slices.missing(key) <= 0 for key in ROWS)
-        print(f"{rows} of {len(ROWS)} rows finished; run again to go on")
-        return
-    rows = {key: slices.rows[key] for key in ROWS}
-    found = summary(rows)
-    path = write_all(
-        "lora", {**{key: figures(key, row) for key, row in rows.items()}, "summary": found}
-    )
-    for name, value in found.items():
-        print(f"{name}: {value}")
-    print(f"written to {path}")
+    options = arguments("Training steps of one transformer block.", repetitions=100).parse_args()
+    if rows := Slices("lora", ROWS, options, __file__).finish(steps_of_row):
+        found = summary(rows)
+        for name, value in found.items():
+            print(f"{name}: {value}")
+        told = {key: figures(row) for key, row in rows.items()}
+        write_results("lora", told | {"summary": found}, keep=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,9 +14,7 @@ Results go to bench/results/step.json (compiled: step_compiled.json).
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,37 +23,25 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, smollm2
-from bench.results_file import write_all
-from bench.slices import (
-    Row,
-    Slices,
-    arguments,
-    describe,
-    kernel_sources,
-    medians,
-    ratio_interval,
-)
+from bench.blocks import ADAPTERS32, DTYPES, check, trained_a_little, variants, with_scores
+from bench.results_file import write_results
+from bench.slices import Row, Slices, Step, arguments, describe, medians, overhead_ratio
 
 FOLDERS = {"MiniLM": minilm, "MPNet-base": mpnet, "SmolLM2-135M": smollm2}
 TOKENS = (4, 128)  # batch, sequence
 RANK, CLASSES = 8, 6
-ROWS = {
-    f"{name}, {str(dtype).removeprefix('torch.')}": (name, dtype)
-    for dtype in (torch.float32, torch.bfloat16)
-    for name in FOLDERS
-}
-ADAPTERS32 = "ours, float32 adapters"
+ROWS = {f"{name}, {dtype}": (name, DTYPES[dtype]) for dtype in DTYPES for name in FOLDERS}
 
 
 class WithLoss(nn.Module):
     """A language model's own loss, or an encoder's with a fixed head on its mean-pooled output."""
 
-    def __init__(self, model: nn.Module, config: Any) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.model = model
-        self.causal = config.model_type == "llama"
-        self.config = config
-        self.head = nn.Linear(config.hidden_size, CLASSES).requires_grad_(False)
+        self.causal = name.startswith("SmolLM2")
+        loader = AutoModelForCausalLM if self.causal else AutoModel
+        self.model: Any = loader.from_pretrained(FOLDERS[name](), dtype=torch.float32)
+        self.head = nn.Linear(self.model.config.hidden_size, CLASSES)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         if self.causal:
@@ -64,65 +50,30 @@ class WithLoss(nn.Module):
         return nn.functional.cross_entropy(self.head(hidden).float(), labels)
 
 
-def load(name: str) -> WithLoss:
-    torch.manual_seed(0)
-    folder = FOLDERS[name]()
-    loader = AutoModelForCausalLM if name.startswith("SmolLM2") else AutoModel
-    model = loader.from_pretrained(folder, dtype=torch.float32)
-    return WithLoss(model, model.config).requires_grad_(False).eval()
-
-
-def twin(model: nn.Module) -> Any:
+def copied(model: nn.Module) -> Any:
     """A copy that shares the frozen parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
-def adapted(model: WithLoss, dtype: torch.dtype, mixed: bool) -> WithLoss:
+def adapted(model: WithLoss, dtype: torch.dtype, mixed: bool) -> nn.Module:
     """With PEFT's adapters in `dtype`; mixed ranks and uniform ones of equal parameters."""
     plan = ada.RankPlan.uniform(model.model, RANK, target_modules="all-linear")
     if mixed:  # a spread as predictions have it: 0.25 to 1.75 of the mean, in a scrambled order
         scores = {name: 0.25 + 1.5 * (i * 7 % 11) / 10 for i, name in enumerate(plan.ranks)}
-        ranks = ada.allocate_ranks(
-            scores, budget_parameters=plan.parameters, sizes=plan.sizes, min_rank=1
-        )
-        plan = ada.RankPlan(ranks, plan.sizes)
-    model = twin(model)
+        plan = with_scores(plan, scores, min_rank=1)
+    model = copied(model)
     torch.manual_seed(1)
     model.model = ada.restore(ada.inject(model.model, plan))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
-    return model.eval()
-
-
-def variants(name: str, dtype: torch.dtype, inputs: dict[str, Tensor]) -> dict[str, WithLoss]:
-    model = load(name).to(dtype)
-    ids = {"input_ids": inputs["input_ids"]}
-    peft = adapted(model, dtype, mixed=True)
-    models = {"frozen": model, "peft": peft}
-    if dtype != torch.float32:
-        models["peft default"] = adapted(model, torch.float32, mixed=True)
-        models[ADAPTERS32] = twin(models["peft default"])
-        ada.accelerate(models[ADAPTERS32].model, example=ids)
-    models["ours"] = twin(peft)
-    models["ours, uniform"] = adapted(model, dtype, mixed=False)
-    for key in ("ours", "ours, uniform"):
-        ada.accelerate(models[key].model, example=ids)
-    for model in models.values():  # as enable_input_require_grads does
-        embeddings = model.model.get_input_embeddings()
-        embeddings.register_forward_hook(lambda m, args, output: output.requires_grad_(True))
-    return models
+    for parameter in trainable(model):
+        parameter.data = parameter.data.to(dtype)
+    return trained_a_little(model).eval()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def step_of(
-    model: WithLoss, inputs: dict[str, Tensor], forward: Callable[..., Tensor]
-) -> Callable[[], None]:
+def step_of(model: nn.Module, inputs: dict[str, Tensor], forward: Callable[..., Tensor]) -> Step:
     parameters = trainable(model)
     optimiser = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
@@ -136,66 +87,52 @@ def step_of(
     return step
 
 
-def check(models: dict[str, WithLoss], inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """No time is reported for a step that computes something else."""
-    pairs = [("ours", "peft")] + [(ADAPTERS32, "peft default")] * (ADAPTERS32 in models)
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    for names in pairs:
-        losses, grads = [], []
-        for name in names:
-            loss = models[name](**inputs)
-            losses.append(loss.item())
-            grads.append(torch.autograd.grad(loss, trainable(models[name])))
-        if abs(losses[0] - losses[1]) > tolerance * abs(losses[1]):
-            raise ArithmeticError(f"{names[0]}: loss {losses[0]}, {names[1]}: {losses[1]}")
-        ours, theirs = (torch.cat([g.float().flatten() for g in some]) for some in grads)
-        error = ((ours - theirs).norm() / theirs.norm()).item()
-        if not error <= tolerance:
-            raise ArithmeticError(f"{names[0]}: gradients differ from {names[1]}'s by {error:.2g}")
-        report = ada.fusion_report(models[names[0]].model)
-        if report.fused_share != 1.0:
-            raise ArithmeticError(f"{names[0]} is not fused everywhere: {report}")
-
-
-def steps_of_row(key: str, compiled: bool = False) -> tuple[dict[str, Callable[[], None]], Row]:
+def steps_of_row(key: str, compiled: bool = False) -> tuple[dict[str, Step], Row]:
+    """The row's steps, checked, and what is not timed."""
     name, dtype = ROWS[key]
     generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "input_ids": torch.randint(5, 20_000, TOKENS, generator=generator),
-        "labels": torch.randint(CLASSES, TOKENS[:1], generator=generator),
-    }
-    models = variants(name, dtype, inputs)
-    check(models, inputs, dtype)
+    ids = torch.randint(5, 20_000, TOKENS, generator=generator)
+    labels = torch.randint(CLASSES, TOKENS[:1], generator=generator)
+    inputs = {"input_ids": ids, "labels": labels}
+    torch.manual_seed(0)
+    base = WithLoss(name).requires_grad_(False).eval().to(dtype)
+
+    def fused(model: nn.Module) -> nn.Module:
+        model = copied(model)
+        ada.accelerate(model.model, example={"input_ids": ids})
+        return model
+
+    models = variants(base, lambda adapters, mixed: adapted(base, adapters, mixed), fused, dtype)
+    for model in models.values():  # as enable_input_require_grads does
+        embeddings = model.model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda m, args, output: output.requires_grad_(True))
+
+    def computed(model: nn.Module) -> list[Tensor]:
+        loss = model(**inputs)
+        gradients = torch.autograd.grad(loss, trainable(model))
+        return [loss.detach(), torch.cat([g.float().flatten() for g in gradients])]
+
+    check(models, computed, tolerance=1e-4 if dtype == torch.float32 else 5e-2)
     steps = {
         variant: step_of(model, inputs, torch.compile(model) if compiled else model)
         for variant, model in models.items()
     }
-    parameters = {v: sum(p.numel() for p in trainable(m)) for v, m in models.items()}
-    return steps, {"adapter_parameters": parameters}
+    return steps, {"adapter_parameters": sum(p.numel() for p in trainable(models["ours"]))}
 
 
-def figures(key: str, row: Row) -> dict[str, Any]:
-    name, dtype = ROWS[key]
+def figures(row: Row) -> dict[str, Any]:
+    """One row of the results; times are medians in seconds."""
     middle = medians(row["seconds"])
     found = {
-        "model": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tokens": TOKENS[0] * TOKENS[1],
-        "average_rank": RANK,
         "repetitions": len(row["seconds"]["frozen"]),
         "adapter_parameters": row["adapter_parameters"],
         "median_seconds": middle,
         "over_frozen": {variant: value / middle["frozen"] for variant, value in middle.items()},
-        "peft_step_over_ours": middle["peft"] / middle["ours"],
+        "overhead_over_peft": overhead_ratio([row], "ours", "peft"),
         "mixed_step_over_uniform": middle["ours"] / middle["ours, uniform"],
     }
-    for title, ours, theirs in (
-        ("overhead_over_peft", "ours", "peft"),
-        ("overhead_over_peft_default", ADAPTERS32, "peft default"),
-    ):
-        if theirs in middle:
-            ratio, low, high = ratio_interval([row], ours, theirs)
-            found[title] = {"ratio": ratio, "interval": [low, high]}
+    if ADAPTERS32 in middle:
+        found["overhead_over_peft_default"] = overhead_ratio([row], ADAPTERS32, "peft default")
     return found
 
 
@@ -205,23 +142,12 @@ def main() -> None:
     options = parser.parse_args()
     keys = ["MiniLM, float32"] if options.compiled else list(ROWS)
     name = "step_compiled" if options.compiled else "step"
-    slices = Slices(name, keys, options.repetitions, [*kernel_sources(), Path(__file__)])
-    left = any(slices.missing(key) > 0 for key in keys)
-    done = 0
-    while left and (not options.slices or done < options.slices):
-        left = slices.run(lambda key: steps_of_row(key, options.compiled), options.seconds)
-        done += 1
-    if left:
-        rows = sum(slices.missing(key) <= 0 for key in keys)
-        print(f"{rows} of {len(keys)} rows finished; run again to go on")
-        return
-    rows = {key: figures(key, slices.rows[key]) for key in keys}
-    path = write_all(name, rows)
-    for key, row in rows.items():
-        print(f"{key}: {describe(slices.rows[key]['seconds'])}")
-        print(f"   PEFT's step / ours {row['peft_step_over_ours']:.3f}")
-    print(f"written to {path}")
+    slices = Slices(name, keys, options, __file__)
+    if rows := slices.finish(lambda key: steps_of_row(key, options.compiled)):
+        for key, row in rows.items():
+            print(f"{key}: {describe(row['seconds'])}")
+        write_results(name, {key: figures(row) for key, row in rows.items()}, keep=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

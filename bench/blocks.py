@@ -1,8 +1,13 @@
-"""A transformer block in the shapes of a real model, frozen or with adapters of mixed ranks."""
+"""What training steps compare: a block in the shapes of a real model, and its variants.
+
+The variants: frozen, PEFT with mixed ranks, ours, ours with uniform ranks of as many parameters; on
+a bfloat16 base also PEFT's default, float32 adapters, and ours with these.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +17,8 @@ from torch import Tensor, nn
 import adarank_fast as ada
 from bench.counts import SHAPES
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTERS32 = "ours, float32 adapters"
 TARGETS = {
     "attention": ["q", "k", "v", "o"],
     "all-linear": ["q", "k", "v", "o", "gate", "up", "down"],
@@ -57,17 +64,23 @@ def adapted(
 ) -> nn.Module:
     """A PEFT model of a copy of the block: the same adapter parameters whether mixed or uniform."""
     names = [name for name in TARGETS[targets] if getattr(block, name) is not None]
-    uniform = ada.RankPlan.uniform(block, average_rank, target_modules=names)
-    plan = uniform
+    plan = ada.RankPlan.uniform(block, average_rank, target_modules=names)
     if mixed:
-        ranks = ada.allocate_ranks(
-            {name: SHARES[name] for name in uniform.ranks},
-            budget_parameters=uniform.parameters,
-            sizes=uniform.sizes,
-        )
-        plan = ada.RankPlan(ranks, uniform.sizes)
+        plan = with_scores(plan, {name: SHARES[name] for name in plan.ranks})
     torch.manual_seed(1)
     model = get_peft_model(copy.deepcopy(block), plan.to_lora_config(**lora_config))
+    return trained_a_little(model)
+
+
+def with_scores(plan: ada.RankPlan, scores: Mapping[str, float], **bounds: int) -> ada.RankPlan:
+    """As many parameters as in `plan`, in proportion to the scores."""
+    sizes = plan.sizes
+    ranks = ada.allocate_ranks(scores, budget_parameters=plan.parameters, sizes=sizes, **bounds)
+    return ada.RankPlan(ranks, sizes)
+
+
+def trained_a_little(model: nn.Module) -> nn.Module:
+    """No B is zero any more, in place."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -80,3 +93,42 @@ def cast_base(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def variants(
+    frozen: nn.Module,
+    make: Callable[[torch.dtype, bool], nn.Module],
+    fused: Callable[[nn.Module], nn.Module],
+    dtype: torch.dtype,
+) -> dict[str, nn.Module]:
+    """Every variant on a base of `dtype`.
+
+    Args:
+        frozen: the base alone.
+        make: a PEFT model, of the adapters' dtype and whether its ranks are mixed.
+        fused: the fused copy of a PEFT model.
+    """
+    models = {"frozen": frozen, "peft": make(dtype, True)}
+    if dtype != torch.float32:
+        models["peft default"] = make(torch.float32, True)
+        models[ADAPTERS32] = fused(models["peft default"])
+    models["ours"] = fused(models["peft"])
+    models["ours, uniform"] = fused(make(dtype, False))
+    return models
+
+
+def check(
+    models: Mapping[str, nn.Module],
+    computed: Callable[[nn.Module], list[Tensor]],
+    tolerance: float,
+) -> None:
+    """No time is reported for a step that computes something else."""
+    pairs = {"ours": "peft", ADAPTERS32: "peft default"}
+    for ours, theirs in ((ours, theirs) for ours, theirs in pairs.items() if ours in models):
+        computed(models[ours])  # the first forward finds out who shares an input
+        for found, wanted in zip(computed(models[ours]), computed(models[theirs]), strict=True):
+            error = ((found - wanted).norm() / wanted.norm()).item()
+            if not error <= tolerance:
+                raise ArithmeticError(f"{ours} differs from {theirs} by {error:.2g}")
+        if (share := ada.fusion_report(models[ours]).fused_share) != 1.0:
+            raise ArithmeticError(f"{ours}: {share:.1%} of the calls were fused")

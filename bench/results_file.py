@@ -1,10 +1,15 @@
-"""Benchmark results as JSON under bench/results/, with the machine, the versions and the date."""
+"""Benchmark results as JSON under bench/results/, with the machine, the versions and the date.
+
+Also what a benchmark reads off the machine: the resident memory of its own process.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
 import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import torch
 
 from adarank_fast.files import replacing
 
+Row = Mapping[str, Any]
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("adarank-fast", "torch", "triton", "transformers", "peft")
 
@@ -32,23 +38,34 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_results(name: str, row: str, figures: dict[str, Any]) -> Path:
-    """Put one row into bench/results/NAME.json; the other rows stay."""
-    path = FOLDER / f"{name}.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content[row] = {**figures, "machine": machine()}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+@contextmanager
+def peak_resident() -> Iterator[list[int]]:
+    """Bytes resident at the start, and at most until the end. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+    found = [_status("VmRSS")]
+    yield found
+    found.append(_status("VmHWM"))
 
 
-def write_all(name: str, rows: dict[str, dict[str, Any]]) -> Path:
-    """Replace bench/results/NAME.json by these rows."""
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+def read_results(name: str, folder: Path | None = None) -> dict[str, Row]:
+    """The rows of bench/results/NAME.json; none if it is not there."""
+    path = (folder or FOLDER) / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_results(name: str, rows: Mapping[str, Row], keep: bool = True) -> None:
+    """Put rows into bench/results/NAME.json, each with the machine; `keep` the others there."""
     path, here = FOLDER / f"{name}.json", machine()
-    content = {key: {**row, "machine": here} for key, row in rows.items()}
+    content = read_results(name) if keep else {}
+    content |= {key: {**row, "machine": here} for key, row in rows.items()}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path.name}")
 
 
 def _version(name: str) -> str | None:

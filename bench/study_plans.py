@@ -7,7 +7,6 @@ bench/results_page.py answers: ranks, rank correlations, how many modules change
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +20,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, mr, smollm2, trec
 from adarank_fast.training.tokens import collate, encode_blocks, make_batches
-from bench.results_file import FOLDER, write_results
+from bench.results_file import read_results, write_results
 
-RESULTS = FOLDER / "study_plans.json"
 EXPERIMENTS = {
     "outputs": "the paper's pooled l1 against other outputs and metrics",
     "accumulating": "exact against accumulating perturbation: bench/accumulating.py",
@@ -32,6 +30,8 @@ EXPERIMENTS = {
 MODELS = {"MiniLM": minilm, "MPNet-base": mpnet, "SmolLM2-135M": smollm2}
 LANGUAGE = "SmolLM2-135M"
 BLOCK = 64  # tokens of a language model's text
+SEEDS, TEXTS = (1, 2, 3, 4), (4, 8, 16, 64, 128)
+METRICS = ("l1", "tv", "kl", "js", "argmax")
 USUAL = "as usual"  # the row that a model's others are compared with
 
 
@@ -56,56 +56,63 @@ class Look:
 
 def looks() -> dict[str, dict[str, dict[str, Look]]]:
     """Experiment -> model -> what is different -> prediction."""
-    outputs: dict[str, dict[str, Look]] = {}
-    stability: dict[str, dict[str, Look]] = {}
-    for model in ("MiniLM", "MPNet-base"):
-        outputs[model] = {
-            USUAL: Look(),
-            "last hidden state": Look("last_hidden_state"),
-            "first token": Look("first token"),
-            "untrained pooler": Look("pooler"),
-        }
-        stability[model] = {
-            **{f"seed {seed}": Look(seed=seed) for seed in range(1, 5)},
-            **{f"{texts} texts": Look(texts=texts) for texts in (4, 8, 16, 64, 128)},
-            "other questions": Look(skip=128),
-            "yet other questions": Look(skip=160),
-            "MR": Look(source="MR"),
-        }
     usual = Look(texts=4, trials=3)
-    logits = {f"logits, {m}": ("logits", m) for m in ("l1", "tv", "kl", "js", "argmax")}
-    outputs[LANGUAGE] = {
-        USUAL: usual,
-        "last hidden state": replace(usual, output="last_hidden_state"),
-        **{key: replace(usual, output=out, metric=m) for key, (out, m) in logits.items()},
+    outputs = {
+        LANGUAGE: {
+            USUAL: usual,
+            "last hidden state": replace(usual, output="last_hidden_state"),
+            **{f"logits, {m}": replace(usual, output="logits", metric=m) for m in METRICS},
+        }
     }
-    stability[LANGUAGE] = {
-        "seed 1": replace(usual, seed=1),
-        "8 texts": replace(usual, texts=8),
-        "other questions": replace(usual, skip=4),
-        "MR": replace(usual, source="MR"),
+    stability = {
+        LANGUAGE: {
+            "seed 1": replace(usual, seed=1),
+            "8 texts": replace(usual, texts=8),
+            "other questions": replace(usual, skip=4),
+            "MR": replace(usual, source="MR"),
+        }
     }
-    return {"outputs": outputs, "stability": stability}
+    encoder_outputs = {
+        USUAL: Look(),
+        "last hidden state": Look("last_hidden_state"),
+        "first token": Look("first token"),
+        "untrained pooler": Look("pooler"),
+    }
+    encoder_stability = {
+        **{f"seed {seed}": Look(seed=seed) for seed in SEEDS},
+        **{f"{texts} texts": Look(texts=texts) for texts in TEXTS},
+        "other questions": Look(skip=128),
+        "yet other questions": Look(skip=160),
+        "MR": Look(source="MR"),
+    }
+    encoders = [model for model in MODELS if model != LANGUAGE]
+    return {
+        "outputs": dict.fromkeys(encoders, encoder_outputs) | outputs,
+        "stability": dict.fromkeys(encoders, encoder_stability) | stability,
+    }
+
+
+def planned(name: str) -> dict[str, tuple[str, Look]]:
+    """Row of the results -> (model, prediction); none of "accumulating", which has its own file."""
+    models = looks().get(name, {})
+    return {f"{m}: {key}": (m, look) for m, mine in models.items() for key, look in mine.items()}
 
 
 def predict(name: str, heard: Callable[[str], object]) -> None:
     """Make the predictions of an experiment that are missing."""
-    if name == "accumulating":  # which has a file of its own
-        return
-    for model, mine in looks()[name].items():
-        for key, look in mine.items():
-            if (row := f"{model}: {key}") not in _rows():
-                found = measure(model, look)
-                write_results("study_plans", row, found)
-                heard(f"{row}: {found['seconds']:.0f} s")
+    for row, (model, look) in planned(name).items():
+        if row not in read_results("study_plans"):
+            found = measure(model, look)
+            write_results("study_plans", {row: found})
+            heard(f"{row}: {found['seconds']:.0f} s")
 
 
 def progress(name: str) -> tuple[int, int]:
     """(predictions made, predictions planned)."""
     if name == "accumulating":
-        return int((FOLDER / "accumulating.json").exists()), 1
-    keys = {f"{model}: {key}" for model, mine in looks()[name].items() for key in mine}
-    return len(keys & _rows().keys()), len(keys)
+        return int(bool(read_results("accumulating"))), 1
+    keys = planned(name).keys()
+    return len(keys & read_results("study_plans").keys()), len(keys)
 
 
 def measure(model: str, look: Look) -> dict[str, Any]:
@@ -131,10 +138,6 @@ def measure(model: str, look: Look) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu_started, 1),
     }
-
-
-def _rows() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
 def _batches(folder: Path, look: Look, language: bool) -> Sequence[dict[str, Tensor]]:

@@ -17,19 +17,20 @@ EXAMPLES = [
 ]
 
 
-def tokenizer() -> Any:
+def tokenizer(padding: bool = True) -> Any:
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", *WORDS])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
+    pad = {"pad_token": "[PAD]"} if padding else {}
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>"
+        tokenizer_object=made, unk_token="[UNK]", eos_token="</s>", **pad
     )
 
 
-def save_tiny(kind: str, folder: Path, layers: int = 2) -> Path:
+def save_tiny(kind: str, folder: Path, layers: int = 2, padding: bool = True) -> Path:
     """A tiny model with its tokenizer, as `from_pretrained` takes it."""
     model = tiny(kind, layers=layers)
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(padding).save_pretrained(folder)
     return folder

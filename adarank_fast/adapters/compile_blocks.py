@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from adarank_fast.adapters.fusion_report import fusion_report
+from adarank_fast.adapters.torch_private import let_parameter_shapes_vary, mark_dynamic
 from adarank_fast.models.targets import find_blocks, unwrap
 
 
@@ -26,7 +26,7 @@ def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
     cache makes every block differ too: pass decoders use_cache=False.
 
     Args:
-        peft_model: from `inject` or `accelerate`, its groups known (pass them `example`, or run
+        peft_model: from `inject` or `accelerate`, its groups found (pass them `example`, or run
             one forward).
         compile_kwargs: of `torch.compile`, such as backend or mode.
 
@@ -43,14 +43,13 @@ def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
         raise ValueError(
             f"{type(inner).__name__} has no ModuleList of blocks; use torch.compile on the model"
         )
-    torch._dynamo.config.force_parameter_static_shapes = False
-    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    let_parameter_shapes_vary()
     for path in report:
         layer: Any = peft_model.get_submodule(path)
         for lora_A in getattr(layer, "lora_A", {}).values():
-            torch._dynamo.maybe_mark_dynamic(lora_A.weight, 0)
+            mark_dynamic(lora_A.weight, 0)
         for lora_B in getattr(layer, "lora_B", {}).values():
-            torch._dynamo.maybe_mark_dynamic(lora_B.weight, 1)
+            mark_dynamic(lora_B.weight, 1)
     for path in blocks:
         inner.get_submodule(path).compile(**compile_kwargs)
     return peft_model

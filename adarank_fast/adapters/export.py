@@ -16,23 +16,17 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adarank_fast.adapters.peft_private import BaseTunerLayer, is_target, pattern_value
 from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
 
 RANKS = (8, 16, 32, 64)  # what every engine's kernels take
-
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
 PREFIX = "base_model.model."  # of every tensor in an adapter file
-
 
 # An adapter with one of these computes something that A and B alone do not say.
 UNSUPPORTED = {
@@ -45,7 +39,6 @@ UNSUPPORTED = {
     "use_bdlora": "block-diagonal factors",
     "use_qalora": "QALoRA",
 }
-
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")  # others change the base model's weights
 
@@ -204,7 +197,7 @@ def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
     chosen = {
         path
         for path, shape in shapes.items()
-        if shape is not None and check_target_module_exists(adapter.config, path)
+        if shape is not None and is_target(adapter.config, path)
     }
     kind = type(base_model).__name__
     if odd := sorted(adapter.factors.keys() - chosen):
@@ -230,11 +223,9 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
         shape = shapes[path]
         assert shape is not None
         fan_in, fan_out = shape
-        if path not in adapter.factors:
-            padded_A, padded_B = (
-                torch.zeros(size, dtype=dtype) for size in ((rank, fan_in), (fan_out, rank))
-            )
-        else:
+        padded_A = torch.zeros(rank, fan_in, dtype=dtype)
+        padded_B = torch.zeros(fan_out, rank, dtype=dtype)
+        if path in adapter.factors:
             lora_A, lora_B = adapter.factors[path]
             if lora_A.shape[1] != fan_in or lora_B.shape[0] != fan_out:
                 raise ValueError(
@@ -242,9 +233,7 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
                     f"the model's is {fan_in} x {fan_out}; it belongs to another model"
                 )
             own = lora_A.shape[0]
-            padded_A = lora_A.new_zeros(rank, fan_in)
             padded_A[:own] = lora_A
-            padded_B = lora_B.new_zeros(fan_out, rank)
             padded_B[:, :own] = lora_B.float() * adapter.scales[path]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = padded_A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = padded_B
@@ -330,8 +319,8 @@ def _split(
 
 def _configured(config: LoraConfig, path: str) -> tuple[int, float]:
     """(rank, scale) of a module, as PEFT reads them."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
+    rank = int(pattern_value(config.rank_pattern, path, config.r))
+    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
@@ -369,8 +358,8 @@ def _targets(
     chosen: set[str] = set()
     for kind in sorted(kinds):
         parts = kind.split(".")
-        indices = [place for place, part in enumerate(parts) if part == "*"]
-        tail = parts[indices[-1] + 1 if indices else 0 :]
+        last_index = max((i for i, part in enumerate(parts) if part == "*"), default=-1)
+        tail = parts[last_index + 1 :]
         suffixes = [".".join(tail[-n:]) for n in range(1, len(tail) + 1)]
         found = {
             suffix: [p for p in shapes if p == suffix or p.endswith(f".{suffix}")]

@@ -15,9 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.import_utils import is_bnb_available
 from peft.tuners import lora
-from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from adarank_fast.adapters.eligibility import (
@@ -43,6 +41,8 @@ from adarank_fast.adapters.groups import (
     owner_path,
     repeat_guard,
 )
+from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
+from adarank_fast.adapters.torch_private import constant_result, is_compiled
 from adarank_kernels import grouped_lora_linear
 from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
@@ -125,16 +125,10 @@ _FUSED: dict[type, type] = {lora.Linear: FusedLinear, TorchaoLoraLinear: FusedTo
 
 def _fused_classes() -> dict[type, type]:
     """PEFT class -> fused class; bitsandbytes' only where it is installed."""
-    if not is_bnb_available():
-        return _FUSED
-    from peft.tuners.lora import bnb
-
-    for name in ("Linear4bit", "Linear8bitLt"):
-        plain = getattr(bnb, name, None)
-        if plain is not None and plain not in _FUSED:
-            fused = type(f"Fused{name}", (_Fused, plain), {"__module__": __name__})
-            globals()[fused.__name__] = fused
-            _FUSED[plain] = fused
+    for plain in bitsandbytes_layers():
+        if plain not in _FUSED:
+            fused = type(f"Fused{plain.__name__}", (_Fused, plain), {"__module__": __name__})
+            globals()[fused.__name__] = _FUSED[plain] = fused
     return _FUSED
 
 
@@ -270,12 +264,14 @@ def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     return outputs[0]
 
 
+@constant_result
 def _finish_watching() -> bool:
     """The last layers that an eager forward called become a group before a compiler looks at it."""
     _thread.clear()
     return True
 
 
+@constant_result
 def _warn_compiled_early() -> bool:
     warnings.warn(
         "compiled before its groups are known: each LoRA layer is fused by itself; run one forward "
@@ -283,11 +279,6 @@ def _warn_compiled_early() -> bool:
         stacklevel=2,
     )
     return True
-
-
-# What torch.compiler.assume_constant_result sets, without importing the compiler: run when traced.
-_finish_watching._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_warn_compiled_early._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) -> nn.Module:
@@ -335,7 +326,7 @@ def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) 
 def _check_not_compiled(model: nn.Module) -> None:
     """Compiled code was made of PEFT's own layers."""
     for path, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if is_compiled(module):
             where = path or type(model).__name__
             raise ValueError(f"{where} is compiled already; accelerate first, then torch.compile")
 

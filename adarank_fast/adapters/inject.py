@@ -7,19 +7,18 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from adarank_fast.adapters.fused_linear import accelerate
+from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
 from adarank_fast.plan.lora_config import alpha_rule, lora_config
 from adarank_fast.plan.rank_plan import RankPlan
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 def inject(
@@ -55,9 +54,6 @@ def inject(
         ValueError: the plan does not fit the model, the model has adapters already, all ranks are
             0, or PEFT made something else of it. The model is then as it was.
     """
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "model already has PEFT adapters; pass the plain base model (peft_model.unload() "
@@ -134,7 +130,7 @@ def _under_one_prefix(
         fitting = same or fitting
     if len(fitting) > 1:
         raise ValueError(
-            f"the plan fits {type(model).__name__} at several places ({', '.join(fitting)}); "
+            f"the plan fits {type(model).__name__} at several paths ({', '.join(fitting)}); "
             "inject into the submodule you mean"
         )
     if fitting:
@@ -170,8 +166,6 @@ def _verify(
     model: nn.Module, planned: Mapping[str, int], scaling: str | float, adapter_name: str
 ) -> None:
     """Exactly the planned modules have an adapter, of the planned rank and scale."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     alpha_of = alpha_rule(scaling)
     found = {}
     for path, module in model.named_modules():

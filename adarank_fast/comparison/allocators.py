@@ -124,8 +124,7 @@ def eva(problem: Problem) -> RankPlan:
 
     Only the ranks are taken, from `peft.tuners.lora.eva`; A starts as in every other arm.
     """
-    from peft import EvaConfig, LoraConfig
-    from peft.tuners.lora.eva import get_eva_state_dict
+    from peft import EvaConfig, LoraConfig, get_eva_state_dict
 
     rank = max(problem.uniform.ranks.values())
     batches = [

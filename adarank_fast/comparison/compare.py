@@ -8,12 +8,10 @@ the comparison's folder and is not run again.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,17 +26,20 @@ from adarank_fast.comparison.allocators import ALLOCATORS, Problem, allocate, ch
 from adarank_fast.comparison.experiment import (
     Data,
     calibration,
-    make_subject,
+    make_experiment,
     try_metric,
 )
 from adarank_fast.comparison.grid import Cell, Grid, best_rate, make_model
 from adarank_fast.comparison.metrics import METRICS, user_metric
 from adarank_fast.comparison.report import Comparison
 from adarank_fast.comparison.results import summarise
-from adarank_fast.files import replacing
-from adarank_fast.models.identity import digest, digest_model
+from adarank_fast.files import note_settings
+from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.targets import TargetModules
+from adarank_fast.plan.allocation import check_integer
+from adarank_fast.plan.lora_config import alpha_rule
 from adarank_fast.plan.rank_plan import RankPlan
+from adarank_fast.training.choices import DTYPES, TASKS, check_choice
 from adarank_fast.training.trainer import Recipe
 
 LEARNING_RATES = {"classification": (1e-3, 2e-3, 4e-3), "causal-lm": (2e-4, 5e-4, 1e-3)}
@@ -106,28 +107,35 @@ def compare(
         The report: `.table()`, `.save(folder)`, `.results`.
 
     Raises:
-        ValueError, TypeError: one line that names the argument, its value and the remedy. What is
-            known beforehand is said before anything is trained.
+        ValueError, TypeError: one line that names the argument, its value and the remedy. Arguments
+            are judged before anything is loaded, all else before anything is trained.
     """
-    numbers = _seeds(seeds)
-    subject = make_subject(
+    numbers, labels = _seeds(seeds), _labels(arms)
+    recipe = Recipe(epochs, batch_size, seed=numbers[0], max_steps=max_steps)
+    for rate in learning_rates or ():
+        replace(recipe, learning_rate=rate)  # refuses what is no rate
+    if learning_rates is not None and not 0 < len(learning_rates) == len(set(learning_rates)):
+        raise ValueError(f"learning_rates must be different numbers, got {list(learning_rates)}")
+    check_integer("average_rank", average_rank, 1)
+    check_choice("task", task, ("auto", *TASKS))
+    check_choice("dtype", dtype, DTYPES)
+    alpha_rule(scaling)
+    if work_dir is not None:
+        check_work_dir(work_dir)
+    experiment = make_experiment(
         model, train_data, eval_data, task, tokenizer, modules_to_save, max_length, dtype
     )
-    measure = METRICS[subject.task] if metric is None else user_metric(metric, greater_is_better)
-    try_metric(measure, subject)
-    rates = LEARNING_RATES[subject.task] if learning_rates is None else tuple(learning_rates)
-    if not rates or len(set(rates)) < len(rates):
-        raise ValueError(f"learning_rates must be different numbers, got {list(rates)}")
-    recipe = Recipe(epochs, batch_size, min(rates), numbers[0], max_steps)
-    labels = _labels(arms)
-    probe = make_model(subject, numbers[0])
+    measure = METRICS[experiment.task] if metric is None else user_metric(metric, greater_is_better)
+    try_metric(measure, experiment)
+    rates = LEARNING_RATES[experiment.task] if learning_rates is None else tuple(learning_rates)
+    probe = make_model(experiment, numbers[0])
     uniform = RankPlan.uniform(probe, average_rank, target_modules)
     settings = {
-        "title": title or f"{subject.name}, {subject.task}",
-        "task": subject.task,
-        "classes": subject.classes,
-        "train_items": len(subject.train),
-        "held_out_items": len(subject.held_out),
+        "title": title or f"{experiment.name}, {experiment.task}",
+        "task": experiment.task,
+        "classes": experiment.classes,
+        "train_items": len(experiment.train),
+        "held_out_items": len(experiment.held_out),
         "metric": measure.name,
         "greater_is_better": measure.greater_is_better,
         "average_rank": average_rank,
@@ -142,17 +150,17 @@ def compare(
         "trials": trials,
         "dtype": dtype,
         "sweep_seed": numbers[0],
-        "model_digest": digest_model(probe),
-        "train_digest": digest(subject.train),
-        "held_out_digest": digest(subject.held_out),
+        "model_digest": digest_weights(probe),
+        "train_digest": digest_data(experiment.train),
+        "held_out_digest": digest_data(experiment.held_out),
         "versions": {n: version(n) for n in ("adarank-fast", "torch", "transformers", "peft")},
     }
     with _folder(work_dir) as folder:
-        settings["date"] = _claim(folder, settings)
-        problem = Problem(probe, calibration(subject), uniform, trials)
+        settings["date"] = _note_settings(folder, settings)
+        problem = Problem(probe, calibration(experiment), uniform, trials)
         plans = {label: _plan(folder, label, arm, problem) for label, arm in labels.items()}
         check_budget(plans, uniform.parameters)
-        grid = Grid(folder, subject, measure, recipe, plans, scaling)
+        grid = Grid(folder, experiment, measure, recipe, plans, scaling)
         sweep = [Cell(arm, numbers[0], r, True) for arm in plans for r in rates if len(rates) > 1]
         with _progress(grid, sweep, len(plans) * len(numbers), progress):
             swept = [grid.result(cell) for cell in sweep]
@@ -217,36 +225,31 @@ def _folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
             yield Path(scratch)
         return
     folder = Path(work_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"work_dir {str(folder)!r} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"work_dir {str(folder)!r} cannot be written; name another folder")
     yield folder
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> str:
-    """Note the settings of a new comparison, or check that they are those of the one in `folder`.
+def check_work_dir(folder: str | os.PathLike[str]) -> None:
+    """A ValueError of one line unless `folder` is a folder, or can be made, and can be written."""
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"work_dir {str(there)!r} is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"work_dir {str(there)!r} cannot be written; name another folder")
 
-    Arms and seeds are not among them: they can be added. Where no run is finished yet, the old
-    settings and plans give way. Returns the date of the first start.
+
+def _note_settings(folder: Path, settings: dict[str, Any]) -> str:
+    """See `note_settings`. Where no run is finished yet, the old settings and plans give way.
+
+    Arms and seeds are not among the settings: they can be added.
     """
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if not (path.exists() and (folder / "cells").exists()):
-        if path.exists():
-            shutil.rmtree(folder / "plans", ignore_errors=True)
-        settings["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        return settings["date"]
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if odd := [key for key in settings if before.get(key) != settings[key]]:
-        raise ValueError(
-            f"{str(folder)!r} holds a comparison with {odd[0]} = {before.get(odd[0])!r}, now "
-            f"{settings[odd[0]]!r}; name another folder or delete that one"
-        )
-    return before["date"]
+    noted = folder / "settings.json"
+    if noted.exists() and not (folder / "cells").exists():
+        noted.unlink()
+        shutil.rmtree(folder / "plans", ignore_errors=True)
+    remedy = "name another folder or delete that one"
+    return note_settings(folder, settings, "a comparison", remedy)
 
 
 @contextmanager
@@ -257,7 +260,7 @@ def _progress(
     from tqdm import tqdm
 
     steps = sum(replace(grid.recipe, epochs=1).steps(len(grid.validation[0])) for _ in sweep)
-    steps += runs * grid.recipe.steps(len(grid.subject.train))
+    steps += runs * grid.recipe.steps(len(grid.experiment.train))
     if callable(wanted):
         grid.say = wanted
         yield

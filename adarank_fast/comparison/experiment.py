@@ -15,26 +15,18 @@ from torch import nn
 from adarank_fast.comparison.metrics import Metric
 from adarank_fast.training.data import TextData, hold_out, read_texts
 from adarank_fast.training.evaluation import Evaluation
-from adarank_fast.training.loading import settle_task
+from adarank_fast.training.loading import choose_task, load_tokenizer, model_factory
 from adarank_fast.training.tokens import Item, collate, encode, make_classes, pad_id
 
 VALIDATION_SHARE = 0.1  # of the training items, for the sweep
-
-
 HELD_OUT_SHARE = 0.2  # of the data, where no held-out data are given
-
-
 CALIBRATION_ITEMS, CALIBRATION_BATCH = 32, 16
-
-
 CALIBRATION_TOKENS = 2048  # a language model's blocks can be long; fewer items then
-
-
 Data = str | os.PathLike[str] | TextData | Sequence[Any]
 
 
 @dataclass(frozen=True)
-class Subject:
+class Experiment:
     """What is trained: a model that can be made again and again, and its items."""
 
     name: str
@@ -47,7 +39,7 @@ class Subject:
     held_out: list[Item]
 
 
-def make_subject(
+def make_experiment(
     model: str | os.PathLike[str] | Callable[[], nn.Module],
     train_data: Data,
     eval_data: Data | None,
@@ -56,10 +48,8 @@ def make_subject(
     modules_to_save: Sequence[str] | None,
     max_length: int,
     dtype: str,
-) -> Subject:
-    """Read the data, settle the task, and see how the model is made; see `compare`."""
-    from adarank_fast.training import loading
-
+) -> Experiment:
+    """Read the data, choose the task, and see how the model is made; see `compare`."""
     train, held_out = _read(train_data), None if eval_data is None else _read(eval_data)
     if held_out is None:
         if not isinstance(train, TextData):
@@ -69,8 +59,8 @@ def make_subject(
     if isinstance(train, TextData) and isinstance(held_out, TextData):
         if tokenizer is None and callable(model):
             raise ValueError("texts for a model made by a function need tokenizer=")
-        tokenizer = tokenizer or loading.load_tokenizer(name)
-        task = settle_task(task, train)
+        tokenizer = tokenizer or load_tokenizer(name)
+        task = choose_task(task, train)
         names = make_classes(train, held_out) if task == "classification" else []
         pad = pad_id(tokenizer)
         sides = [encode(tokenizer, part, names, max_length) for part in (train, held_out)]
@@ -83,9 +73,9 @@ def make_subject(
         factory = model
         lora_config = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
     else:
-        factory, lora_config = loading.model_factory(name, task, names, tokenizer, dtype)
+        factory, lora_config = model_factory(name, task, names, tokenizer, dtype)
     classes = len(names) or None
-    return Subject(Path(name).name, task, factory, lora_config, pad, classes, *sides)
+    return Experiment(Path(name).name, task, factory, lora_config, pad, classes, *sides)
 
 
 def _read(data: Data) -> TextData | list[Item]:
@@ -117,17 +107,17 @@ def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
     return task, names
 
 
-def calibration(subject: Subject) -> list[dict[str, Any]]:
+def calibration(experiment: Experiment) -> list[dict[str, Any]]:
     """The first training items that make `CALIBRATION_TOKENS` tokens, without their labels."""
     items: list[dict[str, Any]] = []
     tokens = 0
-    for item in subject.train[:CALIBRATION_ITEMS]:
+    for item in experiment.train[:CALIBRATION_ITEMS]:
         if tokens >= CALIBRATION_TOKENS:
             break
         items.append({key: value for key, value in item.items() if key != "labels"})
         tokens += len(item.get("input_ids", ()))
     starts = range(0, len(items), CALIBRATION_BATCH)
-    return [collate(items[i : i + CALIBRATION_BATCH], subject.pad) for i in starts]
+    return [collate(items[i : i + CALIBRATION_BATCH], experiment.pad) for i in starts]
 
 
 def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
@@ -142,11 +132,11 @@ def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     return train, [item for item, key in zip(items, keys, strict=True) if key in chosen]
 
 
-def try_metric(metric: Metric, subject: Subject) -> None:
+def try_metric(metric: Metric, experiment: Experiment) -> None:
     """Better before the training than after it: the metric of perfect predictions."""
-    labels = numpy.array([label for item in subject.held_out for label in _flat(item["labels"])])
-    if subject.task == "classification":
-        predictions = numpy.eye(max(subject.classes or 0, labels.max() + 1))[labels]
+    labels = numpy.array([label for item in experiment.held_out for label in _flat(item["labels"])])
+    if experiment.task == "classification":
+        predictions = numpy.eye(max(experiment.classes or 0, labels.max() + 1))[labels]
         predictions = predictions.astype(numpy.float32)
     else:
         predictions = labels

@@ -8,11 +8,7 @@ from typing import Any
 from adarank_fast.comparison.statistics import Interval
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
-
-
 UNSTEADY, UNSTEADY_NATS = 0.2, 0.3  # of the sweep's loss; or this much
-
-
 NONE = "-"
 
 

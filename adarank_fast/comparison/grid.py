@@ -17,12 +17,12 @@ from torch import nn
 
 from adarank_fast.adapters.inject import inject
 from adarank_fast.comparison.experiment import (
-    Subject,
+    Experiment,
     calibration,
     split_validation,
 )
 from adarank_fast.comparison.metrics import Metric
-from adarank_fast.files import replacing
+from adarank_fast.files import replacing, write_text
 from adarank_fast.models.memory import peak_memory, reset_peak_memory
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.training.evaluation import Evaluation, evaluate
@@ -51,21 +51,21 @@ class Grid:
     def __init__(
         self,
         folder: Path,
-        subject: Subject,
+        experiment: Experiment,
         metric: Metric,
         recipe: Recipe,
         plans: dict[str, RankPlan],
         scaling: str | float,
     ) -> None:
-        self.folder, self.subject, self.metric = folder / "cells", subject, metric
+        self.folder, self.experiment, self.metric = folder / "cells", experiment, metric
         self.recipe, self.plans, self.scaling = recipe, plans, scaling
-        self.validation = split_validation(subject.train)
+        self.validation = split_validation(experiment.train)
         self.on_step: Callable[[], object] = lambda: None
         self.say: Callable[[str], object] = lambda line: None
 
     def items(self, sweep: bool) -> tuple[Sequence[Item], Sequence[Item]]:
         """(to train on, to evaluate on)."""
-        return self.validation if sweep else (self.subject.train, self.subject.held_out)
+        return self.validation if sweep else (self.experiment.train, self.experiment.held_out)
 
     def settings(self, cell: Cell) -> Recipe:
         epochs = 1 if cell.sweep else self.recipe.epochs
@@ -86,8 +86,7 @@ class Grid:
             with replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
                 numpy.savez_compressed(file, **vars(evaluation))
         text = json.dumps(result)
-        with replacing(path) as temporary:  # the cell is finished when this file is there
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)  # the cell is finished when this file is there
         value = result["diverged"] or f"{self.metric.name} {result['value']:.4g}"
         self.say(f"{cell.name}: {value}, {result['training_seconds']:.0f} s of training")
         return json.loads(text)  # as a resumed comparison reads it
@@ -100,11 +99,11 @@ class Grid:
     def run(self, cell: Cell) -> tuple[dict[str, Any], Evaluation | None]:
         started, cpu_started = time.perf_counter(), time.process_time()
         train, held_out = self.items(cell.sweep)
-        recipe, pad = self.settings(cell), self.subject.pad
+        recipe, pad = self.settings(cell), self.experiment.pad
         plan = self.plans[cell.arm]
-        model = make_model(self.subject, cell.seed)
-        example = calibration(self.subject)[0]
-        peft_model = inject(model, plan, self.scaling, example, **self.subject.lora_config)
+        model = make_model(self.experiment, cell.seed)
+        example = calibration(self.experiment)[0]
+        peft_model = inject(model, plan, self.scaling, example, **self.experiment.lora_config)
         parameters = adapter_parameters(peft_model)
         assert parameters == plan.parameters
         reset_peak_memory()
@@ -141,12 +140,12 @@ def _json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def make_model(subject: Subject, seed: int) -> nn.Module:
+def make_model(experiment: Experiment, seed: int) -> nn.Module:
     """The untrained model; what is new in it, and what comes after, is drawn from the seed."""
     from transformers import set_seed
 
     set_seed(seed)
-    model = subject.factory()
+    model = experiment.factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model() must return a torch module, got {type(model).__name__}")
     return model

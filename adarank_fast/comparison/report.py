@@ -10,6 +10,7 @@ from typing import Any
 
 from adarank_fast.comparison.findings import reading, tables
 from adarank_fast.comparison.report_writer import save_report
+from adarank_fast.models.text import plain_text
 from adarank_fast.plan.rank_plan import RankPlan
 
 
@@ -27,14 +28,7 @@ class Comparison:
 
     def table(self) -> str:
         """The tables and what they say as fixed-width text."""
-        from rich.console import Console
-
-        console = Console(width=10_000, color_system=None, markup=False, highlight=False)
-        with console.capture() as captured:
-            for made in rich_tables(self.results):
-                console.print(made)
-        lines = [line.rstrip() for line in captured.get().splitlines()]
-        return "\n".join([*(line for line in lines if line), *reading(self.results)])
+        return "\n".join([plain_text(*rich_tables(self.results)), *reading(self.results)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write report.md, report.html, results.json, pictures and plans into `folder`.

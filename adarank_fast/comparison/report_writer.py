@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from adarank_fast.comparison.findings import detail_tables, remarks, tables, verdicts
-from adarank_fast.files import replacing
+from adarank_fast.files import write_text
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plots.plans import plot_disagreement, plot_ranks
 from adarank_fast.plots.runs import plot_intervals, plot_training
@@ -22,30 +22,7 @@ from adarank_fast.plots.style import DPI
 
 RANKS = "Ranks"
 
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #222; --faint: #595959; --line: #ddd;
-  --mark: #2b6cb0; --band: #f2f6fa }
-@media (prefers-color-scheme: dark) { :root { --page: #16191d; --text: #e4e4e4; --faint: #a8a8a8;
-  --line: #3a3f45; --mark: #63a4e0; --band: #1f262e } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  background: var(--page); color: var(--text); overflow-wrap: anywhere }
-p, ul, figcaption { max-width: 54rem }
-h1 { line-height: 1.2; font-size: 1.7rem } h2 { margin-top: 2.4rem; font-size: 1.25rem }
-.verdict { border-left: 5px solid var(--mark); background: var(--band); padding: .7rem 1rem;
-  margin: 1rem 0 } .verdict strong { display: block; font-size: 1.15rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .93em }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
-  background: var(--page); min-width: 5rem; max-width: 11rem; white-space: normal }
-th { border-bottom: 2px solid var(--faint); vertical-align: bottom; white-space: normal;
-  overflow-wrap: normal }
-figure { margin: 1.4rem 0 }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px }
-figcaption { color: var(--faint); font-size: .9em }
-"""
+STYLE = Path(__file__).with_name("report.css")
 
 
 class Picture(NamedTuple):
@@ -78,8 +55,7 @@ def save_report(
         ("report.md", markdown(results, pictures)),
         ("report.html", page(results, pictures, folder)),
     ):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path) -> list[Picture]:
@@ -249,10 +225,11 @@ def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) 
         parts += [_figure(picture, folder) for picture in shown]
     parts += ["<h2>How</h2>", *(f"<p>{html.escape(note)}</p>" for note in notes(results))]
     body = "\n".join(parts)
+    style = STYLE.read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{title}</title><style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 

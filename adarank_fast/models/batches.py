@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from adarank_fast.models.outputs import Batch
+from adarank_fast.models.torch_private import map_leaves
+
+Batch = dict[str, Any]  # keyword inputs of a model
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
@@ -25,15 +27,13 @@ def batch_size(batch: Batch) -> int:
 def take(batch: Batch, items: int) -> Batch:
     """The first `items` items of a batch."""
     size = batch_size(batch)
-    return tree_map_only(
-        Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch
-    )
+    return map_leaves(Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch)
 
 
 def fold(batch: Batch, folds: int) -> Batch:
     """The batch `folds` times over: every tensor with B rows is repeated, the rest is shared."""
     size = batch_size(batch)
-    return tree_map_only(
+    return map_leaves(
         Tensor, lambda t: repeat(t, folds) if t.dim() and t.shape[0] == size else t, batch
     )
 
@@ -44,7 +44,7 @@ def in_dtype(batches: Iterable[Batch], dtype: torch.dtype) -> list[Batch]:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    return [tree_map_only(Tensor, cast, batch) for batch in batches]
+    return [map_leaves(Tensor, cast, batch) for batch in batches]
 
 
 def repeat(tensor: Tensor, folds: int) -> Tensor:
@@ -52,7 +52,7 @@ def repeat(tensor: Tensor, folds: int) -> Tensor:
 
 
 def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
-    """Check the batches and settle what the model is given: no labels, no cache.
+    """Check the batches and choose what the model is given: no labels, no cache.
 
     Raises:
         TypeError: a batch is not a dict with tensors.
@@ -94,15 +94,14 @@ def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
 
 
 def _check_keys(where: str, inputs: Batch, parameters: Mapping[str, inspect.Parameter]) -> None:
-
-    known = [
+    names = [
         n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in inputs:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
-        if key not in known and key != "labels" and (near or not open_ended):
+        near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.8)
+        if key not in names and key != "labels" and (near or not open_ended):
             raise ValueError(
                 f"{where} has the key {key!r}, which the model does not take; "
-                + (f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known[1:])}")
+                + (f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names[1:])}")
             )

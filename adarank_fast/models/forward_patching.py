@@ -10,22 +10,64 @@ import torch
 from torch import nn
 
 Forward = Callable[..., Any]
+Patch = Callable[[Forward], Forward]  # a module's forward so far -> the one to use
 
 
-@contextmanager
-def patched(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Give modules another `forward`; take it away again, whatever happens."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward_before in before.items():
-            if forward_before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward_before
+class StopForward(BaseException):
+    """Raised by a patch once the rest of a pass is not needed.
+
+    No Exception, so that a model's own `except Exception` lets it pass.
+    """
+
+
+class ForwardPatches:
+    """Patches of modules' forwards, stacked: each gets the forward that those before it made.
+
+    A patch may call what it gets, and so wrap it, or leave it, and so replace it.
+
+    Args:
+        layers: module -> patch, from the inside out.
+    """
+
+    def __init__(self, *layers: Mapping[nn.Module, Patch]) -> None:
+        self._forwards: dict[nn.Module, Forward] = {}
+        for layer in layers:
+            for module, patch in layer.items():
+                self._forwards[module] = patch(self._forwards.get(module, module.forward))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The modules with their patches; without them again at the end, whatever happens."""
+        before = {module: module.__dict__.get("forward") for module in self._forwards}
+        try:
+            for module, forward in self._forwards.items():
+                module.forward = forward
+            yield
+        finally:
+            for module, forward_before in before.items():
+                if forward_before is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = forward_before
+
+
+def stop_before(_: Forward) -> Forward:
+    """A patch: the pass ends where the module would run."""
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        raise StopForward
+
+    return stopping
+
+
+def stop_after(forward: Forward) -> Forward:
+    """A patch: the module runs, and the pass ends there."""
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        forward(*args, **kwargs)
+        raise StopForward
+
+    return stopping
 
 
 @contextmanager

@@ -1,21 +1,20 @@
-"""Digests that tell one model, one set of batches or one set of items from another."""
+"""Digests: what tells one model's weights, or one data set, from another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.outputs import Batch
 from adarank_fast.models.quantization import stored
 
 
 def digest_weights(model: nn.Module) -> str:
-    """What tells one set of weights from another: up to 256 numbers of each parameter."""
+    """SHA-256 over every parameter's name and shape and up to 256 of its numbers."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = stored(parameter).flatten()
@@ -25,28 +24,18 @@ def digest_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def describe_batches(batches: Sequence[Batch]) -> dict[str, Any]:
-    """How much calibration data there was, and a digest to recognise it by."""
+def digest_data(items: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 over keys and values, in the order of the items.
+
+    Args:
+        items: batches or examples, whose values are tensors or what JSON can hold.
+    """
     digest = hashlib.sha256()
-    items = 0
-    for batch in batches:
-        tensors = [(k, v) for k, v in sorted(batch.items()) if isinstance(v, Tensor)]
-        items += tensors[0][1].shape[0] if tensors else 0
-        for key, value in tensors:
-            digest.update(f"{key}{tuple(value.shape)}".encode())
-            digest.update(value.detach().double().cpu().numpy().tobytes())
-    return {"count": len(batches), "items": items, "sha256": digest.hexdigest()}
-
-
-def digest(items: Sequence[Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
-
-
-def digest_model(model: nn.Module) -> str:
-    """Of every parameter's name, shape and first values: other weights give another one."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:64].float().cpu().numpy()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(first.tobytes())
-    return digest.hexdigest()[:16]
+    for item in items:
+        for key, value in sorted(item.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{key}{tuple(value.shape)}".encode())
+                digest.update(value.detach().double().cpu().numpy().tobytes())
+            else:
+                digest.update(f"{key}{json.dumps(value)}".encode())
+    return digest.hexdigest()

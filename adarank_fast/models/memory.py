@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
-from adarank_fast.models.outputs import Batch
+from adarank_fast.models.batches import Batch
+from adarank_fast.models.torch_private import TorchDispatchMode, leaves
 
 
 def reset_peak_memory() -> None:
@@ -55,30 +54,30 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = self._alive = 0
-        self._known: dict[int, weakref.ref[Any]] = {}  # by id; forgets a storage when it dies
+        self._counted: dict[int, weakref.ref[Any]] = {}  # by id; forgets a storage when it dies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for leaf in tree_flatten((args, kwargs))[0]:
-            self._meet(leaf, 0)  # made elsewhere, or counted already
+        for leaf in leaves((args, kwargs)):
+            self._count(leaf, 0)  # made elsewhere, or counted already
         output = func(*args, **kwargs)
-        for leaf in tree_flatten(output)[0]:
-            self._meet(leaf)
+        for leaf in leaves(output):
+            self._count(leaf)
         return output
 
-    def _meet(self, leaf: object, size: int | None = None) -> None:
+    def _count(self, leaf: object, size: int | None = None) -> None:
         if not isinstance(leaf, Tensor):
             return
         storage = leaf.untyped_storage()
-        if id(storage) in self._known:
+        if id(storage) in self._counted:
             return
         size = storage.nbytes() if size is None else size
-        self._known[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage), size))
+        self._counted[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage), size))
         self._alive += size
         self.peak = max(self.peak, self._alive)
 
     def _forget(self, key: int, size: int, _: object) -> None:
-        del self._known[key]
+        del self._counted[key]
         self._alive -= size
 
 
@@ -102,7 +101,7 @@ class Memory:
         return self.total // 4
 
     @property
-    def record(self) -> int:
+    def linear_cache(self) -> int:
         """For inputs and outputs of the open block's linear layers."""
         return self.total // 4
 

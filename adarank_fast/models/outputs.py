@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from adarank_fast.models.batches import Batch, batch_size
+from adarank_fast.models.forward_patching import Forward, ForwardPatches, StopForward
 from adarank_fast.models.targets import base_model_prefix
-
-Batch = dict[str, Any]
-
+from adarank_fast.models.transformers_private import came_from_checkpoint
 
 OutputChoice = str | Callable[[Any], Tensor]
 
@@ -26,7 +27,7 @@ class Output:
     """A tensor to read off a model.
 
     Attributes:
-        name: for the record: "mean_pooled_hidden_state", "logits", ...
+        name: as plans give it: "mean_pooled_hidden_state", "logits", ...
         root: path, in the model at hand, of the module to run ("" is the model itself): its base
             model where the head plays no part.
         read: (the root's outputs, its inputs) -> [B, ...] tensor, one row per item.
@@ -35,6 +36,72 @@ class Output:
     name: str
     root: str
     read: Callable[[Any, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class OutputReader:
+    """Runs a model as far as the output asks for it.
+
+    Attributes:
+        root: the module to run.
+        output: what to read off it.
+        head: the language-model head, if the output is exactly what it returns. Then it is never
+            run: what is read is its input, hidden states [B, T, D].
+    """
+
+    root: nn.Module
+    output: Output
+    head: nn.Module | None = None
+
+    def read(
+        self,
+        batch: Batch,
+        patches: ForwardPatches | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The output of one forward, or the head's input: [B, D], [B, T, D], ...
+
+        Args:
+            batch: the keyword inputs.
+            patches: of modules' forwards, for this forward only.
+            parameters: names (in the whole model) -> replacements, for this forward only.
+
+        Raises:
+            ValueError: the output is no tensor with a row per item.
+        """
+        hidden: list[Tensor] = []
+
+        def read_input(_: Forward) -> Forward:
+            def forward(x: Tensor) -> Tensor:
+                hidden.append(x)
+                raise StopForward
+
+            return forward
+
+        last = ForwardPatches({self.head: read_input} if self.head else {})
+        arguments = accepted(self.root, batch)
+        try:
+            with (patches or ForwardPatches()).applied(), last.applied():
+                if not parameters:
+                    outputs = self.root(**arguments)
+                else:
+                    prefix = f"{self.output.root}." if self.output.root else ""
+                    local = {k.removeprefix(prefix): v for k, v in parameters.items()}
+                    outputs = functional_call(self.root, local, kwargs=arguments)
+            value = self.output.read(outputs, batch)
+        except StopForward:
+            value = hidden[0]
+        name, rows = self.output.name, batch_size(batch)
+        if not isinstance(value, Tensor) or not value.dim():
+            raise ValueError(
+                f"output {name!r} must give a tensor with a row per item, "
+                f"got {type(value).__name__}"
+            )
+        if value.shape[0] != rows:
+            raise ValueError(
+                f"output {name!r} must have a row per item ({rows}), got shape {tuple(value.shape)}"
+            )
+        return value[:, None] if value.dim() == 1 else value
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -66,7 +133,7 @@ def _tensor(outputs: Any) -> Tensor | None:
 
 
 def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Output:
-    """Settle which tensor `choice` means for this model.
+    """Which tensor `choice` means for this model.
 
     `"auto"` takes the logits of a language-model head that was really loaded, else the last hidden
     state of the base model, mean-pooled over unmasked positions; for a module that returns a bare
@@ -156,12 +223,12 @@ def _checked(model: nn.Module, output: Output, sample: Batch) -> Output:
 def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[str]:
     """Names of freshly initialised parameters that `output` depends on.
 
-    transformers marks each parameter that came from a checkpoint (`_is_hf_initialized`). A model
-    with marks was loaded; its unmarked parameters were not. Which of these the output depends on is
-    read off autograd, on one small batch and only if there are any.
+    A model with parameters that came from a checkpoint was loaded; its others were not in it. Which
+    of these the output depends on is read off autograd, on one small batch and only if there are
+    any.
     """
     named = dict(model.named_parameters())
-    loaded = {name for name, p in named.items() if getattr(p, "_is_hf_initialized", False)}
+    loaded = {name for name, p in named.items() if came_from_checkpoint(p)}
     fresh = {
         name: p
         for name, p in named.items()

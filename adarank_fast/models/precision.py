@@ -7,8 +7,10 @@ import copy
 import torch
 from torch import nn
 
+from adarank_fast.models.transformers_private import is_moved_by_hooks
 
-def twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+
+def copy_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `model` whose floating-point parameters are cast to `dtype`.
 
     Buffers keep their type: rotary frequencies lose too much in bfloat16. Each parameter is cast on
@@ -25,7 +27,7 @@ def twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         raise ValueError(
             f"dtype={dtype}: the model is quantised and cannot be cast; leave dtype out"
         )
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if any(map(is_moved_by_hooks, model.modules())):
         raise ValueError(
             f"dtype={dtype}: the model is spread over devices or offloaded; leave dtype out and "
             f"load it with from_pretrained(dtype={dtype})"

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
+from adarank_fast.models.bitsandbytes_private import (
+    dequantise_int8,
+    is_int8,
+    is_repacked,
+    may_repack,
+    set_repacking,
+    undo_repacking,
+)
 from adarank_fast.models.targets import linear_shape
 
 
@@ -32,14 +39,8 @@ def plain_weight(module: nn.Module, parameter: str = "") -> Tensor:
     if not is_packed(module):
         assert isinstance(module.weight, Tensor)
         return module.weight
-    if type(module.weight).__name__ == "Int8Params":
-        # PEFT's dequantize_module_weight would replace this weight by one without its scales, and
-        # the next forward would fail (peft 0.21.2, after a first forward on the CPU).
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        layer: Any = module
-        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # moves there
-        return int8_vectorwise_dequant(layer.weight.data, scales)
+    if is_int8(module):
+        return dequantise_int8(module)
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(module)
@@ -55,34 +56,22 @@ def stored(parameter: Tensor) -> Tensor:
 def keep_unpacked(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on the CPU, and undo it where it has.
 
-    On CPUs with AVX512-BF16, `Linear4bit` changes the layout of its weight in place at the first
-    forward in eval mode. After that its product has no gradient, without an error, so nothing
-    before the last quantised layer is trained, and dequantising gives wrong numbers (bitsandbytes
-    0.50.2). Unpacked layers compute the same function, slower. No-op for every other model.
+    See `bitsandbytes_private` for what goes wrong otherwise. Unpacked layers compute the same
+    function, slower. No-op for every other model.
     """
-    module: Any
-    for module in _repacking(model):
-        module.support_avx512bf16_for_cpu = False
-        weight = module.weight
-        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-                weight.data, weight.quant_state
-            )
+    for module in filter(may_repack, model.modules()):
+        set_repacking(module, False)
+        if is_repacked(module):
+            undo_repacking(module)
 
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """`keep_unpacked` for a while; afterwards bitsandbytes may pack again."""
-    repacking = _repacking(model)
+    layers = list(filter(may_repack, model.modules()))
     try:
         keep_unpacked(model)
         yield
     finally:
-        for module in repacking:
-            module.support_avx512bf16_for_cpu = True
-
-
-def _repacking(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+        for module in layers:
+            set_repacking(module, True)

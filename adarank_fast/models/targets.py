@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from adarank_fast.models.text import list_names
+from adarank_fast.models.torch_private import (
+    compiled_from,
+    is_convolution,
+    is_read_not_called,
+)
 
 TargetModules = str | Iterable[str]
 
@@ -62,7 +68,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     Also None for `out_proj` of a torch.nn.MultiheadAttention: it reads that weight and never calls
     the module, so that neither a probe nor an adapter there would have an effect.
     """
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if is_read_not_called(module):
         return None
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -91,8 +97,8 @@ def canonical_name(path: str, model: nn.Module | None = None) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, `torch.compile` and PEFT wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = cast(nn.Module, model._orig_mod)
+        if (compiled := compiled_from(model)) is not None:
+            model = compiled
         elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
             model = cast(nn.Module, model.module)
         elif any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
@@ -168,7 +174,7 @@ def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     PEFT's reading of the layout: [experts, out, in], or [experts, in, out] where the module says
     `is_transposed`. Convolutions are none; a first dimension of 1 is a position embedding's.
     """
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if is_convolution(module):
         return {}
     shapes = {}
     for name, parameter in module.named_parameters(recurse=False):
@@ -204,7 +210,7 @@ def alternatives(model: nn.Module, path: str) -> set[str]:
     module = model
     for depth, part in enumerate(parts):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            others = [name for name in module._modules if name != part]
+            others = [name for name, _ in module.named_children() if name != part]
             found |= {".".join([*parts[:depth], o, *parts[depth + 1 :]]) for o in others}
         module = getattr(module, part)
     return found
@@ -222,12 +228,12 @@ def _choose(
                 raise ValueError(
                     'target_modules="attention": torch.nn.MultiheadAttention reads the weights of '
                     "its projections and never calls them, so they cannot get a rank; pass "
-                    f'"all-linear" or names, for example {_some(sorted(linears))}'
+                    f'"all-linear" or names, for example {list_names(sorted(linears))}'
                 )
             raise ValueError(
                 'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
-                f"name contains 'Attention' (classes here: {_some(classes)}); "
-                f'pass "all-linear" or names, for example {_some(sorted(linears))}'
+                f"name contains 'Attention' (classes here: {list_names(classes)}); "
+                f'pass "all-linear" or names, for example {list_names(sorted(linears))}'
             )
         return chosen
     if target_modules == "all-linear":
@@ -286,7 +292,7 @@ def _choose(
             why = "matches no module"
             if other:
                 why = f"names a {type(other[0]).__name__}, not a Linear or Conv1D"
-                if isinstance(other[0], NonDynamicallyQuantizableLinear):
+                if is_read_not_called(other[0]):
                     why = "names a projection that torch.nn.MultiheadAttention never calls"
             raise ValueError(
                 f"target_modules: {item!r} {why}; near matches: {_near(item, linears)}"
@@ -317,9 +323,4 @@ def _near(item: str, linears: Iterable[str]) -> str:
     """Names, or last parts of names, that look like `item`; else the last parts there are."""
     last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
     near = difflib.get_close_matches(item.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
-    return _some(near or last_parts)
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
+    return list_names(near or last_parts)

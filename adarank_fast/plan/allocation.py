@@ -7,7 +7,7 @@ average rank, in + out when it is a number of parameters. The real-valued soluti
 
 so that what capped modules cannot take goes to the others. Without bounds this is the rule of
 AdaRank (arXiv 2408.09015), x_m = total_rank * d_m / sum d. Ranks are x_m rounded down; "exact" then
-hands the remainder out, largest fraction first. The arithmetic is rational: no rounding error, and
+gives the remainder to the largest fractions. The arithmetic is rational: no rounding error, and
 the result does not depend on the order of the modules.
 """
 
@@ -20,12 +20,10 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
+from adarank_fast.models.text import list_names
+
 Number = Any  # Fraction or float, all scores the same
-
-
 DEFAULT_AVERAGE_RANK = 8
-
-
 ALLOCATIONS = ("exact", "paper")
 
 
@@ -63,16 +61,8 @@ def allocate_ranks(
         ValueError: one line that names the argument, its value and the remedy.
     """
     _check_scores(scores)
-    budget = Budget(
-        scores,
-        average_rank,
-        sizes,
-        budget_parameters,
-        min_rank,
-        max_rank,
-        rank_multiple,
-        allocation,
-    )
+    bounds = (min_rank, max_rank, rank_multiple)
+    budget = Budget(scores, average_rank, sizes, budget_parameters, *bounds, allocation)
     return budget.ranks({name: Fraction(float(score)) for name, score in scores.items()})
 
 
@@ -92,32 +82,90 @@ class Budget:
     ) -> None:
         names = list(names)
         self.step = rank_multiple
-        self._lows, self._highs = _bounds(names, sizes, min_rank, max_rank, rank_multiple)
+        self._low, self._highs = _bounds(names, sizes, min_rank, max_rank, rank_multiple)
         if allocation not in ALLOCATIONS:
             raise ValueError(f'allocation must be "exact" or "paper", got {allocation!r}')
         self._allocation = allocation
         self._budget, said = _budget(len(names), average_rank, budget_parameters)
         if budget_parameters is None:
             self._costs = dict.fromkeys(names, 1)
+        elif sizes is None:
+            raise ValueError("budget_parameters needs sizes: name -> (in_features, out_features)")
         else:
-            if sizes is None:
-                raise ValueError(
-                    "budget_parameters needs sizes: name -> (in_features, out_features)"
-                )
             self._costs = {name: sum(sizes[name]) for name in names}
-        _check_affordable(self._budget, said, self._costs, self._lows, self._highs, min_rank)
-
-    def real_ranks(self, scores: Mapping[str, Number]) -> dict[str, Number]:
-        """Ranks before rounding, in the arithmetic of the scores: fractions, or floats."""
-        return _proportional(scores, self._costs, self._lows, self._highs, self._budget)
+        least = self._low * sum(self._costs.values())
+        if self._budget < least:
+            raise ValueError(
+                f"{said} is too small for min_rank={min_rank}, which needs {least}; "
+                "raise the budget or lower min_rank"
+            )
+        most = sum(
+            math.inf if high is None else high * self._costs[name]
+            for name, high in self._highs.items()
+        )
+        if self._budget > most:
+            raise ValueError(
+                f"{said} is more than all modules can take under max_rank, min(in, out) and "
+                f"rank_multiple ({most}); lower the budget or loosen the bounds"
+            )
 
     def ranks(self, scores: Mapping[str, Number]) -> dict[str, int]:
         """Ranks; exact for fractions, 40 times faster and right up to rounding for floats."""
         wanted = self.real_ranks(scores)
         ranks = {name: math.floor(x / self.step) * self.step for name, x in wanted.items()}
         if self._allocation == "exact":
-            _hand_out(ranks, wanted, self._costs, self._highs, self._budget, self.step)
+            self._spend_remainder(ranks, wanted)
         return ranks
+
+    def real_ranks(self, scores: Mapping[str, Number]) -> dict[str, Number]:
+        """Ranks before rounding, in the arithmetic of the scores: fractions, or floats.
+
+        x_m = clamp(lambda d_m, lo, hi_m) with sum c_m x_m = budget. spent(lambda) = sum c_m x_m is
+        continuous, monotone and piecewise linear; its slope changes where a module leaves its lower
+        bound or reaches its upper one. Sweep over these breakpoints.
+        """
+        slope_changes: dict[Number, Number] = {}
+        zero = 0 * next(iter(scores.values()))
+        for name, score in scores.items():
+            if score > 0:
+                start, high, slope = self._low / score, self._highs[name], self._costs[name] * score
+                slope_changes[start] = slope_changes.get(start, zero) + slope
+                if high is not None:
+                    stop = high / score
+                    slope_changes[stop] = slope_changes.get(stop, zero) - slope
+
+        position = slope = zero
+        spent = zero + self._low * sum(self._costs.values())
+        for breakpoint in sorted(slope_changes):
+            ahead = spent + slope * (breakpoint - position)
+            if ahead >= self._budget:
+                break
+            position, spent = breakpoint, ahead
+            slope += slope_changes[breakpoint]
+        if slope > 0:
+            position += (self._budget - spent) / slope
+
+        wanted = {}
+        for name, score in scores.items():
+            x, high = max(position * score, zero + self._low), self._highs[name]
+            wanted[name] = x if high is None else min(x, zero + high)
+        return wanted
+
+    def _spend_remainder(self, ranks: dict[str, int], wanted: Mapping[str, Number]) -> None:
+        """Spend what rounding down left: one step at a time to the largest x_m - r_m. In place.
+
+        A module that cannot take or afford a step never can again, so it leaves the queue.
+        """
+        left = self._budget - sum(self._costs[name] * rank for name, rank in ranks.items())
+        queue = [(ranks[name] - x, name) for name, x in wanted.items()]
+        heapq.heapify(queue)
+        while queue:
+            surplus, name = heapq.heappop(queue)
+            high, price = self._highs[name], self._costs[name] * self.step
+            if price <= left and (high is None or ranks[name] + self.step <= high):
+                ranks[name] += self.step
+                left -= price
+                heapq.heappush(queue, (surplus + self.step, name))
 
 
 def _check_scores(scores: Mapping[str, float]) -> None:
@@ -126,7 +174,7 @@ def _check_scores(scores: Mapping[str, float]) -> None:
     bad = [name for name, score in scores.items() if not (math.isfinite(score) and score >= 0)]
     if bad:
         raise ValueError(
-            f"scores must be finite and not negative, got {scores[bad[0]]} for {_some(bad)}; "
+            f"scores must be finite and not negative, got {scores[bad[0]]} for {list_names(bad)}; "
             "look for overflow in the model's outputs (try float32)"
         )
     if not any(scores.values()):
@@ -137,22 +185,21 @@ def _check_scores(scores: Mapping[str, float]) -> None:
 
 
 def _bounds(
-    names: Iterable[str],
+    names: list[str],
     sizes: Mapping[str, tuple[int, int]] | None,
     min_rank: int,
     max_rank: int | None,
     multiple: int,
-) -> tuple[dict[str, int], dict[str, int | None]]:
-    """Lowest and highest rank of each module, multiples of `multiple`; None: no cap."""
-    names = list(names)
-    _check_integer("rank_multiple", multiple, 1)
-    _check_integer("min_rank", min_rank, 0)
+) -> tuple[int, dict[str, int | None]]:
+    """(lowest rank, highest of each module), multiples of `multiple`; None: no cap."""
+    check_integer("rank_multiple", multiple, 1)
+    check_integer("min_rank", min_rank, 0)
     if max_rank is not None:
-        _check_integer("max_rank", max_rank, 1)
+        check_integer("max_rank", max_rank, 1)
         if max_rank < min_rank:
             raise ValueError(f"max_rank={max_rank} is below min_rank={min_rank}; raise max_rank")
     if sizes is not None and (missing := [name for name in names if name not in sizes]):
-        raise ValueError(f"sizes lacks {_some(missing)}; give (in_features, out_features)")
+        raise ValueError(f"sizes lacks {list_names(missing)}; give (in_features, out_features)")
     low = -(-min_rank // multiple) * multiple
     highs: dict[str, int | None] = {}
     for name in names:
@@ -163,10 +210,10 @@ def _bounds(
     if narrow:
         raise ValueError(
             f"min_rank={min_rank} with rank_multiple={multiple} needs rank {low}, more than "
-            f"max_rank or min(in, out) allows ({highs[narrow[0]]}) for {_some(narrow)}; "
+            f"max_rank or min(in, out) allows ({highs[narrow[0]]}) for {list_names(narrow)}; "
             "lower min_rank or rank_multiple, or leave these modules out"
         )
-    return dict.fromkeys(names, low), highs
+    return low, highs
 
 
 def _budget(
@@ -179,7 +226,7 @@ def _budget(
             "given; keep one of them"
         )
     if budget_parameters is not None:
-        _check_integer("budget_parameters", budget_parameters, 1)
+        check_integer("budget_parameters", budget_parameters, 1)
         return budget_parameters, f"budget_parameters={budget_parameters}"
     average = float(DEFAULT_AVERAGE_RANK if average_rank is None else average_rank)
     if not (math.isfinite(average) and average > 0):
@@ -192,99 +239,6 @@ def _budget(
     return total, said
 
 
-def _check_affordable(
-    budget: int,
-    said: str,
-    costs: Mapping[str, int],
-    lows: Mapping[str, int],
-    highs: Mapping[str, int | None],
-    min_rank: int,
-) -> None:
-    least = sum(costs[name] * low for name, low in lows.items())
-    if budget < least:
-        raise ValueError(
-            f"{said} is too small for min_rank={min_rank}, which needs {least}; "
-            "raise the budget or lower min_rank"
-        )
-    if None not in highs.values():
-        most = sum(costs[name] * (high or 0) for name, high in highs.items())
-        if budget > most:
-            raise ValueError(
-                f"{said} is more than all modules can take under max_rank, min(in, out) and "
-                f"rank_multiple ({most}); lower the budget or loosen the bounds"
-            )
-
-
-def _proportional(
-    scores: Mapping[str, Number],
-    costs: Mapping[str, int],
-    lows: Mapping[str, int],
-    highs: Mapping[str, int | None],
-    budget: int,
-) -> dict[str, Number]:
-    """x_m = clamp(lambda d_m, lo_m, hi_m) with sum c_m x_m = budget.
-
-    spent(lambda) = sum c_m x_m is continuous, monotone and piecewise linear; its slope changes
-    where a module leaves its lower bound or reaches its upper one. Sweep over these breakpoints.
-    """
-    slope_changes: dict[Number, Number] = {}
-    zero = 0 * next(iter(scores.values()))
-    for name, score in scores.items():
-        if score > 0:
-            start, high = lows[name] / score, highs[name]
-            slope_changes[start] = slope_changes.get(start, zero) + costs[name] * score
-            if high is not None:
-                stop = high / score
-                slope_changes[stop] = slope_changes.get(stop, zero) - costs[name] * score
-
-    position = slope = zero
-    spent = zero + sum(costs[name] * low for name, low in lows.items())
-    for breakpoint in sorted(slope_changes):
-        ahead = spent + slope * (breakpoint - position)
-        if ahead >= budget:
-            break
-        position, spent = breakpoint, ahead
-        slope += slope_changes[breakpoint]
-    if slope > 0:
-        position += (budget - spent) / slope
-
-    wanted = {}
-    for name, score in scores.items():
-        x, high = max(position * score, zero + lows[name]), highs[name]
-        wanted[name] = x if high is None else min(x, zero + high)
-    return wanted
-
-
-def _hand_out(
-    ranks: dict[str, int],
-    wanted: Mapping[str, Number],
-    costs: Mapping[str, int],
-    highs: Mapping[str, int | None],
-    budget: int,
-    multiple: int,
-) -> None:
-    """Spend what rounding down left: one step at a time to the largest x_m - r_m. In place.
-
-    A module that cannot take or afford a step never can again, so it leaves the queue.
-    """
-    left = budget - sum(costs[name] * rank for name, rank in ranks.items())
-    queue = [(ranks[name] - x, name) for name, x in wanted.items()]
-    heapq.heapify(queue)
-    while queue:
-        surplus, name = heapq.heappop(queue)
-        high = highs[name]
-        price = costs[name] * multiple
-        if price <= left and (high is None or ranks[name] + multiple <= high):
-            ranks[name] += multiple
-            left -= price
-            heapq.heappush(queue, (surplus + multiple, name))
-
-
-def _check_integer(argument: str, value: object, least: int) -> None:
+def check_integer(argument: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} modules)" if len(names) > most else shown

@@ -11,13 +11,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 CONSTANT_SCALING = 2.0  # lora_alpha = 2 * rank
-
-
 PAPER_ALPHA = 8  # AdaRank's LoRA scale is 8 / rank
-
-
 RSLORA_ALPHA = 8  # scale 8 / sqrt(rank): the constant 2 at rank 16
-
 
 DECIDED_BY_PLAN = {
     "r": "ranks come from the plan (plan.allocate spends another budget)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -15,20 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from adarank_fast.files import write_text
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
+from adarank_fast.models.text import plain_text
 from adarank_fast.plan.allocation import Budget, allocate_ranks
+from adarank_fast.plan.lora_config import lora_config
 from adarank_fast.plan.uncertainty import chance_of_change
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-from adarank_fast.files import replacing
-from adarank_fast.plan.lora_config import lora_config
 
 FORMAT = "adarank-fast plan"
-
-
 SCHEMA = 1  # raise it whenever an older release would misread the file
-
 
 BUDGET_OPTIONS: dict[str, Any] = {
     "average_rank": None,
@@ -210,8 +207,7 @@ class RankPlan:
             "settings": dict(sorted(self.settings.items())),
         }
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-        with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPlan:
@@ -261,7 +257,6 @@ class RankPlan:
         "may change" is the chance that another seed gives another rank (see `chance_of_change`).
         """
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
         rows = Table(box=box.SIMPLE, show_footer=True, pad_edge=False)
@@ -286,11 +281,7 @@ class RankPlan:
             if chances is not None:
                 cells.append(f"{chances[name]:.0%}")
             rows.add_row(*cells, f"{rank * (fan_in + fan_out):,}")
-        text = io.StringIO()
-        console = Console(file=text, width=10_000, color_system=None, markup=False, emoji=False)
-        console.print(rows, highlight=False)
-        lines = [line.rstrip() for line in text.getvalue().splitlines()]
-        return "\n".join(line for line in lines if line)
+        return plain_text(rows)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from adarank_fast.files import replacing
+from adarank_fast.files import write_text
 from adarank_fast.plan.rank_plan import RankPlan
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def export_plan(
     Raises:
         ValueError: unknown format, or one that cannot express the plan.
     """
-    text = render(plan, format, scaling)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, render(plan, format, scaling))
 
 
 def _peft(plan: RankPlan, config: LoraConfig) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 HALF_WIDTH = 1.96  # standard errors: a 95% interval
-
-
 DRAWS = 200
 
 

@@ -14,10 +14,7 @@ from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plots.style import clean, line_style, new_figure, write
 
 CELL = 0.34  # inches: a heat map cell with a three-digit number
-
-
 UNSURE = 0.5  # chance of another rank that is worth a mark
-
 
 UNITS = {  # of a disagreement by its metric
     "l1": "mean |change of an output|",
@@ -27,8 +24,7 @@ UNITS = {  # of a disagreement by its metric
     "argmax": "share of changed predictions",
 }
 
-
-Place = tuple[int | None, str]  # layer, label of the module type
+Position = tuple[int | None, str]  # layer, label of the module type
 
 
 def plot_plan(plan: RankPlan, path: str | os.PathLike[str]) -> None:
@@ -44,15 +40,15 @@ def plot_plan(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     """
     if not plan.scores:
         return plot_ranks(plan, path)
-    places = arrange(plan.ranks)
-    width, heat_height = _heat_size(places)
+    positions = arrange(plan.ranks)
+    width, heat_height = _heat_size(positions)
     figure = new_figure(width, heat_height + 4.2)
     above, below = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [3.4, heat_height]}
     )
-    _draw_disagreement(above, plan, places)
+    _draw_disagreement(above, plan, positions)
     above.set_xlabel("")
-    _draw_ranks(below, plan, places)
+    _draw_ranks(below, plan, positions)
     write(figure, path)
 
 
@@ -64,23 +60,23 @@ def plot_disagreement(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     """
     if not plan.scores:
         raise ValueError("this plan has no scores to plot (it was not made by probing)")
-    places = arrange(plan.ranks)
-    figure = new_figure(max(_heat_size(places)[0], 8.0), 4.2)
+    positions = arrange(plan.ranks)
+    figure = new_figure(max(_heat_size(positions)[0], 8.0), 4.2)
     axes = figure.subplots()
-    _draw_disagreement(axes, plan, places)
-    _layer_axis(axes, places)
+    _draw_disagreement(axes, plan, positions)
+    _layer_axis(axes, positions)
     write(figure, path)
 
 
 def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     """Heat map of the ranks, layers across, module types down, the ranks in the cells."""
-    places = arrange(plan.ranks)
-    figure = new_figure(*_heat_size(places))
-    _draw_ranks(figure.subplots(), plan, places)
+    positions = arrange(plan.ranks)
+    figure = new_figure(*_heat_size(positions))
+    _draw_ranks(figure.subplots(), plan, positions)
     write(figure, path)
 
 
-def arrange(names: Iterable[str]) -> dict[str, Place]:
+def arrange(names: Iterable[str]) -> dict[str, Position]:
     """Layer and short, unambiguous module type of each name.
 
     The layer is the first integer in the dotted path (None: there is none), the module type is the
@@ -117,29 +113,29 @@ def _label(kind: tuple[str, ...], types: Iterable[tuple[str, ...]]) -> str:
     return ".".join(kind[i] for i in sorted(chosen))
 
 
-def _columns(places: Mapping[str, Place]) -> list[int | None]:
+def _columns(positions: Mapping[str, Position]) -> list[int | None]:
     """Layers from left to right; modules outside any layer come last."""
-    layers = {layer for layer, _ in places.values()}
+    layers = {layer for layer, _ in positions.values()}
     return [*sorted(layer for layer in layers if layer is not None), *({None} & layers)]
 
 
-def _types(places: Mapping[str, Place]) -> list[str]:
+def _types(positions: Mapping[str, Position]) -> list[str]:
     """Module types in the plan's order, which is the model's; those outside any layer come last."""
     outside: dict[str, bool] = {}
-    for layer, label in places.values():
+    for layer, label in positions.values():
         outside.setdefault(label, layer is None)
     return sorted(outside, key=lambda label: outside[label])
 
 
-def _draw_disagreement(axes: Any, plan: RankPlan, places: Mapping[str, Place]) -> None:
-    column = {layer: x for x, layer in enumerate(_columns(places))}
-    types = _types(places)
+def _draw_disagreement(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) -> None:
+    column = {layer: x for x, layer in enumerate(_columns(positions))}
+    types = _types(positions)
     for index, label in enumerate(types):
         style = line_style(index)
         mine = sorted(
             (
                 (column[layer], plan.scores[name])
-                for name, (layer, kind) in places.items()
+                for name, (layer, kind) in positions.items()
                 if kind == label and name in plan.scores
             ),
             key=lambda point: point[0],
@@ -174,12 +170,12 @@ def _draw_disagreement(axes: Any, plan: RankPlan, places: Mapping[str, Place]) -
     )
 
 
-def _draw_ranks(axes: Any, plan: RankPlan, places: Mapping[str, Place]) -> None:
-    columns, types = _columns(places), _types(places)
+def _draw_ranks(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) -> None:
+    columns, types = _columns(positions), _types(positions)
     cells: dict[tuple[int, int], list[int]] = {}
     chances = plan.chance_of_change() or {}
     unsure = set()
-    for name, (layer, label) in places.items():
+    for name, (layer, label) in positions.items():
         key = (types.index(label), columns.index(layer))
         cells.setdefault(key, []).append(plan.ranks[name])
         if chances.get(name, 0.0) > UNSURE:
@@ -212,22 +208,22 @@ def _draw_ranks(axes: Any, plan: RankPlan, places: Mapping[str, Place]) -> None:
     if unsure:
         title += f"\n~: another seed gives another rank with a chance above {UNSURE:.0%}"
     axes.set_title(title, fontsize=11, loc="left")
-    _layer_axis(axes, places)
+    _layer_axis(axes, positions)
 
 
-def _layer_axis(axes: Any, places: Mapping[str, Place]) -> None:
-    columns = _columns(places)
+def _layer_axis(axes: Any, positions: Mapping[str, Position]) -> None:
+    columns = _columns(positions)
     ticks = ["other" if layer is None else str(layer) for layer in columns]
     axes.set_xticks(range(len(columns)), labels=ticks, fontsize=8)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_xlabel("layer")
 
 
-def _heat_size(places: Mapping[str, Place]) -> tuple[float, float]:
+def _heat_size(positions: Mapping[str, Position]) -> tuple[float, float]:
     """Width and height in inches of a figure with a readable heat map."""
-    types = _types(places)
+    types = _types(positions)
     labels = 0.085 * max(map(len, types)) + 0.3
-    return max(CELL * len(_columns(places)) + 2 * labels, 7.5), 0.3 * len(types) + 1.1
+    return max(CELL * len(_columns(positions)) + 2 * labels, 7.5), 0.3 * len(types) + 1.1
 
 
 def _range(numbers: set[int]) -> str:

@@ -21,7 +21,7 @@ def plot_training(
 
     Args:
         order: of all labels, also those not here: one keeps its colour from picture to picture.
-        ticks: the only places marked on a logarithmic x axis. None: the axis is linear.
+        ticks: the only values marked on a logarithmic x axis. None: the axis is linear.
     """
     if not curves:
         raise ValueError("curves is empty; give at least one line")

@@ -9,11 +9,7 @@ from typing import Any
 from adarank_fast.files import replacing
 
 MARKERS = "osD^vPX*<>"
-
-
 DPI = 130
-
-
 GRID = {"color": "0.9", "linewidth": 0.8}
 
 

@@ -10,10 +10,7 @@ from types import TracebackType
 from typing import Any
 
 FORMAT = "adarank-fast checkpoint"
-
-
 START = json.dumps({"format": FORMAT})[:-1]
-
 
 Found = dict[tuple[str, int], float]  # (module name, trial) -> disagreement
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adarank_fast.adapters.groups import find_groups
-from adarank_fast.models.batches import prepare_batches, take
+from adarank_fast.models.batches import Batch, prepare_batches, take
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.memory import default_memory, tokens
-from adarank_fast.models.outputs import Batch, OutputChoice, accepted, choose_output
+from adarank_fast.models.outputs import OutputChoice, accepted, choose_output
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import TargetModules, find_targets, unwrap
 from adarank_fast.plan.uncertainty import AdaptiveTrials
@@ -21,7 +21,8 @@ from adarank_fast.prediction.disagreement import disagreement_sums
 from adarank_fast.prediction.noise import noise_bytes
 from adarank_fast.prediction.padding import remove_padding
 from adarank_fast.prediction.prober import folds_for
-from adarank_fast.prediction.replay import FOLDED, Replay
+from adarank_fast.prediction.recording import FOLDED, record_clean_passes
+from adarank_fast.prediction.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CostEstimate:
         seconds: at the rate of one folded forward, timed here.
         memory_bytes: noise, activations of a folded forward and clean outputs; the model not
             counted, nor what blocks return.
-        blocks: blocks that can answer from a record.
+        blocks: blocks that a replay may skip.
         routes: module name -> "folded", or why its variants run one by one.
         groups: names of the modules that read the very same tensor, computed together in training.
     """
@@ -61,7 +62,7 @@ def estimate_cost(
 ) -> CostEstimate:
     """Count the work of `predict_ranks` and time one forward, without probing anything.
 
-    Only the largest batch is run: once clean, once folded, and small ones to settle the routes.
+    Only the largest batch is run: once clean, once folded, and small ones to find the routes.
 
     Args:
         model, batches, target_modules, output: as for `predict_ranks`.
@@ -78,44 +79,46 @@ def estimate_cost(
         chosen = choose_output(inner, output, take(prepared[0], 1))
         parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
         parts.sort(key=tokens, reverse=True)
-        replay = Replay(inner, chosen, parts[:1], targets)
+        clean = record_clean_passes(inner, chosen, parts[:1], targets)
+        root = clean.reader.root
         with FlopCounterMode(display=False) as counter:
-            replay.root(**accepted(replay.root, parts[0]))
+            root(**accepted(root, parts[0]))
         linears = {t.name: t.path for t in targets if not t.parameter}
         small = accepted(inner, take(parts[0], 1))
         groups = find_groups(inner, linears, lambda: inner(**small))
-        memory = default_memory(inner, parts[:1], replay.live, prepared)
-        folds = folds_for(replay, 0, memory)
+        memory = default_memory(inner, parts[:1], clean.live_bytes, prepared)
+        folds = folds_for(clean, 0, memory)
+        replay = Replay(clean)
         start = time.perf_counter()
         outputs = replay.run(0, folds, {})
-        disagreement_sums(outputs, replay.clean[0], None, "l1", replay.head)
+        disagreement_sums(outputs, clean.outputs[0], None, "l1", clean.reader.head)
         elapsed = time.perf_counter() - start
     forward = counter.get_total_flops()
     by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    root = type(replay.root).__name__
     inside = f"{chosen.root}." if chosen.root else ""
-    by_block = [by_module.get(f"{root}.{b.removeprefix(inside)}", 0) for b in replay.order]
-    per_item = [sum(by_block[: replay.position(t.block)]) for t in targets]
+    names = (f"{type(root).__name__}.{path.removeprefix(inside)}" for path in clean.blocks)
+    by_block = [by_module.get(name, 0) for name in names]
+    per_item = [sum(by_block[: clean.position(t.block)]) for t in targets]
     sizes = [tokens(batch) for batch in parts]
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
     noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
     flops = int((suffixes * trials + forward) * scale)
-    slow = sum(replay.routes[t.name] != FOLDED for t in targets) / len(targets)
+    slow = sum(clean.routes[t.name] != FOLDED for t in targets) / len(targets)
     rate = forward * folds / elapsed
     in_blocks: dict[str | None, int] = {}
     for target in targets:
         in_blocks.setdefault(target.block, 0)
         in_blocks[target.block] += trials * noise_bytes(target)
-    probing = min(max(in_blocks.values()), memory.noise) + folds * replay.live[0] * 5 // 4
+    probing = min(max(in_blocks.values()), memory.noise) + folds * clean.live_bytes[0] * 5 // 4
     return CostEstimate(
         modules=len(targets),
         probes=len(targets) * trials * len(prepared),
         flops=flops,
         naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * trials,
         seconds=flops / rate * (1 + slow),
-        memory_bytes=probing + int(replay.clean[0].nbytes * scale),
-        blocks=len(replay.order),
-        routes=dict(replay.routes),
+        memory_bytes=probing + int(clean.outputs[0].nbytes * scale),
+        blocks=len(clean.blocks),
+        routes=clean.routes,
         groups=groups,
     )

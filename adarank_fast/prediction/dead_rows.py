@@ -1,22 +1,23 @@
-"""Positions that the output never reads, in the last block: a pooler's, all but the last token's.
+"""Positions that the output never reads, in the last block: all but the last token's, say.
 
-Nothing has to be known about the model: rows of a linear layer whose gradient is zero are taken for
-unread, and they are if NaN in their place leaves the output as it was, bit for bit.
+The model is not asked: rows of a linear layer whose gradient is zero may not be needed, and they
+are not if NaN in their place leaves the output as it was, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.forward_patching import Forward
+from adarank_fast.models.forward_patching import Forward, ForwardPatches
 
 WORTH = 0.75  # rows are picked out if at most this share of them is read
 
 
-Read = Callable[[Mapping[nn.Module, Forward]], Tensor]
+Read = Callable[[ForwardPatches], Tensor]
 
 
 class Rows:
@@ -45,14 +46,25 @@ class Rows:
 
         return forward
 
+    def with_nan(self, original: Forward) -> Forward:
+        """A forward that leaves NaN in all other rows of a clean pass."""
 
-def find_unread(
+        def forward(x: Tensor) -> Tensor:
+            y = original(x)
+            blank = y.new_full((self.total, y.shape[-1]), float("nan"))
+            blank[self.index] = y.flatten(0, -2)[self.index]
+            return blank.view_as(y)
+
+        return forward
+
+
+def find_needed_rows(
     read: Read, block: nn.Module, linears: Sequence[nn.Module], value: Tensor
 ) -> dict[nn.Module, Rows]:
-    """The linear layers of the last block with rows that the output never reads.
+    """The rows that the output reads, of linear layers in the last block that have others, too.
 
     Args:
-        read: runs the model on a batch with some modules' forwards replaced; gives its output.
+        read: runs the model on a batch with some modules' forwards patched; gives its output.
         block: the last that runs.
         linears: its linear layers that depend on their input alone.
         value: the output of a clean pass, as `read` gives it.
@@ -60,32 +72,33 @@ def find_unread(
     Returns:
         Layer -> what to compute. Empty if there is nothing to gain, or it cannot be told.
     """
-    outputs: dict[nn.Module, list[Tensor]] = {}
+    outputs: dict[nn.Module, list[Tensor]] = {module: [] for module in linears}
 
-    def watched(module: nn.Module) -> Forward:
-        original = module.forward
-
+    def keep_output(module: nn.Module, original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             y = original(x)
             if not y.requires_grad:
                 y = y.detach().requires_grad_()
-            outputs.setdefault(module, []).append(y)
+            outputs[module].append(y)
             return y
 
         return forward
 
-    def with_gradients(*args: object, **kwargs: object) -> object:
-        torch.set_grad_enabled(True)  # from here on; the caller's no_grad ends it
-        return forward_of_block(*args, **kwargs)
+    def with_gradients(original: Forward) -> Forward:
+        def forward(*args: object, **kwargs: object) -> object:
+            torch.set_grad_enabled(True)  # from here on; the no_grad below ends it
+            return original(*args, **kwargs)
 
-    forwards = {module: watched(module) for module in linears}
-    forward_of_block = forwards.get(block, block.forward)
+        return forward
+
+    kept_outputs = {module: partial(keep_output, module) for module in linears}
+    patches = ForwardPatches(kept_outputs, {block: with_gradients})
     try:
         with torch.no_grad():
-            result = read({**forwards, block: with_gradients})
+            result = read(patches)
             if not result.requires_grad:
                 return {}
-            once = [module for module in linears if len(outputs.get(module, ())) == 1]
+            once = [module for module in linears if len(outputs[module]) == 1]
             # Weights of their own, so that gradients do not cancel.
             weights = torch.rand(
                 result.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
@@ -93,7 +106,7 @@ def find_unread(
             gradients = torch.autograd.grad(
                 result, [outputs[module][0] for module in once], weights, allow_unused=True
             )
-    except Exception:  # whatever a model says that knows no gradients
+    except Exception:  # whatever a model says that cannot compute gradients
         return {}
     found: dict[nn.Module, Rows] = {}
     for module, gradient in zip(once, gradients, strict=True):
@@ -101,26 +114,16 @@ def find_unread(
             used = gradient.flatten(0, -2).ne(0).any(1)
             if used.sum() <= WORTH * used.numel():
                 found[module] = Rows(used)
-    if not found or _is_unread(read, found, value):
+    if not found or _are_enough(read, found, value):
         return found
     kept: dict[nn.Module, Rows] = {}
     for module, rows in found.items():  # masked keys have no gradient, and their NaN spreads
         more = {**kept, module: rows}
-        kept = more if _is_unread(read, more, value) else kept
+        kept = more if _are_enough(read, more, value) else kept
     return kept
 
 
-def _is_unread(read: Read, found: Mapping[nn.Module, Rows], value: Tensor) -> bool:
-    def with_nan(module: nn.Module, rows: Rows) -> Forward:
-        original = module.forward
-
-        def forward(x: Tensor) -> Tensor:
-            y = original(x)
-            read_ones = y.flatten(0, -2)[rows.index]
-            blank = y.new_full((rows.total, y.shape[-1]), float("nan"))
-            blank[rows.index] = read_ones
-            return blank.view_as(y)
-
-        return forward
-
-    return torch.equal(read({m: with_nan(m, rows) for m, rows in found.items()}), value)
+def _are_enough(read: Read, found: Mapping[nn.Module, Rows], value: Tensor) -> bool:
+    """Whether the output stays the same, bit for bit, with NaN in all other rows."""
+    patches = ForwardPatches({module: rows.with_nan for module, rows in found.items()})
+    return torch.equal(read(patches), value)

@@ -1,20 +1,21 @@
-"""Inside the open block: products that no perturbation has reached come from the record.
+"""Inside the probed block: products that no perturbation has reached are not computed again.
 
 A variant of the value projection leaves query and key as they were; one of the second feed-forward
-layer leaves everything before it. Nothing has to be known about the architecture to see that: a
-linear layer whose input equals the recorded one, bit for bit, gives the recorded output.
+layer leaves everything before it. That shows without a look at the architecture: a linear layer
+whose input equals that of the clean pass, bit for bit, gives the output of the clean pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.forward_patching import Forward
+from adarank_fast.models.forward_patching import Forward, Patch
 from adarank_fast.models.targets import linear_shape
+from adarank_fast.models.torch_private import version
 
 Call = tuple[Tensor, Tensor]  # input, output
 
@@ -28,7 +29,7 @@ def plain_linears(block: nn.Module) -> list[nn.Module]:
     ]
 
 
-class LinearRecord:
+class LinearCache:
     """Inputs and outputs of a block's linear layers in the clean pass over one batch.
 
     A layer that ran more than once is left alone.
@@ -38,7 +39,9 @@ class LinearRecord:
         self._calls: dict[nn.Module, list[Call]] = {}
         self._last: tuple[Tensor, int, Tensor] | None = None  # shared inputs are kept once
 
-    def recorder(self, module: nn.Module, original: Forward) -> Forward:
+    def fill(self, module: nn.Module, original: Forward) -> Forward:
+        """A forward that keeps what it is given and what it returns."""
+
         def forward(x: Tensor) -> Tensor:
             y = original(x)
             # Copies: the model may go on to change its own in place.
@@ -48,8 +51,8 @@ class LinearRecord:
         return forward
 
     def _copy(self, x: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-            self._last = x, x._version, x.clone()
+        if self._last is None or self._last[0] is not x or self._last[1] != version(x):
+            self._last = x, version(x), x.clone()
         return self._last[2]
 
     def close(self) -> int:
@@ -59,22 +62,17 @@ class LinearRecord:
         kept = {t for calls in self._calls.values() for call in calls for t in call}
         return sum(tensor.nbytes for tensor in kept)
 
-    def forwards(self, folds: int, others: Mapping[nn.Module, Forward]) -> dict[nn.Module, Forward]:
-        """Module -> a forward for the batch folded `folds` times.
-
-        Args:
-            folds: K.
-            others: module -> what computes it, if not its own forward.
-        """
+    def patches(self, folds: int) -> dict[nn.Module, Patch]:
+        """Module -> a patch for the batch folded `folds` times."""
         same = _Same()
         return {
-            module: _reuse(calls[0], others.get(module, module.forward), folds, same)
+            module: partial(_compute_what_changed, calls[0], folds, same)
             for module, calls in self._calls.items()
         }
 
 
-def _reuse(call: Call, original: Forward, folds: int, compare: _Same) -> Forward:
-    """A forward that computes only those variants whose input is not the recorded one."""
+def _compute_what_changed(call: Call, folds: int, compare: _Same, original: Forward) -> Forward:
+    """A forward that computes only those variants whose input is not that of the clean pass."""
     clean_x, clean_y = call
 
     def forward(x: Tensor) -> Tensor:
@@ -98,15 +96,15 @@ def _reuse(call: Call, original: Forward, folds: int, compare: _Same) -> Forward
 
 
 class _Same:
-    """Which variants of an input are the recorded one; found once for layers that share it."""
+    """Which variants of an input equal the clean one; found once for layers that share it."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, Tensor, list[bool]] | None = None
 
     def __call__(self, x: Tensor, variants: Tensor, clean: Tensor) -> list[bool]:
         if self._last is not None:
-            last_x, version, last_clean, same = self._last
-            if last_x is x and version == x._version and last_clean is clean:
+            last_x, written, last_clean, same = self._last
+            if last_x is x and written == version(x) and last_clean is clean:
                 return same
         if x.device.type == "cpu":
             if all(_is_wide(t) for t in (variants, clean)):
@@ -117,7 +115,7 @@ class _Same:
                 same = [torch.equal(variant, clean) for variant in variants]
         else:
             same = (variants == clean).flatten(1).all(1).tolist()  # waits for the device once
-        self._last = x, x._version, clean, same
+        self._last = x, version(x), clean, same
         return same
 
 

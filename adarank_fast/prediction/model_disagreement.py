@@ -13,10 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.batches import prepare_batches, take
+from adarank_fast.models.batches import Batch, prepare_batches, take
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.outputs import (
-    Batch,
     Output,
     OutputChoice,
     accepted,
@@ -26,6 +25,7 @@ from adarank_fast.models.outputs import (
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import find_block, unwrap
 from adarank_fast.prediction.disagreement import applies, check_metric, positions
+from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 from adarank_kernels import pairwise_disagreement
 
@@ -101,12 +101,12 @@ def _model_outputs(
             stack.enter_context(undisturbed(inner))
             stack.enter_context(unpacked(inner))
         chosen = [_choose(inner, output, take(prepared[0], 1)) for inner in inners]
-        replays = [
-            Replay(inner, how, prepared, (), everything=True, tap=False)
+        passes = [
+            record_clean_passes(inner, how, prepared, (), skip_head=False)
             for inner, how in zip(inners, chosen, strict=True)
         ]
         for index, batch in enumerate(prepared):
-            outputs = [replay.clean[index] for replay in replays]
+            outputs = [clean.outputs[index] for clean in passes]
             for number, value in enumerate(outputs):
                 if value.shape != outputs[0].shape:
                     raise ValueError(
@@ -135,9 +135,10 @@ def _adapter_outputs(
     with undisturbed(inner), unpacked(inner), _switching(peft_model):
         peft_model.set_adapter(adapters[0])
         chosen = _choose(inner, output, take(prepared[0], 1))
-        replay = Replay(inner, chosen, prepared, ())
+        clean = record_clean_passes(inner, chosen, prepared, ())
+        replay = Replay(clean)
         adapted = [
-            replay.position(find_block(inner, path))
+            clean.position(find_block(inner, path))
             for path, _ in inner.named_modules()
             if ".lora_A" in path or ".modules_to_save" in path
         ]
@@ -147,7 +148,7 @@ def _adapter_outputs(
             for name in adapters:
                 peft_model.set_adapter(name)
                 outputs.append(replay.run(index, 1, {})[0])
-            yield torch.stack(outputs), position_mask(inner, batch), replay.head
+            yield torch.stack(outputs), position_mask(inner, batch), clean.reader.head
 
 
 def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:

@@ -62,12 +62,12 @@ class Noise:
         """Which of the variants `some` perturb `target`; their noise [k, in, out] and [k, out]."""
         first, weights, biases = self._first[target], self._weights[target], self._biases[target]
         start, stop = max(some.start, first), min(some.stop, first + len(weights))
-        mine = slice(start - first, stop - first)
-        weights = weights[mine]
+        trials = slice(start - first, stop - first)
+        weights = weights[trials]
         if isinstance(target.module, nn.Linear):  # Conv1D stores [in, out]
             weights = weights.transpose(1, 2)
-        place = slice(start - some.start, stop - some.start)
-        return place, weights, None if biases is None else biases[mine]
+        variants = slice(start - some.start, stop - some.start)
+        return variants, weights, None if biases is None else biases[trials]
 
     def parameters(self, target: Target) -> dict[str, Tensor]:
         """Perturbed copies of the parameters of a chunk's only variant."""

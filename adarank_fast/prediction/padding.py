@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.batches import batch_size
-from adarank_fast.models.outputs import Batch, Output, accepted
+from adarank_fast.models.batches import Batch, batch_size
+from adarank_fast.models.outputs import Output, accepted
 from adarank_fast.prediction.tolerance import is_same, rounding
 
 # What a batch more costs, in positions: below it, padding some items is cheaper. On two cores a
 # forward of a block takes 250 tokens' time more than its tokens do, for 20 variants folded.
 BATCH_COST = {"cpu": 12}
-
-
 DEFAULT_COST = 512
 
 
@@ -94,9 +92,8 @@ def _buckets(lengths: Tensor) -> list[tuple[set[int], int]]:
     """
     extra = BATCH_COST.get(lengths.device.type, DEFAULT_COST)
     values, counts = (t.tolist() for t in lengths.unique(return_counts=True))
-    best: list[tuple[float, int]] = [
-        (0.0, 0)
-    ]  # cost of the first j lengths, start of the last batch
+    # cost of the first j lengths, start of the last batch
+    best: list[tuple[float, int]] = [(0.0, 0)]
     for stop in range(1, len(values) + 1):
         best.append(
             min(

@@ -16,18 +16,19 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from adarank_fast.models.batches import in_dtype, prepare_batches, take
+from adarank_fast.models.batches import Batch, batch_size, in_dtype, prepare_batches, take
 from adarank_fast.models.forward_patching import undisturbed
-from adarank_fast.models.identity import describe_batches, digest_weights
+from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.memory import Memory, default_memory
-from adarank_fast.models.outputs import Batch, OutputChoice, choose_output
-from adarank_fast.models.precision import twin
+from adarank_fast.models.outputs import OutputChoice, choose_output
+from adarank_fast.models.precision import copy_in_dtype
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import Target, TargetModules, find_targets, unwrap
 from adarank_fast.plan.allocation import Budget, allocate_ranks
@@ -39,6 +40,7 @@ from adarank_fast.prediction.distributed import Processes
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.padding import remove_padding
 from adarank_fast.prediction.prober import Prober
+from adarank_fast.prediction.recording import CleanPasses, record_clean_passes
 from adarank_fast.prediction.replay import Replay
 
 
@@ -99,7 +101,7 @@ def predict_ranks(
         ValueError, TypeError: one line that names the argument, its value and the remedy.
         TimeoutError: `max_seconds` was over before every module had a trial.
     """
-    start = time.monotonic()
+    deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
     check_metric(metric)
     _check_arguments(trials, seed, dtype, max_seconds, max_memory)
     if not isinstance(target_modules, str):
@@ -124,139 +126,141 @@ def predict_ranks(
         "metric": metric,
         "seed": seed,
         "dtype": str(dtype or next(inner.parameters()).dtype).removeprefix("torch."),
-        "batches": describe_batches(prepared),
+        "batches": _describe_batches(prepared),
     }
     with undisturbed(inner), unpacked(inner):
         stds = measure_stds(targets)
+        probed = inner
         if dtype is not None:
-            probed, prepared = twin(inner, dtype), in_dtype(prepared, dtype)
+            probed, prepared = copy_in_dtype(inner, dtype), in_dtype(prepared, dtype)
             targets = find_targets(probed, target_modules)
-        else:
-            probed = inner
         chosen = choose_output(probed, output, take(prepared[0], 1))
         settings["output"] = chosen.name
         identity = {**settings, "weights": digest_weights(inner)}
         processes.same("models or batches", identity)
         parts = prepared if callable(output) else remove_padding(probed, chosen, prepared)
-        replay = Replay(probed, chosen, parts, targets, everything=callable(output))
+        clean = record_clean_passes(probed, chosen, parts, targets)
         if max_memory is None:
-            memory = default_memory(probed, parts, replay.live, prepared)
+            memory = default_memory(probed, parts, clean.live_bytes, prepared)
         else:
             memory = Memory(max_memory)
+        replay = Replay(clean, keep_all=callable(output))
         prober = Prober(probed, replay, seed, metric, stds, memory)
+        sampling = _Sampling(targets, trials, budget, processes, deadline)
         journal = checkpoint and Checkpoint(checkpoint, identity, processes.rank)
         with journal or nullcontext() as file:
-            found = _sample(
-                prober,
-                targets,
-                trials,
-                budget,
-                processes,
-                file,
-                math.inf if max_seconds is None else start + max_seconds,
-                progress,
-            )
-    values = _by_module(targets, found)
-    least = min(map(len, values.values()))
-    if not least:
-        missing = [name for name, trials_done in values.items() if not trials_done]
-        raise TimeoutError(
-            f"max_seconds={max_seconds:g} was over before {len(missing)} of {len(values)} modules "
-            f"had a trial ({missing[0]}, ...); raise it, give fewer batches, or set checkpoint= "
-            "and call again"
-        )
-    scores = {name: Score.from_trials(trials_done) for name, trials_done in values.items()}
+            values = sampling.run(prober, file, progress)
+    _check_trials(values, trials, max_seconds)
+    scores = {name: Score.from_trials(done) for name, done in values.items()}
+    _warn_of_unreached(clean, scores)
     settings |= {
         "target_modules": target_modules,
         "trials": vars(trials) if isinstance(trials, AdaptiveTrials) else trials,
-        "routes": replay.routes,
+        "routes": prober.routes,
         **options,
         "versions": {name: version(name) for name in ("adarank-fast", "torch", "transformers")},
     }
     if max_seconds is not None:
         settings["max_seconds"] = max_seconds
-    _warn_of_unreached(replay, scores)
+    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, sizes=sizes, **options)
+    return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """Which probes to run, in rounds that all processes take together."""
+
+    targets: Sequence[Target]
+    trials: int | AdaptiveTrials
+    budget: Budget
+    processes: Processes
+    deadline: float
+
+    def run(
+        self, prober: Prober, file: Checkpoint | None, progress: bool
+    ) -> dict[str, list[float]]:
+        """Rounds until every module has its trials: module name -> disagreements, in order."""
+        found = self.processes.merge(dict(file.found) if file else {}, None)
+        while variants := self._next_round(found):
+            finished: Found = {}
+            error = None
+            show = progress and not self.processes.rank
+            try:
+                for chunk in prober.run(self.processes.share(variants), self.deadline, show):
+                    values = {(variant.target.name, variant.trial): x for variant, x in chunk}
+                    finished |= values
+                    if file:
+                        file.add(values)
+            except Exception as problem:  # the other processes must not wait for this one
+                error = problem
+            found |= self.processes.merge(finished, error)
+            if any((variant.target.name, variant.trial) not in found for variant in variants):
+                break  # out of time
+        return self._by_module(found)
+
+    def _next_round(self, found: Found) -> list[Variant]:
+        """The probes that are missing; one trial of each module at a time if time is limited."""
+        values, trials = self._by_module(found), self.trials
+        if isinstance(trials, int):
+            counts = dict.fromkeys(values, trials)
+        elif min(map(len, values.values())) < trials.minimum:
+            counts = dict.fromkeys(values, trials.minimum)
+        else:
+            means = {name: math.fsum(done) / len(done) for name, done in values.items()}
+            counts = trials.needed(values, self.budget.real_ranks(means), self.budget.step)
+        missing = [
+            Variant(target, trial)
+            for target in self.targets
+            for trial in range(counts[target.name])
+            if (target.name, trial) not in found
+        ]
+        if self.deadline < math.inf and missing:
+            least = min(variant.trial for variant in missing)
+            return [variant for variant in missing if variant.trial == least]
+        return missing
+
+    def _by_module(self, found: Found) -> dict[str, list[float]]:
+        """Module name -> disagreements of its trials, up to the first that is missing."""
+        values: dict[str, list[float]] = {}
+        for target in self.targets:
+            done = values[target.name] = []
+            while (target.name, len(done)) in found:
+                done.append(found[target.name, len(done)])
+        return values
+
+
+def _describe_batches(batches: Sequence[Batch]) -> dict[str, Any]:
+    """How much calibration data there was, and a digest to recognise it by."""
+    tensors = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
+    items = sum(map(batch_size, batches))
+    return {"count": len(batches), "items": items, "sha256": digest_data(tensors)}
+
+
+def _check_trials(
+    values: Mapping[str, Sequence[float]],
+    trials: int | AdaptiveTrials,
+    max_seconds: float | None,
+) -> None:
+    """An error if a module has no trial; a warning if some have fewer than asked for."""
+    missing = [name for name, done in values.items() if not done]
+    if missing:
+        raise TimeoutError(
+            f"max_seconds={max_seconds:g} was over before {len(missing)} of {len(values)} modules "
+            f"had a trial ({missing[0]}, ...); raise it, give fewer batches, or set checkpoint= "
+            "and call again"
+        )
+    least = min(map(len, values.values()))
     if isinstance(trials, int) and least < trials:
         short = sum(len(done) < trials for done in values.values())
         warnings.warn(
             f"max_seconds={max_seconds:g}: {short} of {len(values)} modules had fewer than "
             f"{trials} trials, the least {least}",
-            stacklevel=2,
+            stacklevel=3,
         )
-    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, sizes=sizes, **options)
-    return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
 
 
-def _sample(
-    prober: Prober,
-    targets: Sequence[Target],
-    trials: int | AdaptiveTrials,
-    budget: Budget,
-    processes: Processes,
-    file: Checkpoint | None,
-    deadline: float,
-    progress: bool,
-) -> Found:
-    """Rounds of probes until every module has its trials; all processes take the same rounds."""
-    found = processes.merge(dict(file.found) if file else {}, None)
-    while wanted := _next_round(targets, trials, budget, found, deadline):
-        mine: Found = {}
-        error = None
-        show = progress and not processes.rank
-        try:
-            for chunk in prober.run(processes.share(wanted), deadline, show):
-                done = {(variant.target.name, variant.trial): value for variant, value in chunk}
-                mine |= done
-                if file:
-                    file.add(done)
-        except Exception as problem:  # the other processes must not wait for this one
-            error = problem
-        found |= processes.merge(mine, error)
-        if any((variant.target.name, variant.trial) not in found for variant in wanted):
-            break  # out of time
-    return found
-
-
-def _next_round(
-    targets: Sequence[Target],
-    trials: int | AdaptiveTrials,
-    budget: Budget,
-    found: Found,
-    deadline: float,
-) -> list[Variant]:
-    """The probes that are missing; one trial of each module at a time if time is limited."""
-    values = _by_module(targets, found)
-    if isinstance(trials, int):
-        counts = dict.fromkeys(values, trials)
-    elif min(map(len, values.values())) < trials.minimum:
-        counts = dict.fromkeys(values, trials.minimum)
-    else:
-        means = {name: math.fsum(done) / len(done) for name, done in values.items()}
-        counts = trials.needed(values, budget.real_ranks(means), budget.step)
-    missing = [
-        Variant(target, trial)
-        for target in targets
-        for trial in range(counts[target.name])
-        if (target.name, trial) not in found
-    ]
-    if deadline < math.inf and missing:
-        least = min(variant.trial for variant in missing)
-        return [variant for variant in missing if variant.trial == least]
-    return missing
-
-
-def _by_module(targets: Sequence[Target], found: Found) -> dict[str, list[float]]:
-    """Module name -> disagreements in the order of the trials, up to the first that is missing."""
-    values: dict[str, list[float]] = {}
-    for target in targets:
-        done = values[target.name] = []
-        while (target.name, len(done)) in found:
-            done.append(found[target.name, len(done)])
-    return values
-
-
-def _warn_of_unreached(replay: Replay, scores: Mapping[str, Score]) -> None:
-    unreached = [n for n, score in scores.items() if not score.mean and not replay.reached(n)]
+def _warn_of_unreached(clean: CleanPasses, scores: Mapping[str, Score]) -> None:
+    unreached = [n for n, score in scores.items() if not score.mean and not clean.is_reached(n)]
     if unreached:
         warnings.warn(
             f"{len(unreached)} of {len(scores)} modules got no input from these batches "

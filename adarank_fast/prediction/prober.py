@@ -1,30 +1,30 @@
 """Run the probes: every (module, trial) that is asked for, a block at a time.
 
 Blocks outside, batches inside: noise is made once per (module, trial), in chunks, and only the
-activations at the current block's entrance are kept.
+outputs of the blocks before the current one are kept.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from adarank_fast.models.forward_patching import Forward
+from adarank_fast.models.forward_patching import Forward, Patch
 from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import position_mask
 from adarank_fast.models.targets import Target, alternatives
 from adarank_fast.prediction.disagreement import disagreement_sums, positions
 from adarank_fast.prediction.noise import Noise, Stds, Variant, noise_bytes
-from adarank_fast.prediction.replay import BY_CONTENT, FOLDED, NEVER_CALLED, Replay
+from adarank_fast.prediction.recording import BY_CONTENT, FOLDED, NEVER_CALLED, CleanPasses
+from adarank_fast.prediction.replay import Replay
 
 FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
-
 
 COMPARED = 15  # variants at once beside the clean pass: as many as the kernels take
 
@@ -37,11 +37,15 @@ class _Unfoldable(Exception):
 
 
 class Prober:
-    """Finds disagreements with the clean pass that `replay` recorded.
+    """Finds disagreements with the clean passes that `replay` starts from.
+
+    Attributes:
+        routes: target name -> "folded", or why its variants run one by one. At first as the clean
+            passes showed it; what turns out not to fold in a probe is changed here.
 
     Args:
         model: unwrapped, inside `undisturbed`.
-        replay: of that model.
+        replay: of that model; for this prober alone, which moves it from block to block.
         seed: of the noise.
         metric: see `disagreement_sums`.
         stds: as `measure_stds` returns them.
@@ -57,14 +61,16 @@ class Prober:
         stds: Stds,
         memory: Memory,
     ) -> None:
+        self.routes = dict(replay.clean.routes)
         self._model = model
         self._replay = replay
+        self._clean = replay.clean
         self._memory = memory
         self._stds = stds
         self._seed = seed
         self._metric = metric
-        self._masks = [position_mask(model, batch) for batch in replay.batches]
-        pairs = zip(replay.clean, self._masks, strict=True)
+        self._masks = [position_mask(model, batch) for batch in self._clean.batches]
+        pairs = zip(self._clean.outputs, self._masks, strict=True)
         self._count = sum(positions(clean, mask) for clean, mask in pairs)
 
     def run(
@@ -80,11 +86,10 @@ class Prober:
         Raises:
             ValueError: a variant's output is NaN or infinite, or its module never runs.
         """
-        replay = self._replay
         groups: dict[int, list[Variant]] = {}
         for variant in variants:
-            groups.setdefault(replay.position(variant.target.block), []).append(variant)
-        depth = len(replay.order) + 1
+            groups.setdefault(self._clean.position(variant.target.block), []).append(variant)
+        depth = len(self._clean.blocks) + 1
         with tqdm(
             total=sum((depth - position) * len(group) for position, group in groups.items()),
             desc="probing",
@@ -95,7 +100,7 @@ class Prober:
                 for chunk in self._chunks(group):
                     if time.monotonic() > deadline:
                         return
-                    replay.advance(position, self._memory.record)
+                    self._replay.advance(position, self._memory.linear_cache)
                     values = self._probe(chunk)
                     for variant, value in zip(chunk, values, strict=True):
                         self._check(variant, value)
@@ -109,10 +114,10 @@ class Prober:
                 f"the output is {value} when {name} is perturbed (trial {trial}); look for NaN in "
                 "the model's weights and outputs, or for overflow (try dtype=torch.float32)"
             )
-        if value or self._replay.routes[name] != NEVER_CALLED:
+        if value or self.routes[name] != NEVER_CALLED:
             return
-        others = alternatives(self._model, target.path)
-        if not any(t.path in others and self._replay.reached(t.name) for t in self._replay.targets):
+        clean, others = self._clean, alternatives(self._model, target.path)
+        if not any(t.path in others and clean.is_reached(t.name) for t in clean.targets):
             raise ValueError(
                 f"target_modules: {name} has no effect: its forward is never called and its weight "
                 "never read; leave it out"
@@ -120,11 +125,10 @@ class Prober:
 
     def _chunks(self, variants: Sequence[Variant]) -> Iterator[list[Variant]]:
         """Variants whose noise is held together, module by module; a one-by-one module apart."""
-        routes = self._replay.routes
         chunk: list[Variant] = []
         held = 0
-        for variant in sorted(variants, key=lambda v: routes[v.target.name] != FOLDED):
-            folded = routes[variant.target.name] == FOLDED
+        for variant in sorted(variants, key=lambda v: not self._folds(v)):
+            folded = self._folds(variant)
             size = noise_bytes(variant.target, folded)
             if chunk and (held + size > self._memory.noise or not folded):
                 yield chunk
@@ -134,19 +138,21 @@ class Prober:
         if chunk:
             yield chunk
 
+    def _folds(self, variant: Variant) -> bool:
+        return self.routes[variant.target.name] == FOLDED
+
     def _probe(self, chunk: Sequence[Variant]) -> list[float]:
         """The disagreement of each variant; one by one where folding turns out to be wrong."""
-        replay = self._replay
-        if replay.routes[chunk[0].target.name] != FOLDED and len(chunk) > 1:
+        folded = self._folds(chunk[0])
+        if not folded and len(chunk) > 1:
             return [value for variant in chunk for value in self._probe([variant])]
-        folded = replay.routes[chunk[0].target.name] == FOLDED
         noise = Noise(chunk, self._stds, self._seed, folded)
         sums = torch.zeros(len(chunk), dtype=torch.float64)
         try:
-            for index in range(len(replay.batches)):
+            for index in range(len(self._clean.batches)):
                 sums += self._probe_batch(index, chunk, noise).cpu()
         except _Unfoldable as error:
-            replay.routes[error.target.name] = BY_CONTENT
+            self.routes[error.target.name] = BY_CONTENT
             others = [v for v in chunk if v.target is not error.target]
             found = dict(zip(others, self._probe(others), strict=True)) if others else {}
             return [found[v] if v in found else self._probe([v])[0] for v in chunk]
@@ -158,73 +164,68 @@ class Prober:
         Hidden states wait for each other before they meet the head, as every comparison multiplies
         those of the clean pass, too.
         """
-        replay = self._replay
-        clean = replay.clean[index]
+        clean, head = self._clean.outputs[index], self._clean.reader.head
         parts: list[Tensor] = []
         waiting: list[Tensor] = []
-        runs = math.ceil(len(chunk) / folds_for(replay, index, self._memory))
+        runs = math.ceil(len(chunk) / folds_for(self._clean, index, self._memory))
         step = math.ceil(len(chunk) / runs)  # of one size: a few variants alone are slow
-        room = (self._memory.activations - step * replay.live[index] * 5 // 4) // 2  # joined: twice
+        running = step * self._clean.live_bytes[index] * 5 // 4
+        room = (self._memory.activations - running) // 2  # joined: twice
         for start in range(0, len(chunk), step):
             some = range(start, min(start + step, len(chunk)))
             outputs = self._outputs(index, chunk, noise, some)
-            if outputs.isnan().any() and not clean.isnan().any() and replay.keep_everything():
-                outputs = self._outputs(index, chunk, noise, some)
             waiting.append(outputs)
             more = some.stop < len(chunk) and sum(map(len, waiting)) + step <= COMPARED
-            if replay.head is None or not more or (len(waiting) + 1) * outputs.nbytes > room:
+            if head is None or not more or (len(waiting) + 1) * outputs.nbytes > room:
                 outputs = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
                 waiting = []
                 # on a GPU more than the kernels take at once would go without them
                 for piece in outputs.split(COMPARED if outputs.is_cuda else len(outputs)):
-                    sums = disagreement_sums(
-                        piece, clean, self._masks[index], self._metric, replay.head
-                    )
+                    sums = disagreement_sums(piece, clean, self._masks[index], self._metric, head)
                     parts.append(sums.sum(1))
         return torch.cat(parts)
 
     def _outputs(self, index: int, chunk: Sequence[Variant], noise: Noise, some: range) -> Tensor:
         """[K, B, ...] outputs of some variants of the chunk."""
-        replay = self._replay
-        if replay.routes[chunk[0].target.name] != FOLDED:
-            return replay.run(index, 1, {}, noise.parameters(chunk[0].target))
-        wraps = {
+        if not self._folds(chunk[0]):
+            return self._replay.run(index, 1, {}, noise.parameters(chunk[0].target))
+        perturbations = {
             target.module: _perturbed(
                 target,
                 *noise.of(target, some),
                 folds=len(some),
-                rows=len(some) * replay.rows(target.name, index),
+                rows=len(some) * self._clean.rows[index][target.name][0],
             )
             for target in dict.fromkeys(chunk[k].target for k in some)
         }
-        return replay.run(index, len(some), wraps)
+        return self._replay.run(index, len(some), perturbations)
 
 
-def folds_for(replay: Replay, index: int, memory: Memory) -> int:
+def folds_for(clean: CleanPasses, index: int, memory: Memory) -> int:
     """How many variants to fold into batch `index`."""
-    device_type = replay.clean[index].device.type
-    by_tokens = FOLDED_TOKENS.get(device_type, 65536) // max(replay.tokens(index), 1)
-    # Products that are reused and those that are new are put together: a quarter more (measured).
-    return max(1, min(by_tokens, memory.activations // max(replay.live[index] * 5 // 4, 1)))
+    device_type = clean.outputs[index].device.type
+    by_tokens = FOLDED_TOKENS.get(device_type, 65536) // max(clean.tokens[index], 1)
+    # Stored products and new ones are put together: a quarter more (measured).
+    return max(1, min(by_tokens, memory.activations // max(clean.live_bytes[index] * 5 // 4, 1)))
 
 
 def _perturbed(
     target: Target,
-    mine: slice,
+    changed: slice,
     weights: Tensor,
     biases: Tensor | None,
     folds: int,
     rows: int,
-) -> Callable[[Forward], Forward]:
-    """Adds the noise's product, [k, in, out], to what the module returns for variants `mine`."""
+) -> Patch:
+    """Adds the noise's product, [k, in, out], to what the module returns for variants `changed`."""
 
-    def wrap(original: Forward) -> Forward:
+    def patch(original: Forward) -> Forward:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if x.shape[0] != rows:
                 raise _Unfoldable(target)
             y = original(x, *args, **kwargs).contiguous()
-            moved = y.view(folds, -1, y.shape[-1])[mine]
-            variants = x.reshape(folds, -1, x.shape[-1])[mine]
+            moved = y.view(folds, -1, y.shape[-1])[changed]
+            variants = x.reshape(folds, -1, x.shape[-1])[changed]
             moved.baddbmm_(variants.to(y.dtype), weights.to(y.dtype))
             if biases is not None:
                 moved += biases.to(y.dtype)[:, None]
@@ -232,4 +233,4 @@ def _perturbed(
 
         return forward
 
-    return wrap
+    return patch

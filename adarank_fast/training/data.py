@@ -17,13 +17,8 @@ TEXT_COLUMNS = (
     *("instruction", "input", "body", "utterance", "title"),
 )
 
-
 LABEL_COLUMNS = ("label", "labels", "target", "category", "class", "intent", "label_text")
-
-
 SUFFIXES = ".jsonl, .ndjson (a JSON object a line), .csv, .tsv, .txt (a text a line)"
-
-
 Row = tuple[int, Mapping[str, Any]]  # line number, column -> value
 
 

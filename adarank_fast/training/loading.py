@@ -1,26 +1,24 @@
-"""Models for a task from a folder or a hub name, and what of them no checkpoint has trained."""
+"""Models and tokenizers from a folder or a hub name: to predict on, and to train for a task."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from adarank_fast.models.outputs import mean_pool
+from adarank_fast.models.text import first_line, loading
+from adarank_fast.training.choices import DTYPES, TASKS, check_choice
 from adarank_fast.training.data import TextData
-from adarank_fast.training.tokens import pad_id
+from adarank_fast.training.tokens import add_decoder_inputs, make_batches, pad_id
 
-TASKS = ("classification", "causal-lm")
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 PEFT_SAVES = ("classifier", "score")  # heads that PEFT trains along of itself, given SEQ_CLS
 
 
@@ -50,10 +48,79 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ValueError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
+    with loading("tokenizer of model", name):
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
-    with _loading("tokenizer", name):
-        return AutoTokenizer.from_pretrained(name)
+
+def load_pretrained(
+    name: str, device: str | None = None, dtype: str = "float32", threads: int | None = None
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or a hub name, in eval mode.
+
+    Args:
+        name: what is not there as a folder, and does not look like one, is a hub name.
+        device: None: a GPU if there is one.
+        dtype: one of `DTYPES`, or "auto": the checkpoint's own.
+        threads: CPU threads; None leaves them.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    if os.path.exists(name) or name.startswith((".", "/", "~")):
+        name = os.path.expanduser(name)
+        if not os.path.isdir(name):
+            raise ValueError(f"MODEL {name!r} is not a folder; give the folder of a saved model")
+        if not os.path.exists(os.path.join(name, "config.json")):
+            raise ValueError(f"MODEL folder {name!r} has no config.json; save_pretrained makes one")
+    if threads:
+        torch.set_num_threads(threads)
+    config = load_config(name)
+    tokenizer = load_tokenizer(name)
+    with loading("weights of model", name):
+        model = getattr(transformers, auto_class(config)).from_pretrained(
+            name, dtype=dtype, trust_remote_code=False
+        )
+    if not getattr(model, "is_quantized", False):
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's
+        device = device or (gpu if torch.cuda.is_available() else "cpu")
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device!r} cannot be used: {first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a folder or a hub name.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    with loading("config of model", name):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def auto_class(config: Any) -> str:
+    """The transformers class to load with: language models with their head, others without."""
+    architectures = getattr(config, "architectures", None) or []
+    if not any(name.endswith(LANGUAGE_MODELS) for name in architectures):
+        return "AutoModel"
+    if getattr(config, "is_encoder_decoder", False):
+        return "AutoModelForSeq2SeqLM"
+    if architectures[0].endswith("ForConditionalGeneration"):  # text and images
+        return "AutoModelForImageTextToText"
+    return "AutoModelForCausalLM"
+
+
+def calibration_batches(
+    model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int
+) -> list[dict[str, Any]]:
+    """Batches on the model's device; with inputs for the decoder if there is one."""
+    batches = make_batches(tokenizer, texts, batch_size, max_length)
+    if getattr(model.config, "is_encoder_decoder", False):
+        start = getattr(model.config, "decoder_start_token_id", None)
+        batches = add_decoder_inputs(batches, pad_id(tokenizer) if start is None else start)
+    return [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
 
 
 def load_model(
@@ -84,8 +151,6 @@ def load_model(
         ValueError: the model cannot be loaded.
         ImportError: `four_bit` without bitsandbytes.
     """
-    import transformers
-
     check_choice("task", task, TASKS)
     check_choice("dtype", dtype, DTYPES)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
@@ -99,7 +164,7 @@ def load_model(
         kind: Any = transformers.AutoModelForSequenceClassification
     else:
         kind = transformers.AutoModelForCausalLM
-    with _loading("model", name):
+    with loading("model", name):
         model, report = kind.from_pretrained(name, **options)
     if tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id(tokenizer)
@@ -125,15 +190,11 @@ def model_factory(
     Returns:
         The function, which draws the head from torch's generator; and `LoraConfig` arguments.
     """
-    from transformers import AutoConfig, AutoModel
-
     check_choice("task", task, TASKS)
     check_choice("dtype", dtype, DTYPES)
-    with _loading("config", name):
-        config = AutoConfig.from_pretrained(name)
-    if task == "classification" and not _generates(config):
-        with _loading("weights", name):
-            encoder = AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
+    if task == "classification" and auto_class(load_config(name)) == "AutoModel":
+        with loading("weights of model", name):
+            encoder = transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
         count = len(classes)
         return lambda: MeanPoolClassifier(copy.deepcopy(encoder), count), {
             "modules_to_save": ["head"]
@@ -144,20 +205,10 @@ def model_factory(
     return lambda: load_model(name, task, classes, tokenizer=tokenizer, dtype=dtype)[0], extra
 
 
-def _generates(config: Any) -> bool:
-    """Whether the checkpoint is that of a language model that writes text."""
-    names = getattr(config, "architectures", None) or [""]
-    return names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-
-
 def _four_bit(dtype: torch.dtype) -> Any:
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is None:
         raise ImportError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
+    return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
@@ -165,24 +216,7 @@ def _four_bit(dtype: torch.dtype) -> Any:
     )
 
 
-def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """A ValueError of one line unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(choices)}")
-
-
-@contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
-    """Whatever goes wrong in loading files that somebody else made is bad input."""
-    try:
-        yield
-    except Exception as error:
-        where = "folder" if os.path.isdir(name) else "no such folder, so a hub name"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load the {what} of model {name!r} ({where}): {reason}") from error
-
-
-def settle_task(task: str, data: TextData) -> str:
+def choose_task(task: str, data: TextData) -> str:
     """What "auto" means: classification where there are labels, else causal-lm.
 
     Raises:

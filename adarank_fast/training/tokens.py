@@ -34,8 +34,6 @@ def make_classes(*parts: TextData) -> list[str]:
 
 
 Item = dict[str, Any]  # one item's model inputs, lists of token ids; labels: a number or a list
-
-
 IGNORED = -100  # a label that counts for nothing: transformers' and torch's own
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
 import tempfile
@@ -16,20 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from adarank_fast.files import replacing
+from adarank_fast.files import Name, check_folder, new_folder, note_settings
 from adarank_fast.training.tokens import Item, collate, item_length
 
 CURVE_POINTS = 40  # of a training curve, at most about
-
-
 DIVERGED = 2.0  # a run that ends above this many times its first loss has diverged
-
-
 SORTED_BATCHES = 50  # batches among which items are sorted by length
-
-
 CHECKPOINTS = 10  # of a run, about
 
 
@@ -106,10 +99,10 @@ class Training:
 
 
 class LengthGroups(Sampler):
-    """Items of like length in one batch, batches in random order; settled by seed and epoch alone.
+    """Items of like length in one batch, batches in random order.
 
-    The order does not depend on what else has drawn from torch's generator, so that arms of any
-    ranks, and resumed runs, see the items alike.
+    The order depends on seed and epoch alone, not on what else has drawn from torch's generator, so
+    that arms of any ranks, and resumed runs, see the items alike.
     """
 
     def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
@@ -176,8 +169,13 @@ def fit(
                 control.should_training_stop = True
 
     class Loop(Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return LengthGroups(items, recipe.batch_size, recipe.seed)
+        def get_train_dataloader(self) -> DataLoader:
+            size = self.args.train_batch_size
+            sampler = LengthGroups(items, size, recipe.seed)
+            loader = DataLoader(
+                self.train_dataset, size, sampler=sampler, collate_fn=self.data_collator
+            )
+            return self.accelerator.prepare(loader)
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             if "attention_mask" in inputs:
@@ -247,7 +245,7 @@ def train_adapter(
     items: Sequence[Item],
     pad: int,
     recipe: Recipe,
-    folder: str | os.PathLike[str],
+    folder: Name,
     description: Mapping[str, Any] | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Training:
@@ -265,52 +263,23 @@ def train_adapter(
         RuntimeError: training diverged; nothing is saved.
     """
     folder = Path(folder)
-    check_folder(folder)
+    check_adapter_folder(folder)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished.mkdir(exist_ok=True)
     settings = {**asdict(recipe), **(description or {})}
-    _claim(unfinished, settings)
+    note_settings(unfinished, settings, "an unfinished run", "finish that one or delete it")
     training = fit(peft_model, items, pad, recipe, unfinished, on_step)
     if training.diverged:
         shutil.rmtree(unfinished)
         raise RuntimeError(f"{training.diverged}: training diverged; lower the learning rate")
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        peft_model.save_pretrained(aside / "new")
-        if folder.exists():  # a rename cannot replace a folder that is not empty
-            os.replace(folder, aside / "old")
-        try:
-            os.replace(aside / "new", folder)
-        except OSError:
-            os.replace(aside / "old", folder)
-            raise
-    finally:
-        shutil.rmtree(aside)
+    with new_folder(folder, replace=True) as temporary:
+        peft_model.save_pretrained(temporary)
     shutil.rmtree(unfinished)
     return training
 
 
-def check_folder(folder: Path) -> None:
+def check_adapter_folder(folder: Path) -> None:
     """A ValueError of one line unless `folder` may become, or be replaced by, an adapter's."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"-o {str(folder)!r} is a file; name a folder")
+    check_folder(folder, replace=True)
     if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
-        raise ValueError(f"-o {str(folder)!r} holds something else than an adapter; name another")
-    if not folder.parent.is_dir():
-        raise ValueError(f"-o {str(folder)!r}: its folder does not exist; make it")
-
-
-def _claim(unfinished: Path, settings: Mapping[str, Any]) -> None:
-    """Note the settings of a new run, or make sure that those of an unfinished one are the same."""
-    note = unfinished / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if note.exists():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        if odd := [key for key in settings if before.get(key) != settings[key]]:
-            raise ValueError(
-                f"{str(unfinished)!r} holds an unfinished run with {odd[0]} = "
-                f"{before.get(odd[0])!r}, now {settings[odd[0]]!r}; finish that one or delete it"
-            )
-        return
-    unfinished.mkdir(exist_ok=True)
-    with replacing(note) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        raise ValueError(f"{str(folder)!r} holds something else than an adapter; name another")

@@ -18,9 +18,19 @@ from tests.tiny_texts import EXAMPLES, save_tiny
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORK", tmp_path / "work")
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     return tmp_path
+
+
+def after(runs):
+    """Hears of finished runs and stops after so many."""
+    left = iter(range(runs - 1, -1, -1))
+
+    def heard(line):
+        if next(left) == 0:
+            raise Enough
+
+    return heard
 
 
 def test_stops_and_goes_on(elsewhere):
@@ -29,10 +39,10 @@ def test_stops_and_goes_on(elsewhere):
     data = EXAMPLES[:40], EXAMPLES[40:]
     tiny = Experiment("Tiny, words", lambda: folder, lambda: data, options, seeds=2)
     with pytest.raises(Enough):
-        study.train("tiny", tiny, Limit(cells=5))
+        study.train("tiny", tiny, after(5))
     assert not (elsewhere / "study.json").exists()  # 4 of the sweep, 1 of 2 with the first seed
     with pytest.raises(Enough):
-        study.train("tiny", tiny, Limit(cells=2))
+        study.train("tiny", tiny, after(2))
     row = json.loads((elsewhere / "study.json").read_text())["tiny"]
     assert row["results"]["settings"]["seeds"] == [0] and row["seeds_planned"] == 2
     heard = []

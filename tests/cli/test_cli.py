@@ -8,34 +8,21 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import adarank_fast as ada
 from adarank_fast.cli import main as cli
-from tests.tiny_models import VOCABULARY, tiny
-
-WORDS = [f"word{i}" for i in range(VOCABULARY - 4)]
+from adarank_fast.cli.options import parse_target_modules
+from adarank_fast.training.loading import auto_class, load_pretrained
+from tests.tiny_texts import WORDS, save_tiny
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """kind -> folder of a tiny model with a tokenizer; and texts."""
     root = tmp_path_factory.mktemp("models")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", "<s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     found = {"texts": root / "texts.csv"}
     for kind in ("bert", "llama", "t5"):
-        special = {"pad_token": "[PAD]"} if kind != "llama" else {}
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>", **special
-        )
-        model = tiny(kind, layers=2)
-        model.config.architectures = [type(model).__name__]
-        model.save_pretrained(root / kind)
-        fast.save_pretrained(root / kind)
-        found[kind] = root / kind
+        found[kind] = save_tiny(kind, root / kind, padding=kind != "llama")
     lines = [f"{' '.join(WORDS[i : i + 3 + i % 4])},{i % 2}" for i in range(20)]
     found["texts"].write_text("\n".join(["question,label", *lines]))
     return {kind: str(path) for kind, path in found.items()}
@@ -75,7 +62,7 @@ def test_predict_is_what_predict_ranks_says(adarank, folders):
     from adarank_fast.training.tokens import make_batches
 
     adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 2)
-    model, tokenizer = cli.load(folders["bert"], "cpu", "float32", None)
+    model, tokenizer = load_pretrained(folders["bert"], "cpu")
     batches = make_batches(tokenizer, read_texts(folders["texts"]).texts, 16, 128)
     plan = ada.predict_ranks(model, batches, trials=2, progress=False)
     assert ada.RankPlan.load("plan.json").scores == plan.scores
@@ -186,7 +173,7 @@ def test_plot(adarank, folders):
     ],
 )
 def test_parse_target_modules(text, parsed):
-    assert cli.parse_target_modules(text) == parsed
+    assert parse_target_modules(text) == parsed
 
 
 @pytest.mark.parametrize(
@@ -207,7 +194,7 @@ def test_auto_class(architecture, encoder_decoder, expected):
         architectures = architecture and [architecture]
         is_encoder_decoder = encoder_decoder
 
-    assert cli.auto_class(Config) == expected
+    assert auto_class(Config) == expected
 
 
 BERT, TEXTS = "{bert}", "{texts}"
@@ -228,7 +215,7 @@ BAD = {
     ),
     "no folder": (["predict", "./nowhere", "--data", TEXTS], "'./nowhere' is not a folder"),
     "no config": (["predict", ".", "--data", TEXTS], "no config.json"),
-    "hub offline": (["predict", "some/model", "--data", TEXTS], "config of MODEL 'some/model'"),
+    "hub offline": (["predict", "some/model", "--data", TEXTS], "config of model 'some/model'"),
     "no data file": (["predict", BERT, "--data", "no.txt"], "there is no data file 'no.txt'"),
     "data suffix": (["predict", BERT, "--data", "no.bin"], "there is no data file"),
     "text column": (
@@ -237,7 +224,7 @@ BAD = {
     ),
     "output folder": (
         ["predict", "nowhere", "--data", "no.txt", "-o", "not/there.json"],
-        "-o 'not/there.json': the folder 'not' does not exist",
+        "cannot write 'not/there.json': its folder does not exist; make it",
     ),
     "output is a folder": (["predict", "nowhere", "--data", "no.txt", "-o", "."], "is a folder"),
     "two budgets": (
@@ -256,7 +243,7 @@ BAD = {
     "no plan": (["plot", "no.json"], "there is no plan file 'no.json'"),
     "not a plan": (["plot", TEXTS], "is not a JSON file"),
     "plot folder": (["plot", "no.json", "-o", "not/there.png"], "does not exist"),
-    "report is a file": (["demo", "--report-dir", TEXTS], "is a file"),
+    "plot into a device": (["plot", "no.json", "-o", "/dev/null"], "is no regular file"),
 }
 
 
@@ -270,6 +257,16 @@ def test_bad_input_is_one_line(adarank, folders, case):
     assert err.count("\n") == 1 and err.endswith("\n")
     assert message in err
     assert not os.path.exists("plan.json")
+
+
+def test_a_report_that_is_a_file_is_noticed_before_anything_is_downloaded(
+    adarank, folders, monkeypatch
+):
+    monkeypatch.setenv("ADARANK_ASSETS", os.path.abspath("assets"))
+    status, out, err = adarank("demo", "--report-dir", folders["texts"])
+    assert (status, out) == (2, "")
+    assert "is a file" in err and err.count("\n") == 1
+    assert not os.path.exists("assets")
 
 
 def test_plot_suffix(adarank, folders):
@@ -286,7 +283,8 @@ def test_bugs_keep_their_traceback(adarank, folders, monkeypatch):
     monkeypatch.setattr("adarank_fast.prediction.predict.predict_ranks", buggy)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["predict", folders["bert"], "--data", folders["texts"]])
-    monkeypatch.setattr(cli, "parse_target_modules", lambda: None)  # a wrong call in our own code
+    # a wrong call in our own code
+    monkeypatch.setattr("adarank_fast.cli.predict.parse_target_modules", lambda: None)
     with pytest.raises(TypeError, match="positional argument"):
         cli.main(["predict", folders["bert"], "--data", folders["texts"]])
 
@@ -310,7 +308,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
         "import adarank_fast.cli.main\n"
         "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
-    folder = os.path.dirname(cli.__file__)
+    folder = os.path.dirname(os.path.dirname(cli.__file__))
     done = subprocess.run(
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )

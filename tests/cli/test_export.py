@@ -10,33 +10,26 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.test_export import mixed_plan, output, randomise, shapes_in
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 import adarank_fast as ada
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plan.trainer_formats import render
-from tests.tiny_models import VOCABULARY, batch, tiny
+from tests.adapters.adapted import mixed_plan, output, randomise, shapes_in
+from tests.tiny_models import batch
+from tests.tiny_texts import save_tiny
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A llama with tokenizer, a bert and its classifier, adapters for them, a plan."""
     root = tmp_path_factory.mktemp("export")
-    vocabulary = {f"word{i}": i for i in range(VOCABULARY)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="word1"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
     for kind in ("llama", "bert"):
-        model = tiny(kind)
-        model.config.architectures = [type(model).__name__]
-        model.save_pretrained(root / kind)
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(root / "llama")
+        save_tiny(kind, root / kind, layers=3)
     model = AutoModelForCausalLM.from_pretrained(root / "llama")
     plan = mixed_plan(model)
     plan.save(root / "plan.json")
@@ -95,7 +88,7 @@ def test_merge_command(adarank, folders, adapter):
     merged, inputs = AutoModelForCausalLM.from_pretrained("merged"), batch("llama")
     expected = output(reference(folders, adapter), inputs)
     torch.testing.assert_close(output(merged, inputs), expected, rtol=1e-4, atol=1e-4)
-    assert AutoTokenizer.from_pretrained("merged")("word7 word9")["input_ids"] == [7, 9]
+    assert AutoTokenizer.from_pretrained("merged")("word7 word9")["input_ids"] == [10, 12]
     assert not any("lora" in name for name in load_file("merged/model.safetensors"))
 
 

@@ -1,10 +1,17 @@
-"""What a report says of made-up figures: no more than they hold."""
+"""What a report says, of made-up figures and of a real comparison: no more than they hold."""
 
 from __future__ import annotations
 
-import pytest
+import html
+import json
+import re
 
-from adarank_fast.comparison import findings
+import pytest
+from rich.console import Console
+
+from adarank_fast.comparison import findings, report
+from adarank_fast.plan.rank_plan import RankPlan
+from tests.comparison.comparisons import ARMS
 
 
 def results_of(difference, items, seeds=3, metric="accuracy"):
@@ -99,8 +106,8 @@ def test_runs_that_end_worse_than_the_sweep_say_nothing_of_ranks():
     ]
 
     def run(arm, seed, value, loss):
-        known = {"arm": arm, "seed": seed, "learning_rate": 8e-3, "diverged": None}
-        return known | {"value": value, "loss": loss}
+        shared = {"arm": arm, "seed": seed, "learning_rate": 8e-3, "diverged": None}
+        return shared | {"value": value, "loss": loss}
 
     steady = [run("adarank", seed, 0.82, 0.9) for seed in range(3)]  # surer of its errors, no worse
     results["runs"] = steady + [run("uniform", seed, 0.79, 0.59) for seed in range(3)]
@@ -114,3 +121,56 @@ def test_runs_that_end_worse_than_the_sweep_say_nothing_of_ranks():
     assert any(
         line.startswith("1 of 3 runs of uniform fell apart") for line in findings.remarks(results)
     )
+
+
+def test_files(finished):
+    folder, made = finished
+    assert json.loads((folder / "results.json").read_text()) == made.results
+    text = (folder / "report.md").read_text()
+    page = (folder / "report.html").read_text()
+    for name in ("metric", "differences", "training", "rates", "ranks-adarank"):
+        assert f"({name}.png)" in text
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("data:image/png;base64,") == text.count(".png)")
+    assert 'src="data:' in page and "http" not in page
+    for arm in ARMS:
+        assert RankPlan.load(folder / "plans" / f"{arm}.json").ranks == made.plans[arm].ranks
+        assert f"| {arm} |" in text and f"<td>{arm}</td>" in page and arm in made.table()
+    for line in findings.remarks(made.results):
+        assert f"- {line}" in text and line in made.table()
+    for claim, figures in findings.verdicts(made.results):
+        assert f"**{claim}** {figures}" in text and f"{claim} {figures}" in made.table()
+
+
+def test_any_name_and_a_narrow_terminal(finished, tmp_path, capsys):
+    _, made = finished
+    text = json.dumps(made.results).replace('"reversed"', '"<b>*a plan* (2)|"')
+    plans = dict(zip(("adarank", "uniform", "<b>*a plan* (2)|"), made.plans.values(), strict=True))
+    odd = report.Comparison(json.loads(text), plans)
+    odd.results["settings"]["title"] = "<script>alert(1)</script>"
+    odd.save(tmp_path)
+    page, words = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<script>" not in page and "<b>" not in page
+    assert "<td>&lt;b&gt;*a plan* (2)|</td>" in page
+    assert "| \\<b>\\*a plan\\* (2)\\| |" in words
+    assert "(ranks-%3Cb%3E%2Aa%20plan%2A%20%282%29%7C.png)" in words
+    console = Console(width=80, color_system=None)
+    for table in report.rich_tables(odd.results):
+        console.print(table)
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_claims_come_first(finished):
+    folder, made = finished
+    page = (folder / "report.html").read_text()
+    positions = [
+        page.index(f"<strong>{html.escape(claim)}</strong>")
+        for claim, _ in findings.verdicts(made.results)
+    ]
+    assert positions == sorted(positions) and max(positions) < page.index("<table>")
+    titles = re.findall("<h2>(.*)</h2>", page)
+    assert titles == [
+        *("Held-out accuracy, mean over seeds", "Cost", "Ranks", "Training"),
+        *("Learning rates", "Runs", "How"),
+    ]

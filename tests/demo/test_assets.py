@@ -33,7 +33,7 @@ def wheel(tmp_path, monkeypatch):
 
 
 def deliver(monkeypatch, wheel, times):
-    """Have the download hand out `wheel`, noting each call in `times`."""
+    """Have the download deliver `wheel`, noting each call in `times`."""
 
     def download(wanted, folder):
         times.append(wanted.project)
@@ -97,11 +97,11 @@ def test_interruption_leaves_nothing(cache, wheel, monkeypatch):
 
 def test_what_a_killed_process_left_is_swept(cache, wheel, monkeypatch):
     deliver(monkeypatch, wheel, [])
-    (cache / ".making-old").mkdir(parents=True)
-    (cache / ".making-new").mkdir()
-    assets.os.utime(cache / ".making-old", (0, 0))
+    (cache / ".old.tmp").mkdir(parents=True)
+    (cache / ".new.tmp").mkdir()
+    assets.os.utime(cache / ".old.tmp", (0, 0))
     assets.trec()
-    assert sorted(p.name for p in cache.iterdir()) == [".making-new", "trec"]
+    assert sorted(p.name for p in cache.iterdir()) == [".new.tmp", "trec"]
 
 
 def test_another_process_was_faster(cache, wheel, monkeypatch):

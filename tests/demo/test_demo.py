@@ -24,9 +24,8 @@ def test_demo(tmp_path, monkeypatch):
 
 
 def test_report_folder_that_cannot_be(tmp_path, monkeypatch):
-    folder = save_tiny("bert", tmp_path / "bert")
-    monkeypatch.setattr(assets, "minilm", lambda: folder)
-    monkeypatch.setattr(assets, "trec", lambda fine: (EXAMPLES[:40], EXAMPLES[40:]))
+    for name in ("minilm", "trec"):
+        monkeypatch.setattr(assets, name, lambda **_: pytest.fail("downloaded too early"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         demo.run_demo(tmp_path / "file")

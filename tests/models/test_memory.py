@@ -9,8 +9,8 @@ from adarank_fast.models.outputs import choose_output
 from adarank_fast.models.targets import find_targets
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.prober import Prober
-from adarank_fast.prediction.recording import Recorded
-from adarank_fast.prediction.replay import Replay
+from adarank_fast.prediction.recording import record_clean_passes
+from adarank_fast.prediction.replay import Replay, StoredTensor
 from tests.tiny_models import batch, tiny
 
 LENGTHS = (24,) * 16
@@ -35,8 +35,8 @@ def test_live_bytes_count_each_storage_once_and_only_while_it_lives():
 
 def opened(model, inputs):
     targets = find_targets(model, "attention")
-    replay = Replay(model, choose_output(model, "auto", inputs), [inputs], targets)
-    return targets, replay
+    clean = record_clean_passes(model, choose_output(model, "auto", inputs), [inputs], targets)
+    return targets, Replay(clean)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -45,13 +45,13 @@ def test_probing_stays_within_its_memory(kind, forwards):
     model, inputs = tiny(kind), batch(kind, lengths=LENGTHS)
     with undisturbed(model):
         targets, replay = opened(model, inputs)
-        memory = Memory(forwards * replay.live[0])
+        memory = Memory(forwards * replay.clean.live_bytes[0])
         prober = Prober(model, replay, 0, "l1", measure_stds(targets), memory)
         with LiveBytes() as live:
             for _ in prober.run([Variant(t, trial) for t in targets for trial in range(5)]):
                 pass
     returned = 2 * inputs["input_ids"].numel() * 32 * 4  # by the last two blocks
-    assert replay.live[0] < live.peak <= memory.total + returned
+    assert replay.clean.live_bytes[0] < live.peak <= memory.total + returned
 
 
 def test_the_default_is_half_a_model_and_one_and_a_half_forwards(monkeypatch):
@@ -59,9 +59,9 @@ def test_the_default_is_half_a_model_and_one_and_a_half_forwards(monkeypatch):
     model, inputs = tiny("bert"), batch("bert", lengths=LENGTHS)
     with undisturbed(model):
         _, replay = opened(model, inputs)
-        memory = default_memory(model, [inputs], replay.live, [inputs])
+        memory = default_memory(model, [inputs], replay.clean.live_bytes, [inputs])
         with LiveBytes() as live:
-            model.get_submodule(replay.output.root)(**inputs)
+            model.get_submodule(replay.clean.reader.output.root)(**inputs)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert memory.total == pytest.approx(held / 2 + 1.5 * live.peak, rel=0.1)
     half = {key: value[:8] for key, value in inputs.items()}
@@ -98,17 +98,17 @@ def test_without_room_products_are_computed_again(monkeypatch):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_recorded_tensor_is_a_copy_and_gives_copies(offload):
+def test_a_stored_tensor_is_a_copy_and_gives_copies(offload):
     tensor = torch.arange(6.0).view(2, 3)
-    recorded = Recorded.of(tensor, offload)
+    stored = StoredTensor.of(tensor, offload)
     tensor.zero_()
-    once = recorded.folded(1)
+    once = stored.folded(1)
     assert torch.equal(once, torch.arange(6.0).view(2, 3))
     once.zero_()
-    assert torch.equal(recorded.folded(2), torch.arange(6.0).view(2, 3).repeat(2, 1))
-    blank = recorded.blank()
+    assert torch.equal(stored.folded(2), torch.arange(6.0).view(2, 3).repeat(2, 1))
+    blank = stored.blank()
     assert blank.nbytes == 4 and blank.folded(3).shape == (6, 3) and blank.folded(1).isnan().all()
-    assert Recorded.of(torch.arange(3), offload).blank().nbytes == 24
+    assert StoredTensor.of(torch.arange(3), offload).blank().nbytes == 24
 
 
 def test_bad_memory():

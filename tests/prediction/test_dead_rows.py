@@ -6,7 +6,7 @@ import adarank_fast as ada
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.outputs import choose_output
 from adarank_fast.models.targets import find_targets
-from adarank_fast.prediction.replay import Replay
+from adarank_fast.prediction.recording import record_clean_passes
 from bench.naive import naive_disagreements
 from tests.tiny_models import batch, tiny
 
@@ -23,38 +23,38 @@ def last_token(outputs):
     return outputs.logits[:, -1]
 
 
-def replay_of(kind, output, lengths=(9, 9, 9), targets="all-linear"):
+def passes_of(kind, output, lengths=(9, 9, 9), targets="all-linear"):
     model, inputs = tiny(kind), batch(kind, lengths=lengths)
     with undisturbed(model):
         chosen = choose_output(model, output, inputs)
         found = find_targets(model, targets)
-        return Replay(model, chosen, [inputs], found, everything=callable(output))
+        return record_clean_passes(model, chosen, [inputs], found)
 
 
-def read_rows(replay):
-    names = {module: name for name, module in replay.root.named_modules()}
+def read_rows(clean):
+    names = {module: name for name, module in clean.reader.root.named_modules()}
     return {
         names[module].rpartition(".")[2]: rows.index.tolist()
-        for module, rows in replay._read_rows[0].items()
+        for module, rows in clean.needed_rows[0].items()
     }
 
 
 def test_a_pooler_reads_the_first_token():
     first = [0, 9, 18]
-    rows = read_rows(replay_of("bert", "pooler"))
+    rows = read_rows(passes_of("bert", "pooler"))
     assert rows == {"query": first, "dense": first}  # both dense layers; key and value are read
-    assert len(replay_of("bert", "pooler")._read_rows[0]) == 4
+    assert len(passes_of("bert", "pooler").needed_rows[0]) == 4
 
 
 def test_a_callable_may_read_the_last_token():
     last = [8, 17, 26]
-    rows = read_rows(replay_of("llama", last_token))
+    rows = read_rows(passes_of("llama", last_token))
     assert rows == dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), last)
 
 
 @pytest.mark.parametrize("output", ["auto", "last_hidden_state"])
 def test_other_outputs_read_everything(output):
-    assert read_rows(replay_of("bert", output)) == {}
+    assert read_rows(passes_of("bert", output)) == {}
 
 
 def test_masked_keys_are_computed_all_the_same():
@@ -64,8 +64,8 @@ def test_masked_keys_are_computed_all_the_same():
     with undisturbed(model):
         chosen = choose_output(model, last_token, inputs)
         targets = find_targets(model, "all-linear")
-        replay = Replay(model, chosen, [inputs], targets, everything=True)
-    assert set(read_rows(replay)) == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        clean = record_clean_passes(model, chosen, [inputs], targets)
+    assert set(read_rows(clean)) == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,9 @@ def test_what_depends_on_values_without_a_gradient_is_found_out():
     with undisturbed(model):
         inputs = {"x": torch.randn(3, 9, 6)}
         chosen = choose_output(model, "auto", inputs)
-        replay = Replay(model, chosen, [inputs], find_targets(model, "all-linear"))
-    assert read_rows(replay) == {}
+        targets = find_targets(model, "all-linear")
+        clean = record_clean_passes(model, chosen, [inputs], targets)
+    assert read_rows(clean) == {}
 
 
 def test_a_block_without_gradients_is_computed_whole():
@@ -123,7 +124,6 @@ def test_a_block_without_gradients_is_computed_whole():
     model.layers[1] = Detached(6, 6)
     with undisturbed(model):
         inputs = {"x": torch.randn(3, 9, 6)}
-        replay = Replay(
-            model, choose_output(model, "auto", inputs), [inputs], find_targets(model, ["layers.0"])
-        )
-    assert read_rows(replay) == {}
+        chosen = choose_output(model, "auto", inputs)
+        clean = record_clean_passes(model, chosen, [inputs], find_targets(model, ["layers.0"]))
+    assert read_rows(clean) == {}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from adarank_fast.training.data import read_texts
+from adarank_fast.training.data import TextData, hold_out, read_texts
 from adarank_fast.training.tokens import add_decoder_inputs, collate, make_batches
 
 
@@ -137,3 +137,12 @@ def test_decoder_gets_the_text_shifted():
     (batch,) = add_decoder_inputs(make_batches(Tokenizer(), ["abc", "d"]), start=8)
     assert batch["decoder_input_ids"].tolist() == [[8, 1, 2], [8, 4, 9]]
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_hold_out_keeps_equal_texts_together():
+    data = TextData([f"t{i % 10}" for i in range(40)], [str(i) for i in range(40)])
+    rest, held = hold_out(data, 0.2)
+    assert len(held) == 8 and len(rest) == 32
+    assert not set(rest.texts) & set(held.texts)
+    kept = set(held.texts)
+    assert held.labels == [str(i) for i in range(40) if f"t{i % 10}" in kept]

@@ -217,11 +217,11 @@ def test_nothing_is_saved_of_a_diverged_run(tmp_path):
 def test_folders_that_are_something_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else than an adapter"):
-        training.check_folder(tmp_path)
+        training.check_adapter_folder(tmp_path)
     with pytest.raises(ValueError, match="is a file; name a folder"):
-        training.check_folder(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match="its folder does not exist"):
-        training.check_folder(tmp_path / "no" / "adapter")
+        training.check_adapter_folder(tmp_path / "notes.txt")
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+        training.check_adapter_folder(tmp_path / "no" / "adapter")
 
 
 @pytest.mark.parametrize("kind, task", [("bert", "classification"), ("llama", "causal-lm")])

@@ -36,7 +36,7 @@ def test_ddp_and_fsdp_give_the_numbers_of_one_process(tmp_path):
         for rank, log in enumerate(logs):
             with log.open("w") as stream:
                 worker = subprocess.Popen(
-                    [sys.executable, "-m", "tests.trainers.worker", str(tmp_path)],
+                    [sys.executable, "-m", "tests.training.worker", str(tmp_path)],
                     cwd=ROOT,
                     env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=stream,

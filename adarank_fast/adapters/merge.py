@@ -1,0 +1,217 @@
+"""Add an adapter to the weights of its base model: a plain model folder, tokenizer included."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from adarank_fast.adapters.export import PREFIX, Adapter, check_fits, read_adapter
+from adarank_fast.adapters.peft_private import BaseTunerLayer
+from adarank_fast.files import new_folder
+from adarank_fast.models.text import first_line, loading
+
+TASK_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@contextmanager
+def _without_expected_warnings() -> Iterator[None]:
+    """Deprecations are not the user's; of tied weights `_untie` takes care."""
+    tied = (".*`?tie_word_embeddings", "Input and output embeddings are no longer tied")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for message in tied:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@_without_expected_warnings()
+def merge_adapter(
+    model: str,
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    dtype: str = "auto",
+) -> set[str]:
+    """Write a model with an adapter merged into it, and its tokenizer.
+
+    Args:
+        model: folder or hub name of the base model.
+        adapter: a folder that `PeftModel.save_pretrained` wrote.
+        folder: a new or empty folder; written whole or not at all.
+        dtype: of the merged weights; "auto" is the base model's own.
+
+    Returns:
+        Names of weights that neither the model nor the adapter has; they are random.
+
+    Raises:
+        ValueError: the adapter does not fit the model, or one of them cannot be loaded or merged.
+    """
+    with new_folder(folder) as temporary:
+        found = read_adapter(adapter, only_plain=False)
+        skeleton, config = base_skeleton(found, model, "MODEL")
+        if not found.config.target_parameters:
+            check_fits(found, skeleton)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"MODEL {model!r} is quantised: merging would round the adapter away; give the "
+                "unquantised model"
+            )
+        merged, fresh = _merge(type(skeleton), model, config, adapter, found, dtype)
+        merged.save_pretrained(temporary)
+        _save_tokenizer([str(adapter), model], temporary)
+    return fresh
+
+
+@_without_expected_warnings()
+def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[Any, Any]:
+    """(the adapter's base model without weights, its configuration).
+
+    The class is the one that has the adapter's modules: the one that the adapter names, that of its
+    task, the bare model, or the checkpoint's own.
+
+    Args:
+        adapter: see `read_adapter`.
+        name: folder or hub name of the base model; None: the one that the adapter names.
+        argument: what the user gives another name with.
+
+    Raises:
+        ValueError: the configuration cannot be loaded, or no class fits.
+    """
+    name = name or adapter.config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"the adapter does not say what its base model is; give {argument}")
+    name = os.path.expanduser(name)
+    with loading("configuration of the base model", name, f"; give {argument}"):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if labels := _label_count(adapter):
+        config.num_labels = labels
+    wanted = {path.replace(".base_layer", "") for path in adapter.factors}  # of experts
+    for class_name in _class_names(adapter, config):
+        model_class = getattr(transformers, class_name, None)
+        if model_class is None:
+            continue
+        try:
+            with torch.device("meta"):
+                skeleton = getattr(model_class, "from_config", model_class)(config)
+        except (ValueError, RuntimeError):  # no model of that kind for this task, or none on meta
+            continue
+        if wanted <= {path for path, _ in skeleton.named_modules()}:
+            return skeleton, config
+    raise ValueError(
+        f"the adapter does not fit {name!r} ({config.model_type}): no model of it has a module "
+        f"{min(wanted)}"
+    )
+
+
+def _class_names(adapter: Adapter, config: Any) -> Iterator[str]:
+    mapping = adapter.config.auto_mapping or {}
+    if str(mapping.get("parent_library", "")).startswith("transformers."):
+        yield str(mapping.get("base_model_class"))
+    task = getattr(adapter.config.task_type, "value", adapter.config.task_type)
+    if task in TASK_CLASSES:
+        yield TASK_CLASSES[task]
+    yield "AutoModel"
+    yield from getattr(config, "architectures", None) or []
+
+
+def _label_count(adapter: Adapter) -> int | None:
+    """How many classes the head has that the adapter brings along, if it does."""
+    heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+    sizes = [t.shape[0] for name, t in adapter.others.items() if name.endswith(heads)]
+    return sizes[-1] if sizes else None
+
+
+def _merge(
+    model_class: Any,
+    name: str,
+    config: Any,
+    folder: str | os.PathLike[str],
+    adapter: Adapter,
+    dtype: str,
+) -> tuple[Any, set[str]]:
+    """(the merged model, names of weights that nobody had)."""
+    failed = f"cannot merge {str(folder)!r} into {name!r}"
+    try:
+        base, info = model_class.from_pretrained(
+            os.path.expanduser(name),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head of other size: the adapter has its own
+        )
+        peft_model = PeftModel.from_pretrained(base, folder)
+    except Exception as error:
+        raise ValueError(f"{failed}: {first_line(error)}") from error
+    tied = _tied_ends(base) is not None
+    _untie(base)
+    try:
+        merged = peft_model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # NaN, say
+        raise ValueError(f"{failed}: {first_line(error)}") from error
+    if tied:
+        _say_untied(merged)
+    fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    return merged, fresh - {key.removeprefix(PREFIX) for key in adapter.others}
+
+
+def _tied_ends(model: Any) -> tuple[Any, Any] | None:
+    """(head, embedding) of a model that ties them."""
+    head = model.get_output_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return None
+    return head, model.get_input_embeddings()
+
+
+def _untie(model: Any) -> None:
+    """Give an adapted head its own copy of a weight shared with the embedding, or the reverse.
+
+    What is merged into one must not change the other, see
+    https://github.com/huggingface/peft/issues/2018.
+    """
+    ends = _tied_ends(model)
+    if ends is None or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    head, embedding = (e.get_base_layer() if isinstance(e, BaseTunerLayer) else e for e in ends)
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _say_untied(model: Any) -> None:
+    """Loading would tie a head to the embedding again that is another tensor now."""
+    if torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight):
+        return
+    if getattr(model.config, "is_encoder_decoder", False):  # T5 then leaves a scaling out
+        raise ValueError(
+            "the adapter parts the head from the embedding whose weight it shares, which "
+            f"{type(model).__name__} cannot save; train without it (target_modules) to merge"
+        )
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+
+
+def _save_tokenizer(folders: list[str], target: Path) -> None:
+    """That of the first that has one; a model may also have none."""
+    for folder in folders:
+        if os.path.isdir(folder) and not any(Path(folder).glob("*token*")):
+            continue
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.save_pretrained(target)
+            return
+        except (OSError, ValueError, KeyError):
+            continue

@@ -1,0 +1,66 @@
+"""What commands say: tables and JSON on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from adarank_fast.models.text import plain_text
+
+if TYPE_CHECKING:
+    from adarank_fast.comparison.report import Comparison
+
+
+class BadInput(ValueError):
+    """Something that the user can put right; the message is one line."""
+
+
+@contextmanager
+def status(message: str) -> Iterator[None]:
+    """A spinner on stderr, on terminals only."""
+    with Console(stderr=True).status(f"{message} ..."):
+        yield
+
+
+def show(table: Any) -> None:
+    """Print a rich table on stdout, at full width where that is no terminal."""
+    console = Console(markup=False, highlight=False)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        print(plain_text(table, blank_lines=True))
+
+
+def show_report(report: Comparison, folder: Path, as_json: bool) -> None:
+    """The tables of a comparison and what they say, or its results as JSON."""
+    from adarank_fast.comparison.findings import reading
+    from adarank_fast.comparison.report import rich_tables
+
+    if as_json:
+        print(json.dumps(report.results))
+        return
+    for part in (*rich_tables(report.results), *reading(report.results)):
+        show(part)
+    say_written(folder / "report.html")
+
+
+def say_written(path: Path, as_json: Mapping[str, Any] | None = None) -> None:
+    """ "wrote `path`" on stderr; or instead of it `as_json` on stdout."""
+    if as_json is None:
+        print(f"wrote {path}", file=sys.stderr)
+    else:
+        print(json.dumps(as_json))
+
+
+def quiet_transformers() -> None:
+    """Without transformers' progress bars and load reports: problems are raised."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

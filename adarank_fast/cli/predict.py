@@ -1,0 +1,193 @@
+"""The command `adarank predict`."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from adarank_fast.cli import options
+from adarank_fast.cli.console import BadInput, quiet_transformers, say_written, show, status
+from adarank_fast.cli.options import parse_target_modules
+from adarank_fast.files import check_file
+from adarank_fast.training.choices import DTYPES, check_choice
+from adarank_fast.training.data import read_texts
+
+if TYPE_CHECKING:
+    from adarank_fast.models.targets import Target
+    from adarank_fast.prediction.cost import CostEstimate
+
+
+def predict(
+    model: options.MODEL,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Calibration texts, without labels: .jsonl, .csv, .tsv or .txt.",
+            show_default=False,
+        ),
+    ],
+    output_file: Annotated[
+        Path, typer.Option("--output-file", "-o", help="Where to write the plan.")
+    ] = Path("plan.json"),
+    average_rank: Annotated[
+        float | None,
+        typer.Option(help="Budget: ranks a module on average.", show_default="8"),
+    ] = None,
+    budget_parameters: Annotated[
+        int | None,
+        typer.Option(help="Budget: adapter parameters, instead of --average-rank."),
+    ] = None,
+    target_modules: options.TARGET_MODULES = "attention",
+    output: Annotated[
+        str,
+        typer.Option(help="What must not move: auto, pooler, last_hidden_state or logits."),
+    ] = "auto",
+    metric: Annotated[str, typer.Option(help="l1, tv, kl, js or argmax.")] = "l1",
+    trials: Annotated[
+        str,
+        typer.Option(help="Perturbations of each module; 2-10: as many as its rank needs."),
+    ] = "5",
+    min_rank: Annotated[int, typer.Option(min=0, help="No rank below it.")] = 0,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="No rank above it.")] = None,
+    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are multiples of it.")] = 1,
+    allocation: Annotated[
+        str, typer.Option(help='"exact" spends the whole budget, "paper" rounds down.')
+    ] = "exact",
+    seed: Annotated[int, typer.Option(help="Of the noise and of the choice of texts.")] = 0,
+    samples: Annotated[
+        int,
+        typer.Option(min=1, help="Use this many texts, drawn from the file; or all it has."),
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a batch.")] = 16,
+    max_length: Annotated[int, typer.Option(min=1, help="Cut texts to this many tokens.")] = 128,
+    text_column: options.TEXT_COLUMN = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help=f"Load weights as {', '.join(DTYPES)} or auto.")
+    ] = "float32",
+    probe_dtype: Annotated[
+        str | None,
+        typer.Option(help="Run the probes in this type, such as bfloat16, on a copy."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Keep finished probes here; after a kill, go on where it was."),
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Begin no probes after this time.")
+    ] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(help="GB that probing may hold beside the model.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show modules and cost; predict and write nothing.")
+    ] = False,
+    as_json: options.JSON = False,
+) -> None:
+    """Predict a LoRA rank for every module of MODEL, a language model with its head."""
+    if average_rank is not None and budget_parameters is not None:
+        raise BadInput("give --average-rank or --budget-parameters, not both")
+    check_choice("--dtype", dtype, (*DTYPES, "auto"))
+    if probe_dtype is not None:
+        check_choice("--probe-dtype", probe_dtype, DTYPES)
+    counts, names = options.parse_trials(trials), parse_target_modules(target_modules)
+    if not dry_run:
+        check_file(output_file)
+
+    texts = read_texts(data, text_column).texts
+    if samples < len(texts):
+        chosen = sorted(random.Random(seed).sample(range(len(texts)), samples))
+        texts = [texts[index] for index in chosen]
+    from adarank_fast.training.loading import calibration_batches, load_pretrained
+
+    quiet_transformers()
+    with status(f"loading {model}"):
+        network, tokenizer = load_pretrained(model, device, dtype, threads)
+        batches = calibration_batches(network, tokenizer, texts, batch_size, max_length)
+    if dry_run:
+        from adarank_fast.models.targets import find_targets
+        from adarank_fast.prediction.cost import estimate_cost
+
+        with status("timing one forward"):
+            cost = estimate_cost(network, batches, names, counts, output)
+        _show_cost(find_targets(network, names), cost, as_json)
+        return
+    from adarank_fast.prediction.distributed import started_by_torchrun
+    from adarank_fast.prediction.predict import predict_ranks
+
+    with started_by_torchrun() as processes:
+        plan = predict_ranks(
+            network,
+            batches,
+            average_rank=average_rank,
+            budget_parameters=budget_parameters,
+            target_modules=names,
+            output=output,
+            metric=metric,
+            trials=counts,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            rank_multiple=rank_multiple,
+            allocation=allocation,
+            seed=seed,
+            dtype=None if probe_dtype is None else getattr(import_module("torch"), probe_dtype),
+            checkpoint=checkpoint,
+            max_seconds=max_seconds,
+            max_memory=None if max_memory is None else int(max_memory * 1e9),
+            progress=sys.stderr.isatty(),
+        )
+    if processes.rank:
+        return
+    plan.save(output_file)
+    if as_json:
+        scores = {name: {"mean": s.mean, "std": s.std} for name, s in plan.scores.items()}
+        found = {"plan": str(output_file), "parameters": plan.parameters, "ranks": plan.ranks}
+        print(json.dumps({**found, "scores": scores, "settings": plan.settings}))
+    else:
+        print(plan.table())
+        say_written(output_file)
+
+
+def _show_cost(targets: Sequence[Target], cost: CostEstimate, as_json: bool) -> None:
+    if as_json:
+        modules = [
+            {
+                "name": target.name,
+                "in_features": target.in_features,
+                "out_features": target.out_features,
+                "block": target.block,
+                "route": cost.routes[target.name],
+            }
+            for target in targets
+        ]
+        numbers = {key: value for key, value in vars(cost).items() if key != "routes"}
+        print(json.dumps({"modules": modules, "cost": numbers}))
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in ("module", "in x out", "block", "group", "route"):
+        table.add_column(column, overflow="fold", justify="right" if "x" in column else "left")
+    group_of = {name: str(i) for i, group in enumerate(cost.groups, 1) for name in group}
+    for target in targets:
+        shape = f"{target.in_features} x {target.out_features}"
+        group, route = group_of.get(target.name, "-"), cost.routes[target.name]
+        table.add_row(target.name, shape, target.block or "-", group, route)
+    show(table)
+    seconds = f"{cost.seconds:.1f} s" if cost.seconds < 120 else f"{cost.seconds / 60:.0f} min"
+    print(
+        f"{cost.modules} modules, {cost.blocks} blocks, {len(cost.groups)} groups that share an "
+        f"input, {cost.probes:,} probes: about {seconds}, "
+        f"{cost.flops / 1e12:.3g} TFLOP ({cost.naive_flops / 1e12:.3g} without replay), "
+        f"{cost.memory_bytes / 2**20:,.0f} MiB beside the model"
+    )

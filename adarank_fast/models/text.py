@@ -1,0 +1,47 @@
+"""Text for people: parts of error messages, and tables without a terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def list_names(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many there are if that is more."""
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
+
+
+@contextmanager
+def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
+    """Whatever goes wrong in loading files that somebody else made is bad input.
+
+    Raises:
+        ValueError: cannot load `what` of the model `name`; `remedy`.
+    """
+    try:
+        yield
+    except Exception as error:
+        where = "folder" if os.path.isdir(name) else "no such folder, so a hub name"
+        raise ValueError(
+            f"cannot load the {what} {name!r} ({where}){remedy}: {first_line(error)}"
+        ) from error
+
+
+def plain_text(*tables: Any, blank_lines: bool = False) -> str:
+    """Rich tables as text: at full width, without colours and spaces at line ends."""
+    from rich.console import Console
+
+    console = Console(width=10_000, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as captured:
+        for table in tables:
+            console.print(table)
+    lines = (line.rstrip() for line in captured.get().strip("\n").splitlines())
+    return "\n".join(line for line in lines if line or blank_lines)
