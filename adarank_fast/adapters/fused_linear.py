@@ -83,11 +83,12 @@ class _Fused:
         state.fused += 1
         if state.candidates is not None:
             form_group(self)
+        if state.group is not None:
+            _thread.clear()  # which may dissolve the group
         group = state.group
         if group is None:
             return _alone(self, x)
-        _thread.clear()
-        if state.position or x.is_inference():  # its turn went by, or changes leave no trace
+        if group.layers[0] is not self or x.is_inference():  # too late, or changes leave no trace
             return _compute([self], x)[0]
         outputs = _compute(group.layers, x) if _alike(group.layers, x) else _compute([self], x)
         if len(outputs) > 1:
