@@ -9,9 +9,9 @@ not cover goes through PEFT's own forward, counted and with its reason.
 from __future__ import annotations
 
 import copy
-import copyreg
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class _Fused:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As PEFT's own layer: who loads it need not have this package."""
         state = {key: value for key, value in self.__dict__.items() if key != "_adarank"}
-        return copyreg._reconstructor, (_plain_class(type(self)), object, None), state
+        return _reconstructor, (_plain_class(type(self)), object, None), state
 
 
 class FusedLinear(_Fused, lora.Linear):
@@ -243,7 +243,7 @@ def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     state: LayerState = layer._adarank
     reason = "extra arguments" if args or kwargs else why_not(layer, x)
     if reason:
-        return super(_Fused, layer).forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super(_Fused, layer).forward(x, *args, **kwargs)
     group = state.group
     if group is None:
         if not state.alone:

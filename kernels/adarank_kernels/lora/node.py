@@ -1,8 +1,8 @@
 """The autograd nodes of a group of LoRA linears; the maths is in op.py.
 
-`Whole` runs each pass as one C++ call. It is for what training mostly is: a frozen base, nobody who watches
-operators. `Stepwise` does the same an aten call at a time, for everything else: trained or foreign base
-products, compilers, dispatch modes, machines without a compiler.
+`Whole` runs each pass as one C++ call. It is for what training mostly is: a frozen base, and nobody
+who watches operators. `Stepwise` does the same operator by operator, for everything else: trained
+or foreign base products, compilers, dispatch modes, machines without a compiler.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def in_order(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def whole_forward(group: Group, x: Tensor, seed: Tensor | None) -> list[Tensor | None]:
+def whole_forward(group: Group, x: Tensor, seed: Tensor | None) -> list[Any]:
     """Outputs of all modules, then S and A as it was packed."""
     operators = torch.ops.adarank
     if x.device.type == "cpu":
@@ -48,7 +48,7 @@ def whole_forward(group: Group, x: Tensor, seed: Tensor | None) -> list[Tensor |
     return _whole_on_a_gpu(group, x, seed)
 
 
-def _whole_on_a_gpu(group: Group, x: Tensor, seed: Tensor | None) -> list[Tensor | None]:
+def _whole_on_a_gpu(group: Group, x: Tensor, seed: Tensor | None) -> list[Any]:
     backend, padding = group.backend, launch.PADDING
     S = packed = None
     if seed is not None and group.adapted:
@@ -97,8 +97,8 @@ class Whole(torch.autograd.Function):
         need_A, need_B = group.all_needed, group.all_needed
         if False in needs:
             count = len(group.adapted)
-            need_A = sum([1 << m for m, n in zip(group.adapted, needs[:count]) if n])
-            need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:]) if n])
+            need_A = sum([1 << m for m, n in zip(group.adapted, needs[:count], strict=True) if n])
+            need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:], strict=True) if n])
         dropped, padding = None, 1
         on_gpu = group.device_type != "cpu"
         if on_gpu:
@@ -120,7 +120,7 @@ class Whole(torch.autograd.Function):
 
 
 class Stepwise(torch.autograd.Function):
-    """Tensors: weight, bias, A and B of each module, then the foreign base products (None: absent)."""
+    """Tensors: weight, bias, A and B of each module, then foreign base products; None: absent."""
 
     @staticmethod
     def forward(

@@ -12,9 +12,9 @@ Saved for backward: X, S and the parameters. drop is made again from its seed (d
 scale 1 / (1 - p) rides on s_m. Products accumulate in float32 (float64 for float64).
 
 A group is computed in one of two ways. *Whole*: each pass is one C++ call. *Stepwise*: operator by
-operator, for trained or foreign bases, compilers, and wherever somebody watches operators (selective
-checkpointing, a FLOP counter, any dispatch mode): there every product is an aten call and nothing is
-written in place. docs/fusing.md has what was measured.
+operator, for trained or foreign bases, compilers, and wherever somebody watches operators
+(selective checkpointing, a FLOP counter, any dispatch mode): there every product is an aten call
+and nothing is written in place. docs/fusing.md has what was measured.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Builds the C++ operators once, on first use, and loads them.
 
-A library lies in the user's cache under a key of all it was made from: the sources, torch's version and
-C++ ABI, the compiler, the options and the CPU's instruction sets. Building happens in a temporary folder
-under a lock of the operating system, which a killed builder releases; a rename makes the library appear
-whole. Where it cannot be built or loaded there is one warning, and torch's products stand in.
+A library lies in the user's cache under a key of all it was made from: the sources, torch's version
+and C++ ABI, the compiler, the options and the CPU's instruction sets. Building happens in a
+temporary folder under a lock of the operating system, which a killed builder releases; a rename
+makes the library appear whole. Where it cannot be built or loaded there is one warning, and torch's
+products stand in.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def _load() -> bool:
     except Exception as error:  # no compiler, a full disk, a library without symbols, ...
         said = (str(error).strip() or type(error).__name__).splitlines()[-1]
         warnings.warn(
-            f"adarank-fast: the C++ products are not used, torch's are slower ({said:.200}); install "
-            "g++ or set ADARANK_CACHE to a folder that can be written",
+            f"adarank-fast: no C++ products, torch's slower ones are used ({said:.200}); install "
+            "g++, or set ADARANK_CACHE to a folder that can be written",
             stacklevel=2,
         )
         return False

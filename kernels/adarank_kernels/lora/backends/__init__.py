@@ -1,7 +1,7 @@
 """How the products with few ranks are computed: one small interface, three ways.
 
-Each backend is a module with these functions. X is [N, in]; S and dS are [N, width], the modules' ranks
-side by side, module i's from column `first[i]` on.
+Each backend is a module with these functions. X is [N, in]; S and dS are [N, width], the modules'
+ranks side by side, module i's from column `first[i]` on.
 
     padded(rank, dtype)                           columns that a rank takes in S
     shrink(X, As, first, width, seed, dropout)    S = drop(X) A^T; and A as it was packed, or None
@@ -13,5 +13,6 @@ side by side, module i's from column `first[i]` on.
     drop(X, seed, dropout)                        X where the mask keeps it, else 0
 
 `torch` is plain aten: right for every device and dtype, and what policies, FLOP counters and other
-dispatch modes see. `cpu` calls the C++ operators. `triton` launches kernels beside the vendor's products.
+dispatch modes see. `cpu` calls the C++ operators. `triton` launches kernels beside the vendor's
+products.
 """

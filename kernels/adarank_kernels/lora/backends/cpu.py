@@ -20,7 +20,7 @@ _usable: dict[torch.dtype, bool] = {}
 
 
 def _is_usable(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products in `dtype`; builds the operators if need be."""
+    """Whether this CPU has instructions for it; builds the operators if need be."""
     if not _usable:
         operators = native.operators()
         if operators is not None:

@@ -1,4 +1,4 @@
-"""The products with few ranks on a GPU: Triton kernels that passed their check, beside vendor GEMMs.
+"""The products with few ranks on a GPU: checked Triton kernels beside vendor GEMMs.
 
 Ranks take a multiple of 16 columns of S, which tensor cores and the kernels like. Factors and
 transposes cost a GEMM nothing here.

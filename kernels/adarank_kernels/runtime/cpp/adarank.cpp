@@ -553,37 +553,16 @@ Tensor philox(int64_t key, int64_t c0, int64_t c1, int64_t rows, int64_t n)
     return words;
 }
 
-// In-place operators bump the version of what they write, as aten's do; the operator itself comes below.
-template <typename... Rest>
-void bump(const char *name, c10::DispatchKeySet keys, Tensor &written, Rest... rest)
+// In-place operators bump the version of what they write, their first argument, as aten's do. Boxed: a
+// compiler's symbolic numbers pass through.
+void bump(const c10::OperatorHandle &op, c10::DispatchKeySet keys, torch::jit::Stack *stack)
 {
-    auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<void(Tensor &, Rest...)>();
+    auto written = (*stack)[stack->size() - op.schema().arguments().size()].toTensor();
     {
         at::AutoDispatchBelowADInplaceOrView guard;
-        op.redispatch(keys & c10::after_ADInplaceOrView_keyset, written, rest...);
+        op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
     }
     written.unsafeGetTensorImpl()->bump_version();
-}
-
-void bump_expand_(c10::DispatchKeySet keys, Tensor &y, const Tensor &s, const Tensor &lora_B, int64_t first,
-                  double scaling, const std::optional<Tensor> &bias)
-{
-    bump<const Tensor &, const Tensor &, int64_t, double, const std::optional<Tensor> &>(
-        "adarank::expand_", keys, y, s, lora_B, first, scaling, bias);
-}
-
-void bump_grad_s_(c10::DispatchKeySet keys, Tensor &ds, const Tensor &dy, const Tensor &lora_B, int64_t first,
-                  double scaling)
-{
-    bump<const Tensor &, const Tensor &, int64_t, double>("adarank::grad_s_", keys, ds, dy, lora_B, first,
-                                                          scaling);
-}
-
-void bump_grad_x_(c10::DispatchKeySet keys, Tensor &dx, const Tensor &ds, at::TensorList lora_A,
-                  at::IntArrayRef first, const std::optional<Tensor> &seed, double dropout)
-{
-    bump<const Tensor &, at::TensorList, at::IntArrayRef, const std::optional<Tensor> &, double>(
-        "adarank::grad_x_", keys, dx, ds, lora_A, first, seed, dropout);
 }
 
 } // namespace
@@ -591,13 +570,13 @@ void bump_grad_x_(c10::DispatchKeySet keys, Tensor &dx, const Tensor &ds, at::Te
 TORCH_LIBRARY(adarank, m)
 {
     m.def("drop(Tensor x, Tensor seed, float dropout) -> Tensor");
-    m.def("shrink(Tensor x, Tensor[] lora_A, int[] first, int width, Tensor? seed, float dropout) -> Tensor");
-    m.def("expand_(Tensor(a!) y, Tensor s, Tensor lora_B, int first, float scaling, Tensor? bias) -> ()");
-    m.def("grad_s_(Tensor(a!) ds, Tensor dy, Tensor lora_B, int first, float scaling) -> ()");
-    m.def("grad_b(Tensor dy, Tensor s, int first, int rank, float scaling, ScalarType dtype) -> Tensor");
-    m.def("grad_a(Tensor ds, Tensor x, int[] first, int[] ranks, ScalarType dtype, Tensor? seed, float dropout)"
+    m.def("shrink(Tensor x, Tensor[] lora_A, SymInt[] first, SymInt width, Tensor? seed, float dropout) -> Tensor");
+    m.def("expand_(Tensor(a!) y, Tensor s, Tensor lora_B, SymInt first, float scaling, Tensor? bias) -> ()");
+    m.def("grad_s_(Tensor(a!) ds, Tensor dy, Tensor lora_B, SymInt first, float scaling) -> ()");
+    m.def("grad_b(Tensor dy, Tensor s, SymInt first, SymInt rank, float scaling, ScalarType dtype) -> Tensor");
+    m.def("grad_a(Tensor ds, Tensor x, SymInt[] first, SymInt[] ranks, ScalarType dtype, Tensor? seed, float dropout)"
           " -> Tensor[]");
-    m.def("grad_x_(Tensor(a!) dx, Tensor ds, Tensor[] lora_A, int[] first, Tensor? seed, float dropout) -> ()");
+    m.def("grad_x_(Tensor(a!) dx, Tensor ds, Tensor[] lora_A, SymInt[] first, Tensor? seed, float dropout) -> ()");
     m.def("group_forward(Tensor x, Tensor?[] parts, float[] scalings, float dropout, Tensor? seed, int padding,"
           " bool add, Tensor? S) -> Tensor[]");
     m.def("group_backward(Tensor?[] dys, Tensor? x, Tensor? S, Tensor? packed, Tensor?[] parts, float[] scalings,"
@@ -628,7 +607,7 @@ TORCH_LIBRARY_IMPL(adarank, CompositeExplicitAutograd, m)
 
 TORCH_LIBRARY_IMPL(adarank, ADInplaceOrView, m)
 {
-    m.impl("expand_", TORCH_FN(bump_expand_));
-    m.impl("grad_s_", TORCH_FN(bump_grad_s_));
-    m.impl("grad_x_", TORCH_FN(bump_grad_x_));
+    m.impl("expand_", torch::CppFunction::makeFromBoxedFunction<&bump>());
+    m.impl("grad_s_", torch::CppFunction::makeFromBoxedFunction<&bump>());
+    m.impl("grad_x_", torch::CppFunction::makeFromBoxedFunction<&bump>());
 }
