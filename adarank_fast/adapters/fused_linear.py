@@ -2,15 +2,16 @@
 
 `accelerate` gives each plain `peft.tuners.lora.Linear` (and those of bitsandbytes and torchao) a
 class whose `forward` runs one fused node, for all layers that share an input. Parameters, names,
-state dict, merging and adapter switching stay PEFT's. Whatever the fused node does not cover goes
-through PEFT's own forward, counted and with its reason.
+state dict, merging, adapter switching, `repr` and pickles stay PEFT's. Whatever the fused node does
+not cover goes through PEFT's own forward, counted and with its reason.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any
 
 import torch
@@ -18,88 +19,98 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from adarank_fast.adapters.eligibility import (
-    Known,
+    Layer,
+    Member,
     active_name,
     dropout_of,
     has_plain_base,
-    switched_off,
+    remember,
+    returns_its_own,
     why_not,
+    why_not_here,
 )
-from adarank_fast.adapters.groups import Group, Owner, owner_path, remove_hooks
+from adarank_fast.adapters.groups import (
+    LayerState,
+    Owner,
+    Run,
+    ThreadState,
+    Waiting,
+    form_group,
+    may_be_repeated,
+    modes_of,
+    owner_path,
+    repeat_guard,
+)
 from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
 from adarank_fast.adapters.torch_private import constant_result, is_compiled
 from adarank_kernels import grouped_lora_linear
-from adarank_kernels.lora.op import Prepared, prepare
+from adarank_kernels.lora.dropout import draw_seed
+from adarank_kernels.lora.group import Group
+from adarank_kernels.lora.op import run as run_group
 
-Layer = Any  # a PEFT layer of a class in _FUSED
-
-
-class LayerState:
-    """What a fused layer knows beyond PEFT's attributes."""
-
-    def __init__(self, owner: Owner) -> None:
-        self.owner = owner
-        self.group: Group | None = None
-        self.place = 0
-        self.fused = 0
-        self.fallbacks: Counter[str] = Counter()
-        self.known: Known | None = None
-        self.prepared: _Call | None = None  # in the first member's state, for its group
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "known": None, "prepared": None}  # a copy finds its own
-
-
-_Call = tuple[list[Known | None], float, Prepared]
+_thread = ThreadState()
+_is_compiling = torch.compiler.is_compiling
 
 
 class _Fused:
-    """Mixed in before a PEFT layer's class; overrides nothing but `forward`."""
+    """Mixed in before a PEFT layer's class; overrides `forward` and what would show the class."""
 
     _adarank: LayerState
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state, counting = self._adarank, not torch.compiler.is_compiling()
-        active = self._active_adapter  # type: ignore[attr-defined]
-        adapter = active if isinstance(active, str) else tuple(active)
-        if counting and state.place and not (args or kwargs or switched_off(self)):
-            # The first member looked at all of them.
-            output = state.group.hand_out(state.place, x, adapter)  # type: ignore[union-attr]
+        if _is_compiling():
+            return _forward_compiled(self, x, args, kwargs)
+        own = self.__dict__
+        state: LayerState = own["_adarank"]
+        waiting = _thread.waiting
+        if waiting is not None and waiting.x is x and not (args or kwargs):
+            output = waiting.take(state, own)
             if output is not None:
                 state.fused += 1
+                if waiting.empty:
+                    _thread.clear()
                 return output
-        reason = "extra arguments" if args or kwargs else _reason(self, x)
+        reason = "extra arguments" if args or kwargs else why_not_here(x)
+        member = state.member
+        if not reason and (member is None or not member.holds(own) or not _same_kind(member, x)):
+            state.call = None
+            reason = why_not(self, x)
+            state.member = member = None if reason else remember(self)
         if reason:
-            if counting:
-                state.fallbacks[reason] += 1
-                if state.group is not None:
-                    state.group.clear()
+            state.fallbacks[reason] += 1
+            _thread.clear()
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if counting:
-            state.fused += 1
-            if not state.owner.settled:
-                state.owner.saw(self, x)  # type: ignore[arg-type]
-        elif not state.owner.settled:
-            _warn_compiled_early()
-        group = state.group  # which may be new
-        if group is not None and group.whole:
-            if state.place or _all_fusable(group.members, x):
-                output = group.call(state.place, x, adapter, _compute)
-                if output is not None:
-                    return output
-            else:
-                group.clear()
-        return _compute([self], x)[0]
+        state.fused += 1
+        if state.candidates is not None:
+            form_group(self)
+        if state.group is not None:
+            _thread.clear()  # which may dissolve the group
+        group = state.group
+        if group is None:
+            return _alone(self, x)
+        if group.layers[0] is not self or x.is_inference():  # too late, or changes leave no trace
+            return _compute([self], x)[0]
+        outputs = _compute(group.layers, x) if _alike(group.layers, x) else _compute([self], x)
+        if len(outputs) > 1:
+            members = [layer._adarank.member for layer in group.layers]
+            if None not in members:
+                dropout = members[0].dropout
+                _thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
+        return outputs[0]
 
+    def _get_name(self) -> str:
+        return _plain_class(type(self)).__name__
 
-@constant_result  # so that it is run when traced
-def _warn_compiled_early() -> bool:
-    warnings.warn(
-        "compiled before its groups are known: each LoRA layer is fused by itself; run one forward "
-        "first, or pass accelerate(peft_model, example=batch)",
-        stacklevel=2,
-    )
-    return True
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new: Any = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As PEFT's own layer: who loads it need not have this package."""
+        state = {key: value for key, value in self.__dict__.items() if key != "_adarank"}
+        return _reconstructor, (_plain_class(type(self)), object, None), state
 
 
 class FusedLinear(_Fused, lora.Linear):
@@ -118,62 +129,80 @@ def _fused_classes() -> dict[type, type]:
     for plain in bitsandbytes_layers():
         if plain not in _FUSED:
             fused = type(f"Fused{plain.__name__}", (_Fused, plain), {"__module__": __name__})
-            globals()[fused.__name__] = fused  # where pickle looks it up
-            _FUSED[plain] = fused
+            globals()[fused.__name__] = _FUSED[plain] = fused
     return _FUSED
 
 
-def _all_fusable(members: Sequence[Layer], x: Tensor) -> bool:
-    """Whether the first member, itself fusable, may compute the others too: one mask for all."""
-    dropout = _dropout(members[0])
-    for member in members[1:]:
-        if _reason(member, x) or _dropout(member) != dropout:
+def _plain_class(fused: type) -> type:
+    """PEFT's class behind a fused one, or behind what something else made of it."""
+    for plain, cls in _FUSED.items():
+        if issubclass(fused, cls):
+            return plain if fused is cls else fused
+    return fused
+
+
+def _same_kind(member: Member, x: Tensor) -> bool:
+    return member.foreign or member.own_weight.dtype is x.dtype
+
+
+def _alone(layer: Layer, x: Tensor) -> Tensor:
+    """A layer that is in no group: watched, and under one dropout mask with its neighbours."""
+    state: LayerState = layer._adarank
+    run = _thread.watch(layer, x)
+    output = _compute([layer], x, run)[0]
+    if run is not None and may_be_repeated():
+        repeat_guard(output, state.owner)
+    return output
+
+
+def _alike(layers: Sequence[Layer], x: Tensor) -> bool:
+    """Whether the first layer, itself fusable, may compute the others too: one mask for all."""
+    dropout = None
+    for layer in layers:
+        state: LayerState | None = layer.__dict__.get("_adarank")
+        if state is None:
+            return False
+        member = state.member
+        if member is None or not member.holds(layer.__dict__):
+            if why_not(layer, x):
+                return False
+            state.member = member = remember(layer)
+        p = dropout_of(layer) if member is None else member.dropout
+        if dropout is None:
+            dropout = p
+        elif p != dropout:
             return False
     return True
 
 
-def _dropout(layer: Layer) -> float:
-    known: Known | None = layer._adarank.known
-    if known is None or torch.compiler.is_compiling():
-        return dropout_of(layer)
-    return known.dropout
-
-
-def _reason(layer: Layer, x: Tensor) -> str:
-    """`why_not`, or what it said the last time if nothing changed since."""
-    if torch.compiler.is_compiling():
-        return why_not(layer, x)
-    state: LayerState = layer._adarank
-    if state.known is not None and state.known.holds(layer, x):
-        return ""
-    reason = why_not(layer, x)
-    plain = not reason and type(layer.base_layer) is nn.Linear and has_plain_base(layer)
-    state.known = Known(layer) if plain else None
-    return reason
-
-
-def _compute(layers: Sequence[Layer], x: Tensor) -> Sequence[Tensor]:
+def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequence[Tensor]:
     """All outputs of layers that share the input x, in one node."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return _compute_anew(layers, x)
-    knowns = [layer._adarank.known for layer in layers]
-    if None in knowns:
-        return _compute_anew(layers, x)
     state: LayerState = layers[0]._adarank
-    dropout, kept = knowns[0].dropout, state.prepared
-    if kept is not None and kept[0] == knowns and kept[1] == dropout and kept[2].fits(x):
-        return kept[2](x)
-    call = prepare(
-        x,
-        [known.weight for known in knowns],
-        [known.A for known in knowns],
-        [known.B for known in knowns],
-        [known.scaling for known in knowns],
-        [known.bias for known in knowns],
-        dropout,
-    )
-    state.prepared = knowns, dropout, call
-    return call(x)
+    members: list[Any] = [layer._adarank.member for layer in layers]
+    if None in members or torch.is_autocast_enabled(x.device.type):
+        return _compute_anew(layers, x)
+    dropout, call = members[0].dropout, state.call
+    if call is None or call[1] != members or call[2] != dropout or not call[0].fits(x):
+        group = Group(
+            x,
+            [m.weight for m in members],
+            [m.bias for m in members],
+            [m.A for m in members],
+            [m.B for m in members],
+            [m.scaling for m in members],
+            dropout,
+            frozenset(i for i, m in enumerate(members) if returns_its_own(m.base)),
+        )
+        state.call = call = group, members, dropout
+    bases: Sequence[Tensor | None] = ()
+    if any([m.foreign for m in members]):
+        bases = [m.base(x) if m.foreign else None for m in members]
+    seed = None
+    if run is not None and dropout:
+        if run.seed is None:
+            run.seed = draw_seed(x.device)
+        seed = run.seed
+    return run_group(call[0], x, seed, bases)
 
 
 def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
@@ -190,7 +219,9 @@ def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
         else:
             weights.append(None)
             biases.append(None)
-            bases.append(base(x))
+            output = base(x)
+            safe = returns_its_own(base) or _is_compiling()
+            bases.append(output if safe else output.clone())
         lora_As.append(layer.lora_A[name].weight)
         lora_Bs.append(layer.lora_B[name].weight)
         scalings.append(layer.scaling[name])
@@ -204,6 +235,51 @@ def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
         dropout=dropout_of(layers[0]),
         base_outputs=bases,
     )
+
+
+def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """What torch.compile traces: the same, with nothing remembered between calls."""
+    _finish_watching()
+    state: LayerState = layer._adarank
+    reason = "extra arguments" if args or kwargs else why_not(layer, x)
+    if reason:
+        return super(_Fused, layer).forward(x, *args, **kwargs)
+    group = state.group
+    if group is None:
+        if not state.alone:
+            _warn_compiled_early()
+        return _compute_anew([layer], x)[0]
+    if state.position:
+        traced, group.traced = group.traced, None
+        if traced is not None and traced[0] is x:
+            output = traced[1][state.position]
+            if state.position + 1 < len(group.layers):
+                group.traced = traced
+            return output
+        return _compute_anew([layer], x)[0]
+    for other in group.layers[1:]:
+        if why_not(other, x) or dropout_of(other) != dropout_of(layer):
+            return _compute_anew([layer], x)[0]
+    outputs = _compute_anew(group.layers, x)
+    group.traced = x, outputs
+    return outputs[0]
+
+
+@constant_result
+def _finish_watching() -> bool:
+    """The last layers that an eager forward called become a group before a compiler looks at it."""
+    _thread.clear()
+    return True
+
+
+@constant_result
+def _warn_compiled_early() -> bool:
+    warnings.warn(
+        "compiled before its groups are known: each LoRA layer is fused by itself; run one forward "
+        "first, or pass accelerate(peft_model, example=batch)",
+        stacklevel=2,
+    )
+    return True
 
 
 def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) -> nn.Module:
@@ -229,7 +305,7 @@ def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) 
     for path, layer in found.items():
         where = owner_path(peft_model, path)
         if where not in owners:
-            owners[where] = Owner(peft_model.get_submodule(where))
+            owners[where] = Owner()
         layer._adarank = LayerState(owners[where])
         layer.__class__ = classes[type(layer)]
     if not found and not any(fused_layers(peft_model)):
@@ -265,9 +341,9 @@ def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
-    for owner in _owners(model):
-        if not owner.settled:
-            owner.settle()
+    _thread.clear()
+    for _, layer in fused_layers(model):
+        form_group(layer)
 
 
 def restore(peft_model: nn.Module) -> nn.Module:
@@ -283,7 +359,7 @@ def restore(peft_model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{path} became a {type(layer).__name__} after accelerate; restore before sharding"
             )
-    remove_hooks(peft_model)
+    _thread.clear()
     for _, layer in layers:
         layer.__class__ = plain[type(layer)]
         del layer._adarank
@@ -292,8 +368,3 @@ def restore(peft_model: nn.Module) -> nn.Module:
 
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     return ((path, m) for path, m in model.named_modules() if isinstance(m, _Fused))
-
-
-def _owners(model: nn.Module) -> list[Owner]:
-    owners = {id(layer._adarank.owner): layer._adarank.owner for _, layer in fused_layers(model)}
-    return list(owners.values())

@@ -86,7 +86,7 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
     for path, layer in layers.items():
         state: LayerState = layer._adarank
         group = state.group
-        members = group.members if group is not None and group.whole else [layer]
+        members = [layer] if group is None else group.layers
         fallbacks = sum(state.fallbacks.values())
         report[path] = LayerReport(
             fused=state.fused > 0 or not fallbacks,

@@ -1,12 +1,20 @@
 """Which layers read the very same tensor: they are computed together, by the first one called.
 
-A group is found by watching: layers of one owner (the module whose forward calls them) that got the
-same tensor object, one after the other. In later forwards its first member computes every output;
-the others hand theirs out. Nothing is kept longer than one forward of the owner.
+A group is found by watching: layers below one module (their owner) that got the same tensor, one
+after the other, with no other fused layer between them. From the next forward on its first member
+computes every output, and the others take theirs. What waits to be taken belongs to one thread and
+goes when anything else is called there: at most one group's outputs wait in a thread, and only for
+the same tensor, unchanged, on the same stream, in the same modes, with the same parameters.
+
+Checkpointing runs a forward twice and compares what both saved, so both must be grouped alike: no
+group is formed while a forward that was computed layer by layer, under hooks for saved tensors, has
+not had its backward pass.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
@@ -14,115 +22,242 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-Compute = Callable[[Sequence[Any], Tensor], Sequence[Tensor]]
+from adarank_fast.adapters.eligibility import Member
+from adarank_kernels.lora.group import Group
 
+Layer = Any  # a fused PEFT layer
+WATCHED = 2  # forwards after which a layer that shared its input with nobody is watched no more
+MISSED = 3  # forwards in a row in which a member stayed away; then its group is dissolved
 
-class Group:
-    """Layers of one owner that share an input, in the order of their calls."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        self.members = list(members)
-        self.whole = True  # False: a member stayed away once; computed one by one since
-        # (input, what must hold still, place -> what that member will hand out)
-        self._pending: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
-
-    def call(
-        self, place: int, x: Tensor, adapter: str | tuple[str, ...], compute: Compute
-    ) -> Tensor | None:
-        """The output of the member at `place`; None if the group cannot answer for it.
-
-        `adapter` is what is active: another one's outputs are not handed out.
-        """
-        if place:
-            return self.hand_out(place, x, adapter)
-        mode = _mode(x)
-        self.clear()
-        if mode is None:
-            return None
-        outputs = compute(self.members, x)
-        if len(outputs) > 1:
-            self._pending = x, (adapter, *mode), dict(enumerate(outputs[1:], start=1))
-        return outputs[0]
-
-    def hand_out(self, place: int, x: Tensor, adapter: str | tuple[str, ...]) -> Tensor | None:
-        """What the first member computed for the one at `place`, once, for this very input."""
-        pending = self._pending
-        if pending is None or pending[0] is not x:
-            return None
-        mode = _mode(x)
-        if mode is None or pending[1] != (adapter, *mode):
-            return None
-        output = pending[2].pop(place, None)
-        if not pending[2]:
-            self._pending = None
-        return output
-
-    def clear(self) -> None:
-        """Forget what nobody asked for."""
-        self._pending = None
-
-    def owner_returned(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook of the owner: nothing outlives its forward."""
-        if self._pending is not None:
-            if output is not None:  # None: an exception, or checkpointing stopped early
-                self.whole = False
-            self.clear()
+_forming = threading.Lock()
 
 
 class Owner:
-    """A module whose forward calls layers: watches them for one forward, then groups them."""
+    """The module whose forward calls layers; how many of its forwards may still be repeated."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.settled = False
-        self._seen: list[tuple[nn.Module, ref[Tensor], int]] = []
-        self._forwards = self._recomputations = 0
-        self._checkpointed = False
-
-    def saw(self, layer: nn.Module, x: Tensor) -> None:
-        """Note a call; settle the groups when a new forward begins.
-
-        Checkpointing calls the layers again in the backward pass, and they must then compute what
-        they computed in the forward pass: not before every forward so far has been recomputed.
-        """
-        if not any(layer is seen for seen, _, _ in self._seen):
-            self._seen.append((layer, ref(x), _version(x)))
-            self._checkpointed |= _may_be_recomputed(layer)
-        if layer is not self._seen[0][0]:
-            return
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass
-            self._recomputations += 1
-        elif self._forwards and not (self._checkpointed and self._recomputations < self._forwards):
-            self.settle()
-        else:
-            self._forwards += 1
-
-    def settle(self) -> None:
-        """Group consecutive calls that got the same tensor."""
-        for members in _runs(self._seen):
-            group = Group(members)
-            _add_hook(self.module, group)
-            for place, layer in enumerate(members):
-                state: Any = layer._adarank
-                state.group, state.place = group, place
-        self._seen = []
-        self.settled = True
+    def __init__(self) -> None:
+        self.outstanding = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": []}  # weak references are not saved
+        return {"outstanding": 0}  # a copy's graphs are its own
 
 
-def _runs(seen: Sequence[tuple[nn.Module, ref[Tensor], int]]) -> list[list[nn.Module]]:
-    """Layers that got the same tensor one after the other, two or more."""
-    runs: list[list[nn.Module]] = []
-    last: tuple[ref[Tensor], int] | None = None
-    for layer, x, version in seen:
-        if last == (x, version) and last[0] is x:  # one weakref object per tensor
-            runs[-1].append(layer)
+class Outstanding:
+    """Lives as long as a forward that checkpointing may repeat."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        with _forming:
+            owner.outstanding += 1
+
+    def __del__(self) -> None:
+        self._owner.outstanding -= 1
+
+
+class LayerGroup:
+    """Layers that share an input, in the order of their calls."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self.missed = 0
+        self.traced: tuple[Tensor, list[Tensor]] | None = None  # waits inside one compiled graph
+
+
+class LayerState:
+    """What a fused layer knows beyond PEFT's attributes.
+
+    Attributes:
+        owner: shared by the layers of one module.
+        group: with whom it is computed, and its position there.
+        fused, fallbacks: eager calls, and those that went through PEFT, by reason.
+        member: what the layer rests on, if that is remembered.
+        call: of a group's first member, or a layer alone: the operator's arguments, and the
+            `member` of each layer and the dropout that they were made of.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.group: LayerGroup | None = None
+        self.position = 0
+        self.fused = 0
+        self.fallbacks: Counter[str] = Counter()
+        self.member: Member | None = None
+        self.call: tuple[Group, list[Member], float] | None = None
+        self.candidates: list[Layer] | None = None
+        self.alone = 0  # forwards in which it shared its input with nobody
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "member": None, "call": None, "candidates": None}
+
+
+class Waiting:
+    """Outputs that a group's first member computed for the others."""
+
+    __slots__ = ("group", "x", "version", "modes", "dropout", "outputs", "versions", "repeating")
+
+    def __init__(
+        self,
+        group: LayerGroup,
+        x: Tensor,
+        modes: tuple[Any, ...],
+        dropout: float,
+        outputs: Sequence[Tensor],
+        members: Sequence[Member],
+    ) -> None:
+        self.group, self.x, self.version = group, x, x._version
+        self.modes, self.dropout = modes, dropout
+        self.outputs: list[Tensor | None] = [None, *outputs[1:]]
+        self.versions = [(m.A._version, m.B._version) for m in members]
+        self.repeating = torch._C._current_graph_task_id() != -1
+
+    def take(self, state: LayerState, own: dict[str, Any]) -> Tensor | None:
+        """The output of a member, once; None if it is not there or no longer right."""
+        position, member = state.position, state.member
+        if state.group is not self.group or member is None:
+            return None
+        output, self.outputs[position] = self.outputs[position], None
+        x = self.x
+        if (
+            output is None
+            or x._version != self.version
+            or modes_of(x) != self.modes
+            or not member.holds(own)
+            or member.dropout != self.dropout
+            or (member.A._version, member.B._version) != self.versions[position]
+        ):
+            return None
+        return output
+
+    @property
+    def empty(self) -> bool:
+        return self.outputs.count(None) == len(self.outputs)
+
+    def discard(self) -> None:
+        """Something else was called: note who stayed away, unless a repetition stopped early."""
+        if self.empty:
+            self.group.missed = 0
+        elif not self.repeating:
+            self.group.missed += 1
+            if self.group.missed >= MISSED:
+                dissolve(self.group)
+
+
+class Run:
+    """Layers that got one tensor, one after the other, each computed by itself."""
+
+    def __init__(self, x: Tensor, layer: Layer) -> None:
+        self.x, self.version, self.layers = ref(x), version_of(x), [layer]
+        self.seed: Tensor | None = None  # one dropout mask, as a group has
+
+    def goes_on(self, x: Tensor, layer: Layer) -> bool:
+        state: LayerState = layer._adarank
+        return (
+            self.x() is x
+            and self.version == version_of(x)
+            and state.owner is self.layers[0]._adarank.owner
+            and not any(layer is other for other in self.layers)
+        )
+
+    def close(self) -> None:
+        """It is over: its layers are candidates for a group."""
+        first: LayerState = self.layers[0]._adarank
+        if len(self.layers) > 1:
+            first.candidates = self.layers
+            form_group(self.layers[0])
         else:
-            runs.append([layer])
-        last = x, version
-    return [run for run in runs if len(run) > 1]
+            first.alone += 1
+
+
+class ThreadState(threading.local):
+    """Of each thread: what waits to be taken, and the run of layers that is being watched."""
+
+    waiting: Waiting | None = None
+    run: Run | None = None
+
+    def clear(self) -> None:
+        """Another fused layer is called, or PEFT's own forward takes over."""
+        waiting, run = self.waiting, self.run
+        self.waiting = self.run = None
+        if waiting is not None:
+            waiting.discard()
+        if run is not None:
+            run.close()
+
+    def watch(self, layer: Layer, x: Tensor) -> Run | None:
+        """Note a call of a layer that has no group; the run that it belongs to."""
+        run = self.run
+        if run is not None and run.goes_on(x, layer):
+            run.layers.append(layer)
+            return run
+        self.clear()
+        if layer._adarank.alone < WATCHED:
+            self.run = Run(x, layer)
+        return self.run
+
+
+def form_group(layer: Layer) -> None:
+    """Make the layer's candidates a group, if no forward that came before may be repeated."""
+    state: LayerState = layer._adarank
+    if state.candidates is None or torch._C._current_graph_task_id() != -1:
+        return
+    with _forming:
+        layers, ready = state.candidates, state.owner.outstanding == 0
+        if layers is not None and ready and not any(o._adarank.group for o in layers):
+            make_group(layers)
+            state.candidates = None
+
+
+def make_group(layers: Sequence[Layer]) -> None:
+    group = LayerGroup(layers)
+    for position, layer in enumerate(layers):
+        state: LayerState = layer._adarank
+        state.position, state.call, state.group = position, None, group
+
+
+def dissolve(group: LayerGroup) -> None:
+    """Its layers are computed one by one from now on."""
+    for layer in group.layers:
+        state: LayerState | None = layer.__dict__.get("_adarank")
+        if state is not None:
+            state.group, state.position, state.call = None, 0, None
+            state.alone = WATCHED
+
+
+def modes_of(x: Tensor) -> tuple[Any, ...]:
+    """What must still be so when an output is taken."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if x.is_cuda:
+        return torch.is_grad_enabled(), autocast, torch.cuda.current_stream(x.device)
+    return torch.is_grad_enabled(), autocast
+
+
+def version_of(x: Tensor) -> int:
+    """Changes made in place; those of inference tensors leave no trace."""
+    return 0 if x.is_inference() else x._version
+
+
+def may_be_repeated() -> bool:
+    """Whether hooks for saved tensors are set, as checkpointing without reentrance does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def repeat_guard(output: Tensor, owner: Owner) -> None:
+    """Count a forward as outstanding until its backward pass, or until its graph is gone."""
+    node = output.grad_fn
+    if node is not None:
+        held = [Outstanding(owner)]
+        node.register_hook(lambda *_: held.clear())
+
+
+def owner_path(model: nn.Module, path: str) -> str:
+    """The nearest module above `path` that is not a mere container."""
+    parent = path.rpartition(".")[0]
+    while parent and isinstance(
+        model.get_submodule(parent), (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    ):
+        parent = parent.rpartition(".")[0]
+    return parent
 
 
 def find_groups(
@@ -138,71 +273,27 @@ def find_groups(
     Returns:
         The names of each group's members, in the order of their calls.
     """
-    names = {model.get_submodule(path): name for name, path in paths.items()}
-    owners: dict[str, list[tuple[nn.Module, ref[Tensor], int]]] = {}
+    modules = {name: model.get_submodule(path) for name, path in paths.items()}
+    runs: list[tuple[Any, int, str, list[str]]] = []
 
-    def watch(path: str, module: nn.Module) -> Any:
+    def watch(name: str, module: nn.Module) -> Any:
+        owner = owner_path(model, paths[name])
+
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen = owners.setdefault(owner_path(model, path), [])
-            if not any(module is other for other, _, _ in seen):
-                seen.append((module, ref(inputs[0]), _version(inputs[0])))
+            x = inputs[0]
+            if any(name in names for *_, names in runs):
+                return
+            if runs and runs[-1][0]() is x and runs[-1][1:3] == (version_of(x), owner):
+                runs[-1][3].append(name)
+            else:
+                runs.append((ref(x), version_of(x), owner, [name]))
 
         return module.register_forward_pre_hook(hook)
 
-    hooks = [watch(paths[name], module) for module, name in names.items()]
+    hooks = [watch(name, module) for name, module in modules.items()]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return [tuple(names[m] for m in members) for seen in owners.values() for members in _runs(seen)]
-
-
-def _add_hook(module: nn.Module, group: Group) -> None:
-    """`register_forward_hook(always_call=True)` under the same key in every module.
-
-    Compiled code is guarded by the keys, and torch's count up over the process: blocks that run the
-    same code would each be compiled anew. torch's are never negative.
-    """
-    key = -1 - sum(key < 0 for key in module._forward_hooks)
-    module._forward_hooks[key] = group.owner_returned
-    module._forward_hooks_always_called[key] = True
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Take every group's hook away, also of groups whose layers are gone."""
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Group):
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-
-
-def owner_path(model: nn.Module, path: str) -> str:
-    """The nearest module above `path` that is not a mere container."""
-    parent = path.rpartition(".")[0]
-    while parent and isinstance(
-        model.get_submodule(parent), (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-    ):
-        parent = parent.rpartition(".")[0]
-    return parent
-
-
-def _mode(x: Tensor) -> tuple[Any, ...] | None:
-    """What must still hold when a member hands out its output; None: it cannot be told."""
-    if not torch.compiler.is_compiling() and x.is_inference():  # changes in place leave no trace
-        return None
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), autocast, _version(x)
-
-
-def _version(x: Tensor) -> int:
-    """Changes made in place. A compiler has none; a group is not made where any were seen."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def _may_be_recomputed(layer: nn.Module) -> bool:
-    """Whether this call may be inside `torch.utils.checkpoint`, of either kind."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None or (layer.training and not torch.is_grad_enabled())
+    return [tuple(names) for *_, names in runs if len(names) > 1]

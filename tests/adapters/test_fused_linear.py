@@ -158,6 +158,7 @@ def test_save_load_deepcopy_and_pickle(tmp_path):
     torch.save(fused, tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt", weights_only=False)
     torch.testing.assert_close(logits(whole), expected)
+    assert not any(type(m).__module__.startswith("adarank") for m in whole.modules())  # PEFT's own
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -1,14 +1,28 @@
-"""What the tests of the LoRA ops share."""
+"""Every test of the LoRA ops runs the ways there are to compute them."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from adarank_kernels.lora import skinny
+from adarank_kernels.lora.backends import cpu
+from adarank_kernels.lora.group import Group
+from adarank_kernels.runtime import native
+
+WAYS = ("whole", "stepwise", "torch")
 
 
-@pytest.fixture(params=["native", "torch"])
+def choose_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole C++ passes, C++ operators one by one, or torch's products."""
+    if way == "torch":
+        monkeypatch.setattr(native, "_loaded", False)
+        monkeypatch.setattr(cpu, "_usable", {torch.float32: False})
+    if way != "whole":
+        monkeypatch.setattr(Group, "_whole_backend", lambda group, x: False)
+
+
+@pytest.fixture(params=WAYS)
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both forms of the products with few ranks: `skinny`'s and torch's."""
-    monkeypatch.setattr(skinny, "LEAST_ROWS", 1 if request.param == "native" else 1 << 62)
+    """How the products with few ranks are computed."""
+    choose_way(request.param, monkeypatch)
     return request.param

@@ -121,7 +121,7 @@ def test_frozen_inputs_get_no_gradient_and_cost_no_memory(products: str) -> None
         group.run(grouped_lora_linear)
     parameters = {t.data_ptr() for t in (*group.weights, *group.lora_As, *group.lora_Bs)}
     activations = [t for t in saved if t.data_ptr() not in parameters]
-    width = 12 if products == "native" else 13  # an even number of columns; ones for the biases
+    width = 11  # in bfloat16 an even number for each rank
     assert [tuple(t.shape) for t in activations] == [(64, 80), (64, width)]  # X once, S
     assert activations[0].data_ptr() == group.x.data_ptr()
 

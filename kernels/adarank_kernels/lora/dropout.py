@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adarank_kernels.random import native
 from adarank_kernels.random.words import philox_words
+from adarank_kernels.runtime.native import is_loaded
 
 COLUMNS_PER_COUNTER = 8
 
@@ -67,14 +67,14 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     if torch.compiler.is_compiling() or type(seed) is not Tensor or seed.device.type != "cpu":
         return _keep_rows(seed, 0, rows, columns, dropped)
     groups = -(-columns // COLUMNS_PER_COUNTER)
-    library = native.for_call(rows * columns)
-    key = 0 if library is None else int(seed)
+    native = is_loaded()
+    key = int(seed)
     mask = torch.empty(rows, columns, dtype=torch.bool)
     for start in range(0, rows, _ROWS_PER_CHUNK):
         stop = min(start + _ROWS_PER_CHUNK, rows)
-        if library is None:
+        if not native:
             mask[start:stop] = _keep_rows(seed, start, stop, columns, dropped)
         else:
-            words = native.words(library, key, 0, start, stop - start, groups)
+            words = torch.ops.adarank.philox(key, 0, start, stop - start, groups)
             mask[start:stop] = _compare(words.movedim(0, -1).contiguous(), dropped)[:, :columns]
     return mask

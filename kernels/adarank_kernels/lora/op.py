@@ -1,124 +1,70 @@
 """M linears that share an input, each with a low-rank term of its own rank, as one autograd node.
 
     S     = drop(X) A^T                     one shrink: A = [A_1; ...; A_M] packed, S [N, sum r]
-    Y_m   = X W_m^T + b_m + s_m S_m B_m^T   added in place into the base product
+    Y_m   = X W_m^T + b_m + s_m S_m B_m^T   added into the base product where nobody else holds it
 
     dS_m  = s_m dY_m B_m                    into one packed [N, sum r]
     dX    = sum_m dY_m W_m + drop(dS A)     one buffer
     dA    = dS^T drop(X)                    one product for the group
-    dB_m  = s_m (S_m^T dY_m)^T
+    dB_m  = s_m dY_m^T S_m
 
-Saved for backward: X, S and the parameters. drop is made again from its seed (_dropout.py); its
+Saved for backward: X, S and the parameters. drop is made again from its seed (dropout.py); its
 scale 1 / (1 - p) rides on s_m. Products accumulate in float32 (float64 for float64).
 
-On the CPU, in eager mode, the group is *folded*, because passes cost more than their arithmetic:
-s_m is multiplied into B_m, so that no product has a factor of its own (each costs a pass in bf16),
-and b_m is a last column of B_m beside a column of ones in S (a bias of its own costs as much as the
-low-rank product). docs/fusing.md has what was measured, also for the forms of the products.
-
-
-One linear with a low-rank term: the group of one (see grouped_lora.py for the maths)."""
+A group is computed in one of two ways. *Whole*: each pass is one C++ call. *Stepwise*: operator by
+operator, for trained or foreign bases, compilers, and wherever somebody watches operators
+(selective checkpointing, a FLOP counter, any dispatch mode): there every product is an aten call
+and nothing is written in place. docs/fusing.md has what was measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adarank_kernels.lora import skinny as _skinny
+from adarank_kernels.lora.backends import cpu
+from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.checks import check_arguments, check_lengths
-from adarank_kernels.lora.dropout import draw_seed, keep_scale
-from adarank_kernels.lora.function import GroupedLoraLinear
-from adarank_kernels.lora.parts import Spec, ready_kernels
-from adarank_kernels.runtime.registry import INTERPRETED
+from adarank_kernels.lora.dropout import draw_seed
+from adarank_kernels.lora.group import Group
+from adarank_kernels.lora.node import Stepwise, Whole, whole_forward
 
 
-class Prepared:
-    """A checked call, kept: the same parameters on any number of rows, without the checks.
+def run(
+    group: Group, x: Tensor, seed: Tensor | None = None, bases: Sequence[Tensor | None] = ()
+) -> Sequence[Tensor]:
+    """The group's outputs for x, which `group.fits`; autocast is off.
 
-    `fits(x)` says whether a call with x would pass them; `seed` is drawn anew in each call.
+    Args:
+        group: the parameters.
+        x: [..., in].
+        seed: of the dropout mask; None: drawn.
+        bases: foreign base products, or none.
     """
-
-    __slots__ = ("spec", "tensors", "_native", "_dtypes", "_width", "_dtype", "_device")
-
-    def __init__(self, spec: Spec, x: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
-        self.spec, self.tensors = spec, tensors
-        self._native = _native_spec(spec, x, tensors)
-        self._dtypes = [(t, t.dtype, t.device) for t in tensors if t is not None]
-        self._width, self._dtype, self._device = x.shape[-1], x.dtype, x.device
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether x, the parameters' dtypes and devices and autocast are as they were checked."""
-        if x.dtype != self._dtype or x.shape[-1] != self._width or x.device != self._device:
-            return False
-        if torch.is_autocast_enabled(self._device.type):
-            return False
-        return all(t.dtype == dtype and t.device == device for t, dtype, device in self._dtypes)
-
-    def __call__(self, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
-        spec = self.spec
-        kernels = ready_kernels(x)
-        if self._native is not None and _skinny.usable(x):
-            spec = self._native
-        elif kernels != spec.kernels:
-            spec = self.spec = spec.placed(kernels=kernels)
-        if spec.dropout == 0.0 or not spec.adapted:
-            seed = None
-        elif seed is None:
-            seed = draw_seed(x.device)
-        return GroupedLoraLinear.apply(spec, x, seed, *self.tensors)
+    if group.dropout == 0.0 or not group.adapted:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    if torch.compiler.is_compiling():
+        # A compiler sees through the node; the C++ operators stay what they are.
+        backend = cpu if group.backend is cpu else aten
+        return Stepwise.apply(group, backend, backend is cpu, x, seed, *group.parts, *bases)
+    if is_watched(x):
+        return Stepwise.apply(group, aten, False, x, seed, *group.parts, *bases)
+    if group.whole and not bases:
+        if torch.is_grad_enabled():
+            return Whole.apply(group, x, seed, *group.inputs)
+        return whole_forward(group, x, seed)[:-2]
+    return Stepwise.apply(group, group.backend, True, x, seed, *group.parts, *bases)
 
 
-def _native_spec(spec: Spec, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Spec | None:
-    """`spec` with the products of `_skinny`, if these know the tensors' types."""
-    if not spec.folded or not spec.adapted:
-        return None
-    M, dtypes = len(spec.ranks), (x.dtype, torch.float32)
-    _, biases, lora_As, lora_Bs, bases = (tensors[i * M : i * M + M] for i in range(5))
-    for m in spec.adapted:
-        A, B = lora_As[m], lora_Bs[m]
-        assert A is not None and B is not None
-        if A.dtype not in dtypes or B.dtype not in dtypes:
-            return None
-        if any(t is not None and t.dtype != x.dtype for t in (biases[m], bases[m])):
-            return None
-    return spec.placed(native=True)
-
-
-def prepare(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    lora_As: Sequence[Tensor | None],
-    lora_Bs: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    biases: Sequence[Tensor | None],
-    dropout: float,
-    bases: Sequence[Tensor | None] = (),
-) -> Prepared:
-    """Check the arguments of `grouped_lora_linear`, autocast aside, for this call and others."""
-    bases = bases or [None] * len(lora_As)
-    check_arguments(x, weights, lora_As, lora_Bs, biases, dropout, bases)
-    scale = keep_scale(dropout)
-    ranks = tuple(0 if A is None else A.shape[0] for A in lora_As)
-    folded = x.device.type == "cpu" and not (INTERPRETED or torch.compiler.is_compiling())
-    spec = Spec(
-        ranks,
-        tuple(float(s) * scale for s in scalings),
-        float(dropout),
-        tuple(m for m, rank in enumerate(ranks) if rank),
-        tuple(None if A is None else A.dtype for A in lora_As),
-        tuple(None if B is None else B.dtype for B in lora_Bs),
-        folded,
-        tuple(
-            m
-            for m, bias in enumerate(biases)
-            if folded and ranks[m] and bases[m] is None and bias is not None
-            if bias.dtype == x.dtype
-        ),
-        ready_kernels(x),
-    ).placed()
-    return Prepared(spec, x, (*weights, *biases, *lora_As, *lora_Bs, *bases))
+def is_watched(x: Tensor) -> bool:
+    """Whether somebody may look at, or stand in for, the operators of this call."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    return type(x) is not Tensor and type(x) is not nn.Parameter
 
 
 def grouped_lora_linear(
@@ -171,17 +117,19 @@ def grouped_lora_linear(
     if M == 0:
         return []
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return list(
-            prepare(x, weights, lora_As, lora_Bs, scalings, biases, dropout, bases)(x, seed)
-        )
-    dtype = torch.get_autocast_dtype(device_type)  # as torch's linear: all to it, x once
-    x = x.to(dtype)
-    weights = [None if w is None else w.to(dtype) for w in weights]
-    biases = [None if b is None else b.to(dtype) for b in biases]
-    call = prepare(x, weights, lora_As, lora_Bs, scalings, biases, dropout, bases)
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    if autocast:
+        dtype = torch.get_autocast_dtype(device_type)  # as torch's linear: all to it, x once
+        x = x.to(dtype)
+        weights = [None if w is None else w.to(dtype) for w in weights]
+        biases = [None if b is None else b.to(dtype) for b in biases]
+    check_arguments(x, weights, lora_As, lora_Bs, biases, dropout, bases)
+    group = Group(x, weights, biases, lora_As, lora_Bs, scalings, dropout)
+    foreign = bases if any([base is not None for base in bases]) else ()
+    if not autocast:
+        return list(run(group, x, seed, foreign))
     with torch.autocast(device_type, enabled=False):
-        return list(call(x, seed))
+        return list(run(group, x, seed, foreign))
 
 
 def lora_linear(

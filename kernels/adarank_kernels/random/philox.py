@@ -15,14 +15,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adarank_kernels.random import native
 from adarank_kernels.random.reference import philox_normal_ref
 from adarank_kernels.random.words import WORD, key_tensor, philox_words, uniform_from_words
+from adarank_kernels.runtime.native import operators
 from adarank_kernels.runtime.registry import DTYPES, HAS_TRITON, check_close, ready, register
 
 if HAS_TRITON:
     from adarank_kernels.random import triton
 
+# Calls for fewer numbers do not wait for the C++ operators to be built.
+WORTH_BUILDING = 1 << 16
 COUNTERS_PER_CHUNK = 1 << 15  # on the CPU: temporaries stay in the second-level cache
 
 
@@ -72,13 +74,13 @@ def philox_normal(
 def fill_in_torch(out: Tensor, seed: int) -> None:
     """Normals into `out` [counters, 4], in torch."""
     on_cpu = out.device.type == "cpu"
-    library = native.for_call(out.numel()) if on_cpu else None
+    native = on_cpu and out.numel() >= WORTH_BUILDING and operators() is not None
     key = key_tensor(seed, out.device)
     step = COUNTERS_PER_CHUNK if on_cpu else 256 * COUNTERS_PER_CHUNK
     for start in range(0, len(out), step):
         part = out[start : start + step]
-        if library is not None:
-            words = native.words(library, seed, start, 0, 1, len(part))[:, 0]
+        if native:
+            words = torch.ops.adarank.philox(int(key), start, 0, 1, len(part))[:, 0]
         else:
             counters = torch.arange(start, start + len(part), device=out.device)
             words = torch.stack(philox_words(key, counters & WORD, counters >> 32))

@@ -1,39 +1,159 @@
-"""Builds C at run time: once a process, in a temporary folder.
+"""Builds the C++ operators once, on first use, and loads them.
 
-Nothing stays that another machine or user could load. No C compiler: None, and torch's form runs.
+A library lies in the user's cache under a key of all it was made from: the sources, torch's version
+and C++ ABI, the compiler, the options and the CPU's instruction sets. Building happens in a
+temporary folder under a lock of the operating system, which a killed builder releases; a rename
+makes the library appear whole. Where it cannot be built or loaded there is one warning, and torch's
+products stand in.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
+import functools
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+import threading
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
-logger = logging.getLogger(__name__)
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows, which gets torch's products
+    pass
+
+OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-w")
+# -fopenmp without the compiler's own library: torch's, which is in the process, serves.
+LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc")
+TIMEOUT = 300  # seconds for the compiler
+
+SOURCES = [Path(__file__).with_name("cpp") / name for name in ("adarank.cpp", "products.h")]
+
+_lock = threading.Lock()
+_loaded: bool | None = None
 
 
-def build(name: str, source: str, *options: str) -> ctypes.CDLL | None:
-    """`source` as a loaded library, in a temporary folder; None where it cannot be built."""
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
-    if compiler is None:
-        return None
+def cache_folder() -> Path:
+    """ADARANK_CACHE, or adarank-fast in the user's cache."""
+    named = os.environ.get("ADARANK_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "adarank-fast" / "native"
+
+
+def operators() -> Any:
+    """`torch.ops.adarank` with the C++ operators, built and loaded if need be; None without them.
+
+    What was found out holds for the process: a compiler that appears later changes nothing.
+    ADARANK_NATIVE=0 leaves torch's products in place.
+    """
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _load()
+    return torch.ops.adarank if _loaded else None
+
+
+def is_loaded() -> bool:
+    """Whether the operators are there by now; builds nothing."""
+    return bool(_loaded)
+
+
+def _load() -> bool:
+    if os.environ.get("ADARANK_NATIVE") == "0" or not sys.platform.startswith("linux"):
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
     try:
-        with tempfile.TemporaryDirectory(prefix="adarank-") as folder:
-            code, built = Path(folder, f"{name}.c"), Path(folder, f"{name}.so")
-            code.write_text(source)
-            flags = ["-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(built)]
-            subprocess.run(
-                [compiler, *flags, str(code), *options],
-                check=True,
-                capture_output=True,
-                timeout=60,
-            )
-            return ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("%s stays in torch: %s did not build it: %s", name, compiler, error)
-        return None
+        torch.ops.load_library(str(_built()))
+        return True
+    except Exception as error:  # no compiler, a full disk, a library without symbols, ...
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        warnings.warn(
+            f"adarank-fast: no C++ products, torch's slower ones are used ({said:.200}); install "
+            "g++, or set ADARANK_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+        return False
+
+
+def _built() -> Path:
+    """The library, built now or before."""
+    compiler = _compiler()
+    folder = cache_folder()
+    path = folder / f"adarank-{_key(compiler)}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(compiler, path)
+    return path
+
+
+def _build(compiler: str, path: Path) -> None:
+    print(
+        "adarank-fast: building its C++ products, once (about 20 s) ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    start = time.monotonic()
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
+        built = Path(folder, path.name)
+        command = [compiler, *_options(), str(SOURCES[0]), "-o", str(built)]
+        command += [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", *LIBRARIES]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        if result.returncode:
+            errors = [line for line in result.stderr.splitlines() if "error" in line]
+            raise RuntimeError(f"{compiler}: {(errors or ['it failed'])[0]}")
+        os.replace(built, path)
+    print(f"adarank-fast: built in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _options() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    abi = int(torch.compiled_with_cxx11_abi())
+    return [*OPTIONS, f"-I{include}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+
+
+@functools.cache
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise FileNotFoundError("no C++ compiler found")
+
+
+def _key(compiler: str) -> str:
+    digest = hashlib.sha256()
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
+    for part in (
+        torch.__version__.encode(),
+        " ".join(_options()).encode(),
+        compiler.encode(),
+        version,
+        _cpu_flags().encode(),
+        *(source.read_bytes() for source in SOURCES),
+    ):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:24]
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), platform.processor())

@@ -1,0 +1,138 @@
+"""The products with few ranks in aten: any device, any dtype, under any mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adarank_kernels.lora.dropout import keep_mask
+
+
+def padded(rank: int, dtype: torch.dtype) -> int:
+    return rank
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call costs a microsecond
+
+
+def pack(As: Sequence[Tensor], first: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
+    """Stack [r, in] to [width, in] in the compute dtype; a lone A of that dtype is not copied.
+
+    Rows beyond a module's rank repeat others: their columns of S are not read, of dS zero.
+    """
+    pieces: list[Tensor] = []
+    for i, A in enumerate(As):
+        stop = first[i + 1] if i + 1 < len(first) else width
+        more = stop - first[i] - A.shape[0]
+        pieces.append(A)
+        if more > 0:
+            pieces.append(A[:more] if more <= len(A) else A[:1].expand(more, -1))
+    return cast(pieces[0] if len(pieces) == 1 else torch.cat(pieces), dtype)
+
+
+def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling a b, rounded once."""
+    if scaling == 1.0:
+        return torch.mm(a, b)
+    return torch.addmm(a.new_zeros(1, 1), a, b, beta=0.0, alpha=scaling)
+
+
+def drop(X: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    if seed is None:
+        return X
+    return X * keep_mask(seed, X.shape[0], X.shape[1], dropout)
+
+
+def shrink(
+    X: Tensor,
+    As: Sequence[Tensor],
+    first: Sequence[int],
+    width: int,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    A = pack(As, first, width, X.dtype)
+    return torch.mm(drop(X, seed, dropout), A.t()), None
+
+
+def expand(
+    Ys: Sequence[Tensor],
+    S: Tensor,
+    Bs: Sequence[Tensor],
+    first: Sequence[int],
+    scalings: Sequence[float],
+    in_place: bool,
+) -> list[Tensor]:
+    outputs = []
+    for Y, B, start, scaling in zip(Ys, Bs, first, scalings, strict=True):
+        S_m = S.narrow(1, start, B.shape[1])
+        Bt = cast(B, S.dtype).t()
+        if Y.dtype != S.dtype:  # a foreign base's own
+            low = torch.mm(S_m, Bt)
+            outputs.append(
+                Y.add_(low, alpha=scaling) if in_place else (Y + scaling * low).to(Y.dtype)
+            )
+        elif in_place:
+            outputs.append(Y.addmm_(S_m, Bt, alpha=scaling))
+        else:
+            outputs.append(torch.addmm(Y, S_m, Bt, alpha=scaling))
+    return outputs
+
+
+def grad_S(
+    dYs: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    first: Sequence[int],
+    width: int,
+) -> Tensor:
+    """Columns between the modules' ranks are zero."""
+    dtype, parts, end = dYs[0].dtype, [], 0
+    for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=True):
+        if start > end:
+            parts.append(dY.new_zeros(dY.shape[0], start - end))
+        parts.append(scaled_mm(dY, cast(B, dtype), scaling))
+        end = start + B.shape[1]
+    if width > end:
+        parts.append(dYs[0].new_zeros(dYs[0].shape[0], width - end))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def grad_B(
+    dY: Tensor, S: Tensor, start: int, rank: int, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    return cast(scaled_mm(dY.t(), S.narrow(1, start, rank), scaling), dtype)
+
+
+def grad_X(
+    dX: Tensor | None,
+    dS: Tensor,
+    As: Sequence[Tensor],
+    first: Sequence[int],
+    packed: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    A = pack(As, first, dS.shape[1], dS.dtype) if packed is None else packed
+    if seed is None:
+        return torch.mm(dS, A) if dX is None else torch.addmm(dX, dS, A)
+    low = drop(torch.mm(dS, A), seed, dropout)
+    return low if dX is None else dX + low
+
+
+def grad_A(
+    dS: Tensor,
+    X: Tensor,
+    As: Sequence[Tensor],
+    first: Sequence[int],
+    seed: Tensor | None,
+    dropout: float,
+) -> list[Tensor]:
+    stacked = torch.mm(dS.t(), drop(X, seed, dropout))
+    return [
+        cast(stacked.narrow(0, start, A.shape[0]), A.dtype)
+        for A, start in zip(As, first, strict=True)
+    ]

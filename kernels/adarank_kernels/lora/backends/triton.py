@@ -1,0 +1,123 @@
+"""The products with few ranks on a GPU: checked Triton kernels beside vendor GEMMs.
+
+Ranks take a multiple of 16 columns of S, which tensor cores and the kernels like. Factors and
+transposes cost a GEMM nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adarank_kernels.lora import triton_launch as launch
+from adarank_kernels.lora.backends import torch as aten
+from adarank_kernels.lora.backends.torch import cast, pack
+from adarank_kernels.runtime.registry import ready_among
+
+ANY_WIDTH = ("lora_expand", "lora_drop")
+KERNELS = (*ANY_WIDTH, "lora_shrink")
+
+
+def padded(rank: int, dtype: torch.dtype) -> int:
+    return launch.padded(rank)
+
+
+def kernels(x: Tensor) -> frozenset[str]:
+    """Those that may run on rows like x's."""
+    names = KERNELS if launch.rows_aligned(x) else ANY_WIDTH
+    return ready_among(names, x.device, x.dtype)
+
+
+def drop(X: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    if seed is None or "lora_drop" not in kernels(X):
+        return aten.drop(X, seed, dropout)
+    return launch.drop(X, seed, dropout)
+
+
+def shrink(
+    X: Tensor,
+    As: Sequence[Tensor],
+    first: Sequence[int],
+    width: int,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    A = pack(As, first, width, X.dtype)
+    if seed is not None and "lora_shrink" in kernels(X):  # without dropout the vendor's is as fast
+        return launch.shrink(X, A, seed, dropout), A
+    return torch.mm(drop(X, seed, dropout), A.t()), A
+
+
+def expand(
+    Ys: Sequence[Tensor],
+    S: Tensor,
+    Bs: Sequence[Tensor],
+    first: Sequence[int],
+    scalings: Sequence[float],
+    in_place: bool,
+) -> list[Tensor]:
+    if not in_place or "lora_expand" not in kernels(S):
+        return aten.expand(Ys, S, Bs, first, scalings, in_place)
+    if any([Y.dtype != S.dtype or not Y.is_contiguous() for Y in Ys]):
+        return aten.expand(Ys, S, Bs, first, scalings, in_place)
+    launch.expand(Ys, S, first, Bs, scalings)
+    return list(Ys)
+
+
+def grad_S(
+    dYs: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    first: Sequence[int],
+    width: int,
+) -> Tensor:
+    like, dtype = dYs[0], dYs[0].dtype
+    gaps = width > sum([B.shape[1] for B in Bs])  # nobody writes them, and they meet A's padding
+    dS = (like.new_zeros if gaps else like.new_empty)(like.shape[0], width)
+    for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=True):
+        dS.narrow(1, start, B.shape[1]).addmm_(dY, cast(B, dtype), beta=0.0, alpha=scaling)
+    return dS
+
+
+def grad_B(
+    dY: Tensor, S: Tensor, start: int, rank: int, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    dB = dY.new_empty(dY.shape[1], rank)
+    dB.addmm_(dY.t(), S.narrow(1, start, rank), beta=0.0, alpha=scaling)
+    return cast(dB, dtype)
+
+
+def grad_X(
+    dX: Tensor | None,
+    dS: Tensor,
+    As: Sequence[Tensor],
+    first: Sequence[int],
+    packed: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    A = pack(As, first, dS.shape[1], dS.dtype) if packed is None else packed
+    if seed is None:
+        return torch.mm(dS, A) if dX is None else dX.addmm_(dS, A)
+    return drop_into(torch.mm(dS, A), seed, dropout, dX)
+
+
+def drop_into(low: Tensor, seed: Tensor, dropout: float, dX: Tensor | None) -> Tensor:
+    """dX + drop(low), in place."""
+    if "lora_drop" in kernels(low):
+        return launch.drop(low, seed, dropout, dX)
+    low = aten.drop(low, seed, dropout)
+    return low if dX is None else dX.add_(low)
+
+
+def grad_A(
+    dS: Tensor,
+    X: Tensor,
+    As: Sequence[Tensor],
+    first: Sequence[int],
+    seed: Tensor | None,
+    dropout: float,
+) -> list[Tensor]:
+    return aten.grad_A(dS, drop(X, seed, dropout), As, first, None, 0.0)

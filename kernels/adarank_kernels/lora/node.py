@@ -1,0 +1,251 @@
+"""The autograd nodes of a group of LoRA linears; the maths is in op.py.
+
+`Whole` runs each pass as one C++ call. It is for what training mostly is: a frozen base, and nobody
+who watches operators. `Stepwise` does the same operator by operator, for everything else: trained
+or foreign base products, compilers, dispatch modes, machines without a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adarank_kernels.lora.group import Group
+from adarank_kernels.runtime.registry import HAS_TRITON
+
+if HAS_TRITON:
+    from adarank_kernels.lora import triton_launch as launch
+
+# As in F.linear: a reader could not change an output in place (relu_, +=) if it were a view.
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """[..., features] -> [N, features], a view wherever one exists."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def in_order(matrix: Tensor) -> Tensor:
+    """Rows whose elements lie side by side and that do not overlap: what the C++ operators read."""
+    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    return matrix.contiguous()
+
+
+def whole_forward(group: Group, x: Tensor, seed: Tensor | None) -> list[Any]:
+    """Outputs of all modules, then S and A as it was packed."""
+    operators = torch.ops.adarank
+    if x.device.type == "cpu":
+        return operators.group_forward(
+            x, group.parts, group.scalings, group.dropout, seed, 1, True, None
+        )
+    return _whole_on_a_gpu(group, x, seed)
+
+
+def _whole_on_a_gpu(group: Group, x: Tensor, seed: Tensor | None) -> list[Any]:
+    backend, padding = group.backend, launch.PADDING
+    S = packed = None
+    if seed is not None and group.adapted:
+        X = rows(x)
+        width, first = group.layout(backend, x.dtype)
+        S, packed = backend.shrink(X, group.lora_As, first, width, seed, group.dropout)
+    add = "lora_expand" not in backend.kernels(x)
+    *outputs, S, A = torch.ops.adarank.group_forward(
+        x, group.parts, group.scalings, group.dropout, seed, padding, add, S
+    )
+    if not add and group.adapted:
+        width, first = group.layout(backend, x.dtype)
+        launch.expand(
+            [outputs[m] for m in group.adapted], S, first, group.lora_Bs, group.scalings_of_adapted
+        )
+    return [*outputs, S, A if packed is None else packed]
+
+
+class Whole(torch.autograd.Function):
+    """Inputs that may need gradients: x, then A and then B of the modules with a rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Group, x: Tensor, seed: Tensor | None, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
+        *outputs, S, packed = whole_forward(group, x, seed)
+        _, need_x, _, *needs = ctx.needs_input_grad
+        count = len(group.adapted)
+        ctx.save_for_backward(
+            x if True in needs[:count] else None,
+            S if True in needs[count:] else None,
+            packed if need_x else None,
+            seed,
+            *(group.kept if need_x else group.kept_without_weights),
+        )
+        ctx.group, ctx.x_shape = group, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, S, packed, seed, *parts = ctx.saved_tensors
+        group: Group = ctx.group
+        _, need_x, _, *needs = ctx.needs_input_grad
+        need_A, need_B = group.all_needed, group.all_needed
+        if False in needs:
+            count = len(group.adapted)
+            need_A = sum([1 << m for m, n in zip(group.adapted, needs[:count], strict=True) if n])
+            need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:], strict=True) if n])
+        dropped, padding = None, 1
+        on_gpu = group.device_type != "cpu"
+        if on_gpu:
+            padding = launch.PADDING
+            if seed is not None and x is not None:
+                dropped = group.backend.drop(rows(x), seed, group.dropout)
+        found = torch.ops.adarank.group_backward(
+            dYs, x, S, packed, parts, group.scalings, group.dropout, seed, padding, dropped,
+            need_x, need_A, need_B, ctx.x_shape,
+        )  # fmt: skip
+        dX = found[0]
+        if on_gpu and found[-1] is not None:
+            low = group.backend.drop_into(found[-1], seed, group.dropout, rows(dX))
+            dX = low.view(ctx.x_shape)
+        M = len(dYs)
+        dAs = [found[1 + m] for m in group.adapted]
+        dBs = [found[1 + M + m] for m in group.adapted]
+        return None, dX, None, *dAs, *dBs
+
+
+class Stepwise(torch.autograd.Function):
+    """Tensors: weight, bias, A and B of each module, then foreign base products; None: absent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        group: Group,
+        backend: ModuleType,
+        in_place: bool,
+        x: Tensor,
+        seed: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        M = len(group.scalings)
+        parts, bases = tensors[: 4 * M], tensors[4 * M :]
+        X = rows(x)
+        S = packed = None
+        adapted = group.adapted
+        width, first = group.layout(backend, x.dtype)
+        As: list[Any] = [parts[4 * m + 2] for m in adapted]
+        Bs: list[Any] = [parts[4 * m + 3] for m in adapted]
+        if adapted:
+            X = in_order(X)
+            S, packed = backend.shrink(X, As, first, width, seed, group.dropout)
+        products: list[Tensor] = []
+        dirty: list[Tensor] = []
+        for m in range(M):
+            base = bases[m] if bases else None
+            if base is None:
+                products.append(F.linear(X, parts[4 * m], parts[4 * m + 1]))  # type: ignore[arg-type]
+            elif in_place and m in adapted and group.may_overwrite(m, base):
+                dirty.append(base)
+                products.append(base if base.dim() == 2 else base.view(-1, base.shape[-1]))
+            else:
+                products.append(rows(base).clone(memory_format=torch.contiguous_format))
+        if S is not None:
+            sums = backend.expand(
+                [products[m] for m in adapted], S, Bs, first, group.scalings_of_adapted, in_place
+            )
+            for m, Y in zip(adapted, sums, strict=True):
+                products[m] = Y
+        outputs = []
+        for m, Y in enumerate(products):
+            base = bases[m] if bases else None
+            if base is not None and any([base is other for other in dirty]):
+                outputs.append(base)
+            elif x.dim() == 2:
+                outputs.append(Y)
+            else:
+                outputs.append(_unsafe_view(Y, [*x.shape[:-1], Y.shape[-1]]))
+        if dirty:
+            ctx.mark_dirty(*dirty)
+        need_x, _, *needs = ctx.needs_input_grad[3:]
+        need_W, need_A, need_B = needs[0 : 4 * M : 4], needs[2 : 4 * M : 4], needs[3 : 4 * M : 4]
+        absent = (None,) * M
+        ctx.save_for_backward(
+            x if any(need_W) or any(need_A) else None,
+            S if any(need_B) else None,
+            packed if need_x else None,
+            seed,
+            *(parts[0::4] if need_x else absent),
+            *(parts[2::4] if need_x or any(need_A) else absent),
+            *(parts[3::4] if need_x or any(need_A) else absent),
+        )
+        ctx.group, ctx.backend, ctx.x_shape, ctx.dtype = group, backend, x.shape, x.dtype
+        ctx.bases, ctx.device_type = len(bases), x.device.type
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(ctx.device_type):
+            return _stepwise_backward(ctx, dYs)
+        with torch.autocast(ctx.device_type, enabled=False):  # the forward's dtypes hold
+            return _stepwise_backward(ctx, dYs)
+
+
+def _stepwise_backward(ctx: Any, dYs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    group: Group = ctx.group
+    backend = ctx.backend
+    M = len(group.scalings)
+    x, S, packed, seed, *saved = ctx.saved_tensors
+    weights, lora_As, lora_Bs = saved[:M], saved[M : 2 * M], saved[2 * M :]
+    need_x, _, *needs = ctx.needs_input_grad[3:]
+    grads: list[Tensor | None] = [None] * len(needs)
+    dX: Tensor | None = None
+    low: dict[int, Tensor] = {}
+    X = None if x is None else rows(x)
+    for m, dY in enumerate(dYs):
+        if dY is None:
+            continue
+        dY2 = rows(dY)
+        if ctx.bases and needs[4 * M + m]:
+            grads[4 * M + m] = dY
+        if needs[4 * m]:
+            grads[4 * m] = torch.mm(dY2.t(), X)  # type: ignore[arg-type]
+        if needs[4 * m + 1]:
+            grads[4 * m + 1] = dY2.sum(0)
+        if need_x and weights[m] is not None:
+            product = torch.mm(dY2, weights[m])
+            dX = product if dX is None else dX + product
+        if m in group.adapted:
+            low[m] = in_order(dY2 if dY2.dtype == ctx.dtype else dY2.to(ctx.dtype))
+    width, first = group.layout(backend, ctx.dtype)
+    start_of = dict(zip(group.adapted, first, strict=True))
+    for m, dY in low.items():
+        if needs[4 * m + 3]:
+            grads[4 * m + 3] = backend.grad_B(
+                dY, S, start_of[m], group.ranks[m], group.scalings[m], group.dtypes_of_B[m]
+            )
+    through = [m for m in low if need_x or needs[4 * m + 2]]
+    if through:
+        As, Bs = [lora_As[m] for m in through], [lora_Bs[m] for m in through]
+        if len(through) < len(group.adapted):
+            width, first = group.layout(backend, ctx.dtype, through)
+            packed = None
+        scalings = [group.scalings[m] for m in through]
+        dS = backend.grad_S([low[m] for m in through], Bs, scalings, first, width)
+        if need_x:
+            dX = backend.grad_X(dX, dS, As, first, packed, seed, group.dropout)
+        if any([needs[4 * m + 2] for m in through]):
+            assert X is not None
+            found = backend.grad_A(dS, in_order(X), As, first, seed, group.dropout)
+            for m, dA in zip(through, found, strict=True):
+                if needs[4 * m + 2]:
+                    grads[4 * m + 2] = dA
+    if dX is not None:
+        dX = dX.view(ctx.x_shape)
+    return None, None, None, dX, None, *grads
