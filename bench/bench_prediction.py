@@ -239,7 +239,7 @@ CASES: dict[str, tuple[Callable[[], Case], int]] = {  # and how many rounds
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prediction(capsys, name):
+def test_prediction(benchmark, capsys, name):
     make, rounds = CASES[name]
     case, low = make(), name.endswith("bfloat16")
     if low:
@@ -247,16 +247,18 @@ def test_prediction(capsys, name):
     else:  # a language model on less, or the naive loop takes hours
         checked = check_float32(language_model(128, 64) if case.head is not None else case)
     case.floor_seconds()  # to warm up
-    floors, ours, noises, peaks = [case.floor_seconds()], [], [], []
+    floors, noises, peaks = [], [], []
     with peak_resident() as ordinary, torch.no_grad():
         case.model(**case.batch)
-    for _ in range(rounds):
+
+    def predict() -> None:
         with noise_clock() as noise, peak_resident() as peak:
-            start = time.perf_counter()
             case.predict()
-            ours.append(time.perf_counter() - start)
         noises.append(noise[0]), peaks.append(peak[1])
-        floors.append(case.floor_seconds())
+
+    benchmark.pedantic(predict, setup=lambda: floors.append(case.floor_seconds()), rounds=rounds)
+    floors.append(case.floor_seconds())
+    ours = list(benchmark.stats.stats.data)
     floors = [(before + after) / 2 for before, after in pairwise(floors)]
     naive = case.naive_seconds()
     row = {
@@ -277,6 +279,7 @@ def test_prediction(capsys, name):
         "padded_tokens": case.batch["input_ids"].numel(),
         **checked,
     }
+    benchmark.extra_info.update(row)
     with capsys.disabled():
         print(f"\n{name}: {row}")
         write_results("prediction", {name: row})
