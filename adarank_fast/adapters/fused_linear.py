@@ -67,8 +67,8 @@ class _Fused:
             output = waiting.take(state, own)
             if output is not None:
                 state.fused += 1
-                if waiting.empty:
-                    _thread.clear()
+                if not waiting.left:
+                    _thread.waiting, waiting.group.missed = None, 0
                 return output
         reason = "extra arguments" if args or kwargs else why_not_here(x)
         member = state.member
@@ -156,14 +156,17 @@ def _alone(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _alike(layers: Sequence[Layer], x: Tensor) -> bool:
-    """Whether the first layer, itself fusable, may compute the others too: one mask for all."""
+    """Whether the first layer, itself fusable, may compute the others too: one mask for all.
+
+    What the others rest on is compared when they take their outputs.
+    """
     dropout = None
     for layer in layers:
         state: LayerState | None = layer.__dict__.get("_adarank")
         if state is None:
             return False
         member = state.member
-        if member is None or not member.holds(layer.__dict__):
+        if member is None:
             if why_not(layer, x):
                 return False
             state.member = member = remember(layer)

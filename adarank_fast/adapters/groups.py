@@ -93,7 +93,9 @@ class LayerState:
 class Waiting:
     """Outputs that a group's first member computed for the others."""
 
-    __slots__ = ("group", "x", "version", "modes", "dropout", "outputs", "versions", "repeating")
+    __slots__ = (
+        "group", "x", "version", "modes", "dropout", "outputs", "versions", "repeating", "left",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -106,7 +108,9 @@ class Waiting:
     ) -> None:
         self.group, self.x, self.version = group, x, x._version
         self.modes, self.dropout = modes, dropout
-        self.outputs: list[Tensor | None] = [None, *outputs[1:]]
+        self.outputs: list[Tensor | None] = list(outputs)
+        self.outputs[0] = None
+        self.left = len(outputs) - 1
         self.versions = [(m.A._version, m.B._version) for m in members]
         self.repeating = torch._C._current_graph_task_id() != -1
 
@@ -116,25 +120,24 @@ class Waiting:
         if state.group is not self.group or member is None:
             return None
         output, self.outputs[position] = self.outputs[position], None
+        if output is None:
+            return None
+        self.left -= 1
         x = self.x
         if (
-            output is None
-            or x._version != self.version
+            x._version != self.version
             or modes_of(x) != self.modes
             or not member.holds(own)
             or member.dropout != self.dropout
             or (member.A._version, member.B._version) != self.versions[position]
         ):
+            self.left += 1  # computed in vain
             return None
         return output
 
-    @property
-    def empty(self) -> bool:
-        return self.outputs.count(None) == len(self.outputs)
-
     def discard(self) -> None:
         """Something else was called: note who stayed away, unless a repetition stopped early."""
-        if self.empty:
+        if not self.left:
             self.group.missed = 0
         elif not self.repeating:
             self.group.missed += 1

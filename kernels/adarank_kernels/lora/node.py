@@ -89,34 +89,40 @@ class Whole(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, S, packed, seed, *parts = ctx.saved_tensors
-        group: Group = ctx.group
-        _, need_x, _, *needs = ctx.needs_input_grad
-        need_A, need_B = group.all_needed, group.all_needed
-        if False in needs:
-            count = len(group.adapted)
-            need_A = sum([1 << m for m, n in zip(group.adapted, needs[:count], strict=True) if n])
-            need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:], strict=True) if n])
-        dropped, padding = None, 1
-        on_gpu = group.device_type != "cpu"
-        if on_gpu:
-            padding = launch.PADDING
-            if seed is not None and x is not None:
-                dropped = group.backend.drop(rows(x), seed, group.dropout)
-        found = torch.ops.adarank.group_backward(
-            dYs, x, S, packed, parts, group.scalings, group.dropout, seed, padding, dropped,
-            need_x, need_A, need_B, ctx.x_shape,
-        )  # fmt: skip
-        dX = found[0]
-        if on_gpu and found[-1] is not None:
-            low = group.backend.drop_into(found[-1], seed, group.dropout, rows(dX))
-            dX = low.view(ctx.x_shape)
-        M = len(dYs)
-        dAs = [found[1 + m] for m in group.adapted]
-        dBs = [found[1 + M + m] for m in group.adapted]
-        return None, dX, None, *dAs, *dBs
+        if torch.is_grad_enabled():  # create_graph: the result refuses to be differentiated
+            return _whole_once(ctx, *dYs)
+        return _whole_backward(ctx, *dYs)
+
+
+def _whole_backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, S, packed, seed, *parts = ctx.saved_tensors
+    group: Group = ctx.group
+    needs = ctx.needs_input_grad
+    need_x = needs[1]
+    need_A = need_B = group.all_needed
+    if False in needs[3:]:
+        count = len(group.adapted) + 3
+        need_A = sum([1 << m for m, n in zip(group.adapted, needs[3:count], strict=True) if n])
+        need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:], strict=True) if n])
+    dropped, padding = None, 1
+    if group.device_type != "cpu":
+        padding = launch.PADDING
+        if seed is not None and x is not None:
+            dropped = group.backend.drop(rows(x), seed, group.dropout)
+    *found, low = torch.ops.adarank.group_backward(
+        dYs, x, S, packed, parts, group.scalings, group.dropout, seed, padding, dropped,
+        need_x, need_A, need_B, ctx.x_shape,
+    )  # fmt: skip
+    dX, *grads = found
+    if low is not None:
+        dX = group.backend.drop_into(low, seed, group.dropout, rows(dX)).view(ctx.x_shape)
+    return None, dX, None, *grads
+
+
+_whole_once = once_differentiable(_whole_backward)
+# Without the look for torch.func transforms, which the caller has taken.
+apply_whole = super(torch.autograd.Function, Whole).apply
 
 
 class Stepwise(torch.autograd.Function):

@@ -29,7 +29,7 @@ from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.checks import check_arguments, check_lengths
 from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
-from adarank_kernels.lora.node import Stepwise, Whole, whole_forward
+from adarank_kernels.lora.node import Stepwise, apply_whole, whole_forward
 
 
 def run(
@@ -55,7 +55,7 @@ def run(
         return Stepwise.apply(group, aten, False, x, seed, *group.parts, *bases)
     if group.whole and not bases:
         if torch.is_grad_enabled():
-            return Whole.apply(group, x, seed, *group.inputs)
+            return apply_whole(group, x, seed, *group.inputs)
         return whole_forward(group, x, seed)[:-2]
     return Stepwise.apply(group, group.backend, True, x, seed, *group.parts, *bases)
 
@@ -63,6 +63,8 @@ def run(
 def is_watched(x: Tensor) -> bool:
     """Whether somebody may look at, or stand in for, the operators of this call."""
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._are_functorch_transforms_active():
         return True
     return type(x) is not Tensor and type(x) is not nn.Parameter
 

@@ -408,8 +408,9 @@ std::vector<Tensor> group_forward(const Tensor &x, const OptionalTensors &parts,
 
 bool wants(int64_t bits, int64_t m) { return bits >> m & 1; }
 
-// Gradients: x, then lora_A and lora_B of each module; undefined where not needed. With dropout on a GPU
-// `dropped` is drop(X), and the last is dS A, which the caller drops and adds to the first. Bit m of need_A
+// Gradients of x, of the lora_A and then the lora_B of the modules with a rank; undefined where not needed.
+// With dropout on a GPU `dropped` is drop(X), and the last is dS A, which the caller drops and adds to the
+// first. Bit m of need_A
 // and need_B is module m's.
 std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::optional<Tensor> &x,
                                    const std::optional<Tensor> &S, const std::optional<Tensor> &packed,
@@ -430,10 +431,11 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
             if (!like.defined())
                 like = dY[m];
         }
-    std::vector<Tensor> grads(2 + 2 * M);
     if (!like.defined())
-        return grads;
+        return {};
     Group g(parts, like, padding);
+    size_t count = g.modules.size();
+    std::vector<Tensor> grads(2 + 2 * count);
     auto dtype = like.scalar_type();
     int64_t N = like.size(0);
     if (g.native)
@@ -447,6 +449,7 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
     bool any_A = false, complete = true;
     std::vector<int64_t> first, ranks; // of the modules whose dS is needed, in a matrix of their own
     std::vector<int64_t> through;
+    std::vector<size_t> position; // theirs among the modules with a rank
     std::vector<Tensor> As;
     int64_t width = 0;
     for (size_t i = 0; i < g.modules.size(); i++) {
@@ -456,7 +459,7 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
             continue;
         }
         int64_t end = i + 1 < g.first.size() ? g.first[i + 1] : g.width;
-        through.push_back(m), first.push_back(width), ranks.push_back(rank), As.push_back(g.A[m]);
+        through.push_back(m), position.push_back(i), first.push_back(width), ranks.push_back(rank), As.push_back(g.A[m]);
         width += end - g.first[i];
         any_A = any_A || wants(need_A, m);
     }
@@ -465,7 +468,7 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
         if (!dY[m].defined() || !wants(need_B, m))
             continue;
         TORCH_CHECK(S.has_value(), "adarank: S is needed for the gradient of lora_B");
-        auto &dB = grads[1 + M + m];
+        auto &dB = grads[1 + count + i];
         if (g.native) {
             dB = grad_b(dY[m], *S, g.first[i], rank, scalings[m], g.B[m].scalar_type());
         } else {
@@ -501,7 +504,7 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
                     A = Group(some, like, padding).packed(dtype);
                 }
                 if (seed)
-                    grads[1 + 2 * M] = at::mm(dS, A);
+                    grads[1 + 2 * count] = at::mm(dS, A);
                 else
                     dX = dX.defined() ? dX.addmm_(dS, A) : at::mm(dS, A);
             }
@@ -516,12 +519,12 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
                 auto dA = grad_a(dS, X, first, ranks, one ? As[0].scalar_type() : at::kFloat, seed, dropout);
                 for (size_t i = 0; i < through.size(); i++)
                     if (wants(need_A, through[i]))
-                        grads[1 + through[i]] = dA[i].to(As[i].scalar_type());
+                        grads[1 + position[i]] = dA[i].to(As[i].scalar_type());
             } else {
                 auto all = at::mm(dS.t(), dropped ? *dropped : X);
                 for (size_t i = 0; i < through.size(); i++)
                     if (wants(need_A, through[i]))
-                        grads[1 + through[i]] = all.narrow(0, first[i], ranks[i]).to(As[i].scalar_type());
+                        grads[1 + position[i]] = all.narrow(0, first[i], ranks[i]).to(As[i].scalar_type());
             }
         }
     }
