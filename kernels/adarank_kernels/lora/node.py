@@ -1,8 +1,8 @@
 """The autograd nodes of a group of LoRA linears; the maths is in op.py.
 
-`Whole` runs each pass as one C++ call. It is for what training mostly is: a frozen base, and nobody
-who watches operators. `Stepwise` does the same operator by operator, for everything else: trained
-or foreign base products, compilers, dispatch modes, machines without a compiler.
+`whole` runs each pass as one C++ call, its node in C++ too. It is for what training mostly is: a
+frozen base, and nobody who watches operators. `Stepwise` does the same operator by operator, for
+everything else: trained or foreign base products, compilers, dispatch modes, no compiler.
 """
 
 from __future__ import annotations
@@ -38,43 +38,56 @@ def in_order(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def whole_forward(group: Group, x: Tensor, seed: Tensor | None) -> list[Any]:
-    """Outputs of all modules, then S and A as it was packed."""
-    operators = torch.ops.adarank
-    if x.device.type == "cpu":
-        return operators.group_forward(
-            x, group.parts, group.scalings, group.dropout, seed, 1, True, None
+def whole(group: Group, x: Tensor, seed: Tensor | None) -> Sequence[Tensor]:
+    """Outputs of all modules, each pass one C++ call; gradients where they are wanted."""
+    if group.device_type == "cpu":
+        return torch.ops.adarank.group_linear(
+            x, group.parts, group.scalings, group.dropout, seed, 1, True
         )
-    return _whole_on_a_gpu(group, x, seed)
-
-
-def _whole_on_a_gpu(group: Group, x: Tensor, seed: Tensor | None) -> list[Any]:
-    backend, padding = group.backend, launch.PADDING
-    S = packed = None
-    if seed is not None and group.adapted:
-        X = rows(x)
-        width, first = group.layout(backend, x.dtype)
-        S, packed = backend.shrink(X, group.lora_As, first, width, seed, group.dropout)
-    add = "lora_expand" not in backend.kernels(x)
-    *outputs, S, A = torch.ops.adarank.group_forward(
-        x, group.parts, group.scalings, group.dropout, seed, padding, add, S
+    if seed is not None:
+        if torch.is_grad_enabled():
+            return _apply_dropped(group, x, seed, *group.inputs)
+        return _dropped_forward(group, x, seed)[:-2]
+    add = "lora_expand" not in group.backend.kernels(x)
+    outputs = torch.ops.adarank.group_linear(
+        x, group.parts, group.scalings, group.dropout, None, launch.PADDING, add
     )
-    if not add and group.adapted:
-        width, first = group.layout(backend, x.dtype)
-        launch.expand(
-            [outputs[m] for m in group.adapted], S, first, group.lora_Bs, group.scalings_of_adapted
-        )
-    return [*outputs, S, A if packed is None else packed]
+    return outputs if add else _expand(group, x, *outputs)
 
 
-class Whole(torch.autograd.Function):
-    """Inputs that may need gradients: x, then A and then B of the modules with a rank."""
+def _expand(group: Group, x: Tensor, *products: Tensor) -> Sequence[Tensor]:
+    """Base products and S -> outputs: one launch, into what nobody has seen yet."""
+    *outputs, S = products
+    if group.adapted:
+        _, first = group.layout(group.backend, x.dtype)
+        adapted = [outputs[m].detach() for m in group.adapted]
+        launch.expand(adapted, S, first, group.lora_Bs, group.scalings_of_adapted)
+    return outputs
+
+
+def _dropped_forward(group: Group, x: Tensor, seed: Tensor) -> list[Any]:
+    """With dropout on a GPU: outputs of all modules, then S and A as it was packed."""
+    backend = group.backend
+    width, first = group.layout(backend, x.dtype)
+    S, packed = backend.shrink(rows(x), group.lora_As, first, width, seed, group.dropout)
+    add = "lora_expand" not in backend.kernels(x)
+    *outputs, S, _ = torch.ops.adarank.group_forward(
+        x, group.parts, group.scalings, group.dropout, seed, launch.PADDING, add, S
+    )
+    return [*(outputs if add else _expand(group, x, *outputs, S)), S, packed]
+
+
+class Dropped(torch.autograd.Function):
+    """`whole` with dropout on a GPU, whose mask Triton draws where the data pass by.
+
+    Inputs that may need gradients: x, then A and then B of the modules with a rank.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, group: Group, x: Tensor, seed: Tensor | None, *adapters: Tensor
+        ctx: Any, group: Group, x: Tensor, seed: Tensor, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        *outputs, S, packed = whole_forward(group, x, seed)
+        *outputs, S, packed = _dropped_forward(group, x, seed)
         _, need_x, _, *needs = ctx.needs_input_grad
         count = len(group.adapted)
         ctx.save_for_backward(
@@ -91,11 +104,11 @@ class Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: the result refuses to be differentiated
-            return _whole_once(ctx, *dYs)
-        return _whole_backward(ctx, *dYs)
+            return _dropped_once(ctx, *dYs)
+        return _dropped_backward(ctx, *dYs)
 
 
-def _whole_backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+def _dropped_backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
     x, S, packed, seed, *parts = ctx.saved_tensors
     group: Group = ctx.group
     needs = ctx.needs_input_grad
@@ -105,13 +118,9 @@ def _whole_backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(group.adapted) + 3
         need_A = sum([1 << m for m, n in zip(group.adapted, needs[3:count], strict=True) if n])
         need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:], strict=True) if n])
-    dropped, padding = None, 1
-    if group.device_type != "cpu":
-        padding = launch.PADDING
-        if seed is not None and x is not None:
-            dropped = group.backend.drop(rows(x), seed, group.dropout)
+    dropped = None if x is None else group.backend.drop(rows(x), seed, group.dropout)
     *found, low = torch.ops.adarank.group_backward(
-        dYs, x, S, packed, parts, group.scalings, group.dropout, seed, padding, dropped,
+        dYs, x, S, packed, parts, group.scalings, group.dropout, seed, launch.PADDING, dropped,
         need_x, need_A, need_B, ctx.x_shape,
     )  # fmt: skip
     dX, *grads = found
@@ -120,9 +129,9 @@ def _whole_backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
     return None, dX, None, *grads
 
 
-_whole_once = once_differentiable(_whole_backward)
+_dropped_once = once_differentiable(_dropped_backward)
 # Without the look for torch.func transforms, which the caller has taken.
-apply_whole = super(torch.autograd.Function, Whole).apply
+_apply_dropped = super(torch.autograd.Function, Dropped).apply
 
 
 class Stepwise(torch.autograd.Function):

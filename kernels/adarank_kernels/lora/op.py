@@ -29,7 +29,7 @@ from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.checks import check_arguments, check_lengths
 from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
-from adarank_kernels.lora.node import Stepwise, apply_whole, whole_forward
+from adarank_kernels.lora.node import Stepwise, whole
 
 
 def run(
@@ -54,9 +54,7 @@ def run(
     if is_watched(x):
         return Stepwise.apply(group, aten, False, x, seed, *group.parts, *bases)
     if group.whole and not bases:
-        if torch.is_grad_enabled():
-            return apply_whole(group, x, seed, *group.inputs)
-        return whole_forward(group, x, seed)[:-2]
+        return whole(group, x, seed)
     return Stepwise.apply(group, group.backend, True, x, seed, *group.parts, *bases)
 
 

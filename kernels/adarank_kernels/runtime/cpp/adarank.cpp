@@ -8,6 +8,8 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include <immintrin.h>
@@ -533,6 +535,139 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
     return grads;
 }
 
+// A whole group as one autograd node.
+
+struct Call : torch::CustomClassHolder { // what the backward pass needs beside tensors
+    std::vector<double> scalings;
+    std::vector<int64_t> shape, modules;
+    double dropout;
+    int64_t padding, M;
+};
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct GroupNode : torch::autograd::Function<GroupNode> {
+    // `adapters`: A and then B of the modules with a rank.
+    static variable_list forward(AutogradContext *ctx, const Tensor &x, at::TensorList adapters,
+                                 const OptionalTensors *parts, at::ArrayRef<double> scalings, double dropout,
+                                 const std::optional<Tensor> *seed, int64_t padding, bool add)
+    {
+        auto out = group_forward(x, *parts, scalings, dropout, *seed, padding, add, std::nullopt);
+        auto packed = out.back();
+        out.pop_back();
+        auto S = out.back();
+        out.pop_back();
+        int64_t M = out.size(), count = adapters.size() / 2;
+        bool need_x = ctx->needs_input_grad(0), need_A = false, need_B = false;
+        for (int64_t i = 0; i < count; i++) {
+            need_A = need_A || ctx->needs_input_grad(1 + i);
+            need_B = need_B || ctx->needs_input_grad(1 + count + i);
+        }
+        auto call = c10::make_intrusive<Call>();
+        variable_list saved;
+        saved.reserve(4 + 3 * M);
+        saved.push_back(need_A ? x : Tensor());
+        saved.push_back(need_B ? S : Tensor());
+        saved.push_back(need_x ? packed : Tensor());
+        saved.push_back(seed->value_or(Tensor()));
+        for (int64_t m = 0; m < M; m++) {
+            saved.push_back(need_x ? parts->get(4 * m).value_or(Tensor()) : Tensor());
+            saved.push_back(parts->get(4 * m + 2).value_or(Tensor()));
+            saved.push_back(parts->get(4 * m + 3).value_or(Tensor()));
+        }
+        ctx->save_for_backward(std::move(saved));
+        call->scalings = scalings.vec(), call->shape = x.sizes().vec(), call->M = M;
+        call->dropout = dropout, call->padding = padding;
+        ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+        ctx->set_materialize_grads(false);
+        if (!add) { // the caller adds the low-rank products
+            ctx->mark_non_differentiable({S});
+            out.push_back(S);
+        }
+        return out;
+    }
+
+    static variable_list backward(AutogradContext *ctx, variable_list dYs)
+    {
+        auto saved = ctx->get_saved_variables();
+        auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+        auto optional = [](const Tensor &t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
+        OptionalTensors parts, dys;
+        int64_t count = 0;
+        for (int64_t m = 0; m < call->M; m++) {
+            parts.push_back(optional(saved[4 + 3 * m]));
+            parts.push_back(std::nullopt);
+            parts.push_back(optional(saved[5 + 3 * m]));
+            parts.push_back(optional(saved[6 + 3 * m]));
+            dys.push_back(optional(dYs[m]));
+            count += saved[5 + 3 * m].defined() && saved[5 + 3 * m].size(0);
+        }
+        int64_t need_A = 0, need_B = 0, i = 0;
+        for (int64_t m = 0; m < call->M; m++)
+            if (saved[5 + 3 * m].defined() && saved[5 + 3 * m].size(0)) {
+                need_A |= (int64_t)ctx->needs_input_grad(1 + i) << m;
+                need_B |= (int64_t)ctx->needs_input_grad(1 + count + i) << m;
+                i++;
+            }
+        auto grads = group_backward(dys, optional(saved[0]), optional(saved[1]), optional(saved[2]), parts,
+                                    call->scalings, call->dropout, optional(saved[3]), call->padding,
+                                    std::nullopt, ctx->needs_input_grad(0), need_A, need_B, call->shape);
+        grads.resize(1 + 2 * count); // without what only a GPU's dropout needs
+        if (at::GradMode::is_enabled())
+            grads = once(std::move(grads));
+        grads.resize(1 + 2 * count + 6); // the arguments that are no tensors
+        return grads;
+    }
+
+    // With create_graph: gradients that refuse to be differentiated.
+    static variable_list once(variable_list grads)
+    {
+        variable_list defined;
+        for (auto &grad : grads)
+            if (grad.defined()) {
+                grad = grad.detach();
+                grad.set_requires_grad(true);
+                defined.push_back(grad);
+            }
+        auto refuse = std::make_shared<torch::autograd::DelayedError>(
+            "a fused LoRA layer cannot be differentiated twice; adarank_fast.restore gives plain PEFT back",
+            defined.size());
+        auto refusing = (*refuse)(std::move(defined));
+        size_t next = 0;
+        for (auto &grad : grads)
+            if (grad.defined())
+                grad = refusing[next++];
+        return grads;
+    }
+};
+
+// The outputs of all modules; with `add` false, then S.
+std::vector<Tensor> group_linear(const Tensor &x, const OptionalTensors &parts, at::ArrayRef<double> scalings,
+                                 double dropout, const std::optional<Tensor> &seed, int64_t padding, bool add)
+{
+    auto out = group_forward(x, parts, scalings, dropout, seed, padding, add, std::nullopt);
+    out.resize(out.size() - (add ? 2 : 1));
+    return out;
+}
+
+std::vector<Tensor> group_linear_autograd(const Tensor &x, const OptionalTensors &parts,
+                                          at::ArrayRef<double> scalings, double dropout,
+                                          const std::optional<Tensor> &seed, int64_t padding, bool add)
+{
+    std::vector<Tensor> adapters;
+    bool wanted = x.requires_grad();
+    for (int64_t of = 2; of < 4; of++)
+        for (size_t i = 0; i < parts.size(); i += 4)
+            if (auto A = parts.get(i + 2); A && A->size(0)) {
+                adapters.push_back(*parts.get(i + of));
+                wanted = wanted || adapters.back().requires_grad();
+            }
+    if (!wanted || !at::GradMode::is_enabled())
+        return group_linear(x, parts, scalings, dropout, seed, padding, add);
+    return GroupNode::apply(x, at::TensorList(adapters), &parts, scalings, dropout, &seed, padding, add);
+}
+
 // int32 [4, rows, n]: the words of counters (c0 + i, c1 + row, 0, 0) under the key; c0 carries into c1.
 Tensor philox(int64_t key, int64_t c0, int64_t c1, int64_t rows, int64_t n)
 {
@@ -585,6 +720,8 @@ TORCH_LIBRARY(adarank, m)
     m.def("group_backward(Tensor?[] dys, Tensor? x, Tensor? S, Tensor? packed, Tensor?[] parts, float[] scalings,"
           " float dropout, Tensor? seed, int padding, Tensor? dropped, bool need_x, int need_A, int need_B,"
           " int[] x_shape) -> Tensor[]");
+    m.def("group_linear(Tensor x, Tensor?[] parts, float[] scalings, float dropout, Tensor? seed, int padding,"
+          " bool add) -> Tensor[]");
     m.def("philox(int key, int c0, int c1, int rows, int n) -> Tensor");
     m.def("knows(ScalarType dtype) -> bool");
 }
@@ -602,10 +739,16 @@ TORCH_LIBRARY_IMPL(adarank, CPU, m)
 
 TORCH_LIBRARY_IMPL(adarank, CompositeExplicitAutograd, m)
 {
+    m.impl("group_linear", TORCH_FN(group_linear));
     m.impl("group_forward", TORCH_FN(group_forward));
     m.impl("group_backward", TORCH_FN(group_backward));
     m.impl("philox", TORCH_FN(philox));
     m.impl("knows", [](at::ScalarType dtype) { return products(dtype) != nullptr; });
+}
+
+TORCH_LIBRARY_IMPL(adarank, Autograd, m)
+{
+    m.impl("group_linear", TORCH_FN(group_linear_autograd));
 }
 
 TORCH_LIBRARY_IMPL(adarank, ADInplaceOrView, m)
