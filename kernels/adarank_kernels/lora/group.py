@@ -29,7 +29,7 @@ class Group:
         kept: what the backward pass needs of `parts`; without weights if x needs no gradient.
         all_needed: the bits of `adapted`.
         backend: how the products with few ranks are computed where nobody watches.
-        whole: each pass may be one C++ call: dtypes that it knows, a frozen base.
+        whole: each pass may be one C++ call: dtypes that it knows, base weights frozen.
         safe_bases: the foreign base products that may be written into; None: all.
     """
 
@@ -71,7 +71,7 @@ class Group:
         self._dtypes = [t.dtype for t in self._tensors]
         self.safe_bases = safe_bases
         self.backend = choose_backend(x, self.inputs)
-        frozen = all(t is not None and not t.requires_grad for t in weights)
+        frozen = not any(t is not None and t.requires_grad for t in weights)
         frozen = frozen and not any(b is not None and b.requires_grad for b in biases)
         self.whole = frozen and len(zipped) < 64 and self._whole_backend(x)
 

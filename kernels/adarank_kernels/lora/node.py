@@ -38,11 +38,17 @@ def in_order(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def whole(group: Group, x: Tensor, seed: Tensor | None) -> Sequence[Tensor]:
+def whole(
+    group: Group, x: Tensor, seed: Tensor | None, bases: Sequence[Tensor | None] = ()
+) -> Sequence[Tensor]:
     """Outputs of all modules, each pass one C++ call; gradients where they are wanted."""
+    owned = 0
+    for m, base in enumerate(bases):
+        if base is not None and group.may_overwrite(m, base):
+            owned |= 1 << m
     if group.device_type == "cpu":
         return torch.ops.adarank.group_linear(
-            x, group.parts, group.scalings, group.dropout, seed, 1, True
+            x, group.parts, bases, owned, group.scalings, group.dropout, seed, 1, True
         )
     if seed is not None:
         if torch.is_grad_enabled():
@@ -50,7 +56,7 @@ def whole(group: Group, x: Tensor, seed: Tensor | None) -> Sequence[Tensor]:
         return _dropped_forward(group, x, seed)[:-2]
     add = "lora_expand" not in group.backend.kernels(x)
     outputs = torch.ops.adarank.group_linear(
-        x, group.parts, group.scalings, group.dropout, None, launch.PADDING, add
+        x, group.parts, bases, owned, group.scalings, group.dropout, None, launch.PADDING, add
     )
     return outputs if add else _expand(group, x, *outputs)
 
@@ -72,7 +78,7 @@ def _dropped_forward(group: Group, x: Tensor, seed: Tensor) -> list[Any]:
     S, packed = backend.shrink(rows(x), group.lora_As, first, width, seed, group.dropout)
     add = "lora_expand" not in backend.kernels(x)
     *outputs, S, _ = torch.ops.adarank.group_forward(
-        x, group.parts, group.scalings, group.dropout, seed, launch.PADDING, add, S
+        x, group.parts, (), 0, group.scalings, group.dropout, seed, launch.PADDING, add, S
     )
     return [*(outputs if add else _expand(group, x, *outputs, S)), S, packed]
 

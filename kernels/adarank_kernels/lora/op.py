@@ -53,9 +53,20 @@ def run(
         return Stepwise.apply(group, backend, backend is cpu, x, seed, *group.parts, *bases)
     if is_watched(x):
         return Stepwise.apply(group, aten, False, x, seed, *group.parts, *bases)
-    if group.whole and not bases:
-        return whole(group, x, seed)
+    if group.whole and (not bases or _takes_bases(group, x, seed, bases)):
+        return whole(group, x, seed, bases)
     return Stepwise.apply(group, group.backend, True, x, seed, *group.parts, *bases)
+
+
+def _takes_bases(
+    group: Group, x: Tensor, seed: Tensor | None, bases: Sequence[Tensor | None]
+) -> bool:
+    """Whether whole passes know what to do with foreign base products: of x's dtype, and no mask
+    that Triton draws.
+    """
+    if seed is not None and group.device_type != "cpu":
+        return False
+    return not any([base is not None and base.dtype is not x.dtype for base in bases])
 
 
 def is_watched(x: Tensor) -> bool:

@@ -356,10 +356,14 @@ struct Group {
     }
 };
 
+bool wants(int64_t bits, int64_t m) { return bits >> m & 1; }
+
 // Outputs of all modules, then S (and on a GPU A as it was packed). With `add` false the low-rank products
-// are left to the caller, who gets S as it was given.
-std::vector<Tensor> group_forward(const Tensor &x, const OptionalTensors &parts, at::ArrayRef<double> scalings,
-                                  double dropout, const std::optional<Tensor> &seed, int64_t padding, bool add,
+// are left to the caller, who gets S as it was given. `bases`: products of foreign base layers, or none; bit m
+// of `owned`: module m's may be written into.
+std::vector<Tensor> group_forward(const Tensor &x, const OptionalTensors &parts, const OptionalTensors &bases,
+                                  int64_t owned, at::ArrayRef<double> scalings, double dropout,
+                                  const std::optional<Tensor> &seed, int64_t padding, bool add,
                                   const std::optional<Tensor> &given_S)
 {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -388,7 +392,19 @@ std::vector<Tensor> group_forward(const Tensor &x, const OptionalTensors &parts,
         if (g.bias[m].defined())
             bias = g.bias[m];
         bool late = adapted && g.native && bias && bias->is_contiguous();
-        auto Y = at::linear(X, g.weight[m], late ? std::optional<Tensor>() : bias);
+        auto base = bases.empty() ? std::optional<Tensor>() : bases.get(m);
+        Tensor Y;
+        if (base) {
+            TORCH_CHECK(base->scalar_type() == dtype && base->size(-1) > 0, "adarank: base product of ",
+                        base->scalar_type(), " for ", dtype);
+            Y = rows_of(*base);
+            if (!wants(owned, m))
+                Y = Y.clone(at::MemoryFormat::Contiguous);
+            late = false;
+        } else {
+            TORCH_CHECK(g.weight[m].defined(), "adarank: module ", m, " has neither weight nor base product");
+            Y = at::linear(X, g.weight[m], late ? std::optional<Tensor>() : bias);
+        }
         if (adapted && add) {
             if (g.native)
                 expand_(Y, S, g.B[m], g.first[next], scalings[m], late ? bias : std::optional<Tensor>());
@@ -396,7 +412,9 @@ std::vector<Tensor> group_forward(const Tensor &x, const OptionalTensors &parts,
                 Y.addmm_(S.narrow(1, g.first[next], g.A[m].size(0)), g.B[m].to(dtype).t(), 1.0, scalings[m]);
         }
         next += adapted;
-        if (x.dim() != 2) {
+        if (base && wants(owned, m)) {
+            Y = *base;
+        } else if (x.dim() != 2) {
             auto shape = x.sizes().vec();
             shape.back() = Y.size(1);
             Y = at::_unsafe_view(Y, shape); // as in F.linear: a view could not be changed in place
@@ -407,8 +425,6 @@ std::vector<Tensor> group_forward(const Tensor &x, const OptionalTensors &parts,
     out.push_back(A);
     return out;
 }
-
-bool wants(int64_t bits, int64_t m) { return bits >> m & 1; }
 
 // Gradients of x, of the lora_A and then the lora_B of the modules with a rank; undefined where not needed.
 // With dropout on a GPU `dropped` is drop(X), and the last is dS A, which the caller drops and adds to the
@@ -539,7 +555,7 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
 
 struct Call : torch::CustomClassHolder { // what the backward pass needs beside tensors
     std::vector<double> scalings;
-    std::vector<int64_t> shape, modules;
+    std::vector<int64_t> shape, modules; // the modules with foreign base products
     double dropout;
     int64_t padding, M;
 };
@@ -548,12 +564,13 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct GroupNode : torch::autograd::Function<GroupNode> {
-    // `adapters`: A and then B of the modules with a rank.
+    // `adapters`: A and then B of the modules with a rank; `foreign`: the base products that there are.
     static variable_list forward(AutogradContext *ctx, const Tensor &x, at::TensorList adapters,
-                                 const OptionalTensors *parts, at::ArrayRef<double> scalings, double dropout,
-                                 const std::optional<Tensor> *seed, int64_t padding, bool add)
+                                 at::TensorList foreign, const OptionalTensors *parts,
+                                 const OptionalTensors *bases, int64_t owned, at::ArrayRef<double> scalings,
+                                 double dropout, const std::optional<Tensor> *seed, int64_t padding, bool add)
     {
-        auto out = group_forward(x, *parts, scalings, dropout, *seed, padding, add, std::nullopt);
+        auto out = group_forward(x, *parts, *bases, owned, scalings, dropout, *seed, padding, add, std::nullopt);
         auto packed = out.back();
         out.pop_back();
         auto S = out.back();
@@ -579,6 +596,15 @@ struct GroupNode : torch::autograd::Function<GroupNode> {
         ctx->save_for_backward(std::move(saved));
         call->scalings = scalings.vec(), call->shape = x.sizes().vec(), call->M = M;
         call->dropout = dropout, call->padding = padding;
+        variable_list dirty;
+        for (size_t m = 0; m < bases->size(); m++)
+            if (auto base = bases->get(m)) {
+                call->modules.push_back(m);
+                if (wants(owned, m))
+                    dirty.push_back(*base);
+            }
+        if (!dirty.empty())
+            ctx->mark_dirty(dirty);
         ctx->saved_data["call"] = c10::IValue::make_capsule(call);
         ctx->set_materialize_grads(false);
         if (!add) { // the caller adds the low-rank products
@@ -616,7 +642,9 @@ struct GroupNode : torch::autograd::Function<GroupNode> {
         grads.resize(1 + 2 * count); // without what only a GPU's dropout needs
         if (at::GradMode::is_enabled())
             grads = once(std::move(grads));
-        grads.resize(1 + 2 * count + 6); // the arguments that are no tensors
+        for (auto m : call->modules)
+            grads.push_back(dYs[m]);
+        grads.resize(grads.size() + 8); // the arguments that are no tensors
         return grads;
     }
 
@@ -643,19 +671,21 @@ struct GroupNode : torch::autograd::Function<GroupNode> {
 };
 
 // The outputs of all modules; with `add` false, then S.
-std::vector<Tensor> group_linear(const Tensor &x, const OptionalTensors &parts, at::ArrayRef<double> scalings,
-                                 double dropout, const std::optional<Tensor> &seed, int64_t padding, bool add)
+std::vector<Tensor> group_linear(const Tensor &x, const OptionalTensors &parts, const OptionalTensors &bases,
+                                 int64_t owned, at::ArrayRef<double> scalings, double dropout,
+                                 const std::optional<Tensor> &seed, int64_t padding, bool add)
 {
-    auto out = group_forward(x, parts, scalings, dropout, seed, padding, add, std::nullopt);
+    auto out = group_forward(x, parts, bases, owned, scalings, dropout, seed, padding, add, std::nullopt);
     out.resize(out.size() - (add ? 2 : 1));
     return out;
 }
 
 std::vector<Tensor> group_linear_autograd(const Tensor &x, const OptionalTensors &parts,
+                                          const OptionalTensors &bases, int64_t owned,
                                           at::ArrayRef<double> scalings, double dropout,
                                           const std::optional<Tensor> &seed, int64_t padding, bool add)
 {
-    std::vector<Tensor> adapters;
+    std::vector<Tensor> adapters, foreign;
     bool wanted = x.requires_grad();
     for (int64_t of = 2; of < 4; of++)
         for (size_t i = 0; i < parts.size(); i += 4)
@@ -663,9 +693,15 @@ std::vector<Tensor> group_linear_autograd(const Tensor &x, const OptionalTensors
                 adapters.push_back(*parts.get(i + of));
                 wanted = wanted || adapters.back().requires_grad();
             }
+    for (std::optional<Tensor> base : bases)
+        if (base) {
+            foreign.push_back(*base);
+            wanted = wanted || base->requires_grad();
+        }
     if (!wanted || !at::GradMode::is_enabled())
-        return group_linear(x, parts, scalings, dropout, seed, padding, add);
-    return GroupNode::apply(x, at::TensorList(adapters), &parts, scalings, dropout, &seed, padding, add);
+        return group_linear(x, parts, bases, owned, scalings, dropout, seed, padding, add);
+    return GroupNode::apply(x, at::TensorList(adapters), at::TensorList(foreign), &parts, &bases, owned, scalings,
+                            dropout, &seed, padding, add);
 }
 
 // int32 [4, rows, n]: the words of counters (c0 + i, c1 + row, 0, 0) under the key; c0 carries into c1.
@@ -715,13 +751,13 @@ TORCH_LIBRARY(adarank, m)
     m.def("grad_a(Tensor ds, Tensor x, SymInt[] first, SymInt[] ranks, ScalarType dtype, Tensor? seed, float dropout)"
           " -> Tensor[]");
     m.def("grad_x_(Tensor(a!) dx, Tensor ds, Tensor[] lora_A, SymInt[] first, Tensor? seed, float dropout) -> ()");
-    m.def("group_forward(Tensor x, Tensor?[] parts, float[] scalings, float dropout, Tensor? seed, int padding,"
-          " bool add, Tensor? S) -> Tensor[]");
+    m.def("group_forward(Tensor x, Tensor?[] parts, Tensor?[] bases, int owned, float[] scalings, float dropout,"
+          " Tensor? seed, int padding, bool add, Tensor? S) -> Tensor[]");
     m.def("group_backward(Tensor?[] dys, Tensor? x, Tensor? S, Tensor? packed, Tensor?[] parts, float[] scalings,"
           " float dropout, Tensor? seed, int padding, Tensor? dropped, bool need_x, int need_A, int need_B,"
           " int[] x_shape) -> Tensor[]");
-    m.def("group_linear(Tensor x, Tensor?[] parts, float[] scalings, float dropout, Tensor? seed, int padding,"
-          " bool add) -> Tensor[]");
+    m.def("group_linear(Tensor x, Tensor?[] parts, Tensor?[] bases, int owned, float[] scalings, float dropout,"
+          " Tensor? seed, int padding, bool add) -> Tensor[]");
     m.def("philox(int key, int c0, int c1, int rows, int n) -> Tensor");
     m.def("knows(ScalarType dtype) -> bool");
 }
