@@ -2,8 +2,8 @@
 
     python -m bench.lora_products
 
-Microseconds of CPU time on one thread (medians of interleaved rounds), 1,024 tokens. The op takes
-the first form of each group; docs/fusing.md says why.
+Microseconds of CPU time on one thread (medians of interleaved rounds), 1,024 tokens: what torch
+offers in place of the C++ operators. docs/fusing.md says what was tried.
 """
 
 from __future__ import annotations

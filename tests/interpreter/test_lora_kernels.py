@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from adarank_kernels import grouped_lora_linear, grouped_lora_linear_ref
-from adarank_kernels.lora import parts
+from adarank_kernels.lora import group as groups
+from adarank_kernels.lora import node, op
 from adarank_kernels.lora import triton_launch as launch
+from adarank_kernels.lora.backends import triton
 from adarank_kernels.lora.dropout import keep_mask
-from adarank_kernels.runtime import registry
+from adarank_kernels.runtime import native, registry
 from adarank_kernels.runtime.registry import check_close
 from tests.kernels.lora_cases import assert_as_good_as_torch, make_group
 
@@ -103,7 +107,7 @@ def test_op_through_the_kernels(dtype: torch.dtype, dropout: float) -> None:
 def test_one_kernel_alone(left: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others failed their checks on this device: torch's products take their places."""
     chosen = frozenset({f"lora_{left}"})
-    monkeypatch.setattr(parts, "ready_among", lambda names, *_: chosen & {*names})
+    monkeypatch.setattr(triton, "ready_among", lambda names, *_: chosen & {*names})
     group = make_group((2, 35), train_base=True, dropout=dropout, seed=torch.tensor([7]))
     exact = group.results(grouped_lora_linear_ref)
     torchs = group.to(torch.bfloat16).results(grouped_lora_linear_ref)
@@ -149,3 +153,92 @@ def test_only_some_outputs_and_gradients(used: list[int]) -> None:
         assert (ours is None) == (refs is None)
         if refs is not None:
             torch.testing.assert_close(ours, refs, atol=1e-5, rtol=1e-5)
+
+
+# Whole passes as on a GPU: base products in C++, kernels launched around them. float16 and float64
+# have no C++ products on the CPU, so that the passes take the same branches.
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    if native.operators() is None:
+        pytest.skip("no C++ compiler")
+    made = groups.Group.__init__
+
+    def make(group: groups.Group, *arguments: Any) -> None:
+        made(group, *arguments)
+        group.backend, group.device_type, group.whole = triton, "cuda", True
+
+    monkeypatch.setattr(groups.Group, "__init__", make)
+    monkeypatch.setattr(node, "whole_forward", node._whole_on_a_gpu)
+    monkeypatch.setattr(op, "whole_forward", node._whole_on_a_gpu)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(40,), (2, 3, 7), (0,)])
+def test_whole_passes_as_on_a_gpu(
+    on_a_gpu: pytest.MonkeyPatch, dtype: torch.dtype, dropout: float, shape: tuple[int, ...]
+) -> None:
+    group = make_group(shape, dropout=dropout, seed=torch.tensor([41]))
+    exact = group.results(grouped_lora_linear_ref)
+    torchs = group.to(dtype).results(grouped_lora_linear_ref)
+    ours = group.to(dtype).results(grouped_lora_linear)
+    again = group.to(dtype).results(grouped_lora_linear)
+    assert_as_good_as_torch(ours, torchs, exact)
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    outputs = group.to(dtype).run(grouped_lora_linear)
+    assert {type(y.grad_fn).__name__ for y in outputs} == {"WholeBackward"}
+    with torch.no_grad():
+        outputs = group.to(dtype).run(grouped_lora_linear)
+    assert all(torch.equal(y, ours[f"y[{m}]"]) for m, y in enumerate(outputs))
+
+
+@pytest.mark.parametrize("left", ["shrink", "expand", "drop"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_whole_passes_with_one_kernel(
+    on_a_gpu: pytest.MonkeyPatch, left: str, dropout: float
+) -> None:
+    chosen = frozenset({f"lora_{left}"})
+    on_a_gpu.setattr(triton, "ready_among", lambda names, *_: chosen & {*names})
+    group = make_group((2, 35), dropout=dropout, seed=torch.tensor([7]))
+    exact = group.results(grouped_lora_linear_ref)
+    torchs = group.to(torch.float16, torch.float32).results(grouped_lora_linear_ref)
+    ours = group.to(torch.float16, torch.float32).results(grouped_lora_linear)
+    assert_as_good_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "wanted", [["x"], ["lora_As[1]", "lora_As[5]"], ["lora_Bs[2]"], ["x", "lora_Bs[5]"], []]
+)
+def test_whole_passes_for_some_gradients(
+    on_a_gpu: pytest.MonkeyPatch, wanted: list[str], dropout: float
+) -> None:
+    group = make_group((21,), dropout=dropout, seed=torch.tensor([7]))
+    for name, leaf in group.leaves().items():
+        leaf.requires_grad_(name in wanted)
+    exact = group.results(grouped_lora_linear_ref)
+    torchs = group.to(torch.float16).results(grouped_lora_linear_ref)
+    ours = group.to(torch.float16).results(grouped_lora_linear)
+    assert_as_good_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("used", [[2], [1, 5], [0]])
+def test_whole_passes_for_some_outputs(
+    on_a_gpu: pytest.MonkeyPatch, used: list[int], dropout: float
+) -> None:
+    group = make_group((40,), dropout=dropout, seed=torch.tensor([7]))
+    leaves = list(group.leaves().values())
+
+    def grads(op: object) -> tuple:
+        outputs = group.run(op)
+        chosen, dYs = [outputs[m] for m in used], [group.dYs[m] for m in used]
+        return torch.autograd.grad(chosen, leaves, dYs, allow_unused=True)
+
+    for ours, refs in zip(grads(grouped_lora_linear), grads(grouped_lora_linear_ref), strict=True):
+        assert (ours is None) == (refs is None)
+        if refs is not None:
+            torch.testing.assert_close(ours, refs)

@@ -192,6 +192,23 @@ def test_against_peft() -> None:
         torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("grown", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_data_of_a_larger_rank(dtype: torch.dtype, grown: int) -> None:
+    """`.data` may be replaced: the next call takes the new rank, a backward pass underway raises."""
+    group = make_group(ranks=(3, 8), outs=(20, 36)).to(dtype)
+    outputs = group.run(grouped_lora_linear)
+    other = make_group(ranks=(7, 80), outs=(20, 36)).to(dtype)
+    group.lora_As[grown].data = other.lora_As[grown].data
+    with pytest.raises((RuntimeError, ValueError)):
+        group.run(grouped_lora_linear)  # lora_B is of the old rank
+    group.lora_Bs[grown].data = other.lora_Bs[grown].data
+    with pytest.raises(RuntimeError):
+        torch.autograd.backward(outputs, group.dYs)
+    ours, refs = group.run(grouped_lora_linear), group.run(grouped_lora_linear_ref)
+    torch.testing.assert_close(ours, refs, atol=0.05, rtol=0.02)
+
+
 # Base products made elsewhere
 
 

@@ -3,8 +3,8 @@ import torch
 
 from adarank_kernels import philox_normal, philox_normal_ref
 from adarank_kernels.lora.dropout import keep_mask
-from adarank_kernels.random import native
 from adarank_kernels.random.words import philox_words
+from adarank_kernels.runtime import native
 
 # As drawn by the first release: plans made then must be made again.
 PINNED = [1.53377831, -0.63036144, -0.35869935, 0.11006770, -0.46694282, 0.10247138, -1.03088462]
@@ -12,9 +12,11 @@ PINNED = [1.53377831, -0.63036144, -0.35869935, 0.11006770, -0.46694282, 0.10247
 
 @pytest.fixture(params=["compiled", "torch"])
 def words_by(request, monkeypatch):
-    """Large calls once with the C function, if it can be built here, and once without."""
+    """Large calls once with the C++ operator, if it can be built here, and once without."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "_loaded", False)
+    else:
+        native.operators()
 
 
 def test_words_are_those_of_random123():
@@ -33,26 +35,18 @@ def test_matches_integers_and_float64(shape, seed):
 
 
 def test_compiled_words_are_torchs():
-    library = native.library()
-    if library is None:
-        pytest.skip("no C compiler")
+    operators = native.operators()
+    if operators is None:
+        pytest.skip("no C++ compiler")
     key, first, row = -(2**40) - 3, 2**32 - 5, 7  # the counter's low word carries
-    ours = native.words(library, key, first, row, 3, 11)
+    ours = operators.philox(key, first, row, 3, 11)
     counters = first + torch.arange(11)
     rows = (row + torch.arange(3))[:, None] + (counters >> 32)
     expected = philox_words(torch.tensor([key]), counters & 0xFFFFFFFF, rows)
     assert torch.equal(ours, torch.stack([word.expand(3, 11) for word in expected]))
-
-
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    assert native.library.__wrapped__() is None
-
-
-def test_a_compiler_that_fails(monkeypatch):
-    monkeypatch.setenv("CC", "false")
-    assert native.library.__wrapped__() is None
+    assert operators.philox(key, first, row, 0, 11).shape == (4, 0, 11)
+    with pytest.raises(RuntimeError, match="adarank: philox of"):
+        operators.philox(key, first, row, -1, 11)
 
 
 def test_pinned_numbers(words_by):

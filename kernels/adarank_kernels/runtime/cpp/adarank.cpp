@@ -16,6 +16,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -144,7 +145,11 @@ bool in_order(const Tensor &x)
     return (x.size(1) <= 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) >= x.size(1));
 }
 
-Tensor ordered(const Tensor &x) { return in_order(x) ? x : x.contiguous(); }
+Tensor ordered(const Tensor &x)
+{
+    TORCH_CHECK(x.dim() == 2, "adarank: rows must be a matrix, got ", x.sizes());
+    return in_order(x) ? x : x.contiguous();
+}
 
 // The products trust what they are told; the checks are here.
 Matrix matrix(const char *name, const Tensor &x, at::ScalarType dtype, int64_t rows, int64_t columns)
@@ -154,7 +159,28 @@ Matrix matrix(const char *name, const Tensor &x, at::ScalarType dtype, int64_t r
                 "adarank: ", name, " must be ", dtype, " [", rows, ", ", columns,
                 "] on the CPU with its rows in order, got ", x.scalar_type(), " ", x.sizes(), " with strides ",
                 x.strides(), " on ", x.device());
+    TORCH_CHECK(columns <= std::numeric_limits<int32_t>::max(), "adarank: ", name, " has too many columns");
     return {x.data_ptr(), x.size(0) > 1 ? x.stride(0) : std::max<int64_t>(columns, 1), rows, columns};
+}
+
+// Whether a rank's columns of S, from `first` on, are among `width`.
+bool fits(int64_t rank, int64_t first, int64_t width, at::ScalarType dtype)
+{
+    return rank >= 0 && first >= 0 && first <= width - padded(rank, dtype) && padded(first, dtype) == first;
+}
+
+// The columns of S that meet lora_B's ranks, or `rank` ones.
+Tensor columns_of(const Tensor &s, int64_t rank, int64_t first, at::ScalarType dtype)
+{
+    TORCH_CHECK(s.dim() == 2 && fits(rank, first, s.size(1), dtype), "adarank: rank ", rank, " from column ",
+                first, " does not fit S ", s.sizes());
+    return s.narrow(1, first, padded(rank, dtype));
+}
+
+int64_t rank_of(const Tensor &lora_B)
+{
+    TORCH_CHECK(lora_B.dim() == 2, "adarank: lora_B must be a matrix, got ", lora_B.sizes());
+    return lora_B.size(1);
 }
 
 // `rank_dim` is the dimension of `tensor` that counts the ranks.
@@ -166,8 +192,8 @@ Factor factor(const Tensor &tensor, int64_t rank_dim, int64_t first, int64_t fea
                 "adarank: a low-rank matrix must have ", features, " features of ", dtype,
                 " or float32, got ", tensor.scalar_type(), " ", tensor.sizes());
     int64_t rank = tensor.size(rank_dim);
-    TORCH_CHECK(first >= 0 && first + padded(rank, dtype) <= width && padded(first, dtype) == first,
-                "adarank: rank ", rank, " from column ", first, " does not fit ", width, " columns");
+    TORCH_CHECK(fits(rank, first, width, dtype), "adarank: rank ", rank, " from column ", first,
+                " does not fit ", width, " columns");
     return {tensor.data_ptr(), tensor.stride(rank_dim), tensor.stride(1 - rank_dim), rank, first,
             tensor.scalar_type() == at::kFloat};
 }
@@ -195,7 +221,11 @@ std::vector<Factor> side_by_side(at::TensorList lora_A, at::IntArrayRef first, i
     return factors;
 }
 
-int dropped_below(double dropout) { return std::min((int)std::nearbyint(dropout * 65536), 65536); }
+int dropped_below(double dropout)
+{
+    TORCH_CHECK(dropout >= 0 && dropout <= 1, "adarank: dropout must be in [0, 1], got ", dropout);
+    return (int)std::nearbyint(dropout * 65536);
+}
 
 uint64_t key_of(const Tensor &seed)
 {
@@ -233,12 +263,9 @@ void expand_(Tensor &y, const Tensor &s, const Tensor &lora_B, int64_t first, do
 {
     auto dtype = y.scalar_type();
     TORCH_CHECK(y.dim() == 2, "adarank: y must be a matrix, got ", y.sizes());
-    int64_t rank = padded(lora_B.size(1), dtype);
-    TORCH_CHECK(s.dim() == 2 && first >= 0 && first + rank <= s.size(1), "adarank: rank ", rank,
-                " from column ", first, " does not fit S ", s.sizes());
-    auto S = s.narrow(1, first, rank);
-    auto B = factor(lora_B, 1, 0, y.size(1), rank, dtype);
-    products_of(y).expand(matrix("y", y, dtype, y.size(0), y.size(1)), matrix("S", S, dtype, y.size(0), rank), {B},
+    auto S = columns_of(s, rank_of(lora_B), first, dtype);
+    auto B = factor(lora_B, 1, 0, y.size(1), S.size(1), dtype);
+    products_of(y).expand(matrix("y", y, dtype, y.size(0), y.size(1)), matrix("S", S, dtype, y.size(0), S.size(1)), {B},
                           scaling, bias_of(bias, dtype, y.size(1)), at::get_num_threads());
 }
 
@@ -246,13 +273,10 @@ void grad_s_(Tensor &ds, const Tensor &dy, const Tensor &lora_B, int64_t first, 
 {
     auto dtype = dy.scalar_type();
     auto dY = ordered(dy);
-    int64_t rank = padded(lora_B.size(1), dtype);
-    TORCH_CHECK(ds.dim() == 2 && first >= 0 && first + rank <= ds.size(1), "adarank: rank ", rank,
-                " from column ", first, " does not fit dS ", ds.sizes());
-    auto part = ds.narrow(1, first, rank);
-    auto B = factor(lora_B, 1, 0, dY.size(1), rank, dtype);
+    auto part = columns_of(ds, rank_of(lora_B), first, dtype);
+    auto B = factor(lora_B, 1, 0, dY.size(1), part.size(1), dtype);
     products_of(dY).shrink(matrix("dY", dY, dtype, dY.size(0), dY.size(1)),
-                           matrix("dS", part, dtype, dY.size(0), rank), {B}, scaling, at::get_num_threads());
+                           matrix("dS", part, dtype, dY.size(0), part.size(1)), {B}, scaling, at::get_num_threads());
 }
 
 Tensor grad_b(const Tensor &dy, const Tensor &s, int64_t first, int64_t rank, double scaling,
@@ -260,14 +284,11 @@ Tensor grad_b(const Tensor &dy, const Tensor &s, int64_t first, int64_t rank, do
 {
     auto dtype = dy.scalar_type();
     auto dY = ordered(dy);
-    int64_t width = padded(rank, dtype);
-    TORCH_CHECK(s.dim() == 2 && first >= 0 && first + width <= s.size(1), "adarank: rank ", rank,
-                " from column ", first, " does not fit S ", s.sizes());
-    auto S = s.narrow(1, first, width);
+    auto S = columns_of(s, rank, first, dtype);
     auto dB = at::empty({dY.size(1), rank}, dY.options().dtype(dtype_of_B));
-    auto B = factor(dB, 1, 0, dY.size(1), width, dtype);
+    auto B = factor(dB, 1, 0, dY.size(1), S.size(1), dtype);
     products_of(dY).outer(matrix("dY", dY, dtype, dY.size(0), dY.size(1)),
-                          matrix("S", S, dtype, dY.size(0), width), {B}, scaling, at::get_num_threads());
+                          matrix("S", S, dtype, dY.size(0), S.size(1)), {B}, scaling, at::get_num_threads());
     return dB;
 }
 
@@ -293,6 +314,7 @@ void grad_x_(Tensor &dx, const Tensor &ds, at::TensorList lora_A, at::IntArrayRe
     auto dtype = dx.scalar_type();
     TORCH_CHECK(dx.dim() == 2 && ds.dim() == 2, "adarank: dX and dS must be matrices");
     int64_t N = dx.size(0), features = dx.size(1), width = ds.size(1);
+    TORCH_CHECK(padded(width, dtype) == width, "adarank: dS must have an even number of columns, got ", width);
     auto factors = side_by_side(lora_A, first, features, width, dtype);
     auto low = seed ? at::zeros_like(dx, at::MemoryFormat::Contiguous) : dx;
     auto &with = products_of(dx);
@@ -312,10 +334,12 @@ struct Group {
     int64_t width = 0;
     bool native;
 
-    Group(const OptionalTensors &parts, const Tensor &x, int64_t padding) : native(is_native(x))
+    Group(const OptionalTensors &parts, const Tensor &x, int64_t padding, bool with_B = true)
+        : native(is_native(x))
     {
         int64_t M = parts.size() / 4;
         TORCH_CHECK(M * 4 == (int64_t)parts.size(), "adarank: four tensors for each module");
+        TORCH_CHECK(padding > 0, "adarank: padding must be positive, got ", padding);
         weight.resize(M), bias.resize(M), A.resize(M), B.resize(M);
         for (int64_t m = 0; m < M; m++) {
             weight[m] = parts.get(4 * m).value_or(Tensor());
@@ -326,6 +350,8 @@ struct Group {
                 continue;
             modules.push_back(m), first.push_back(width);
             int64_t rank = A[m].size(0);
+            TORCH_CHECK(B[m].defined() ? rank_of(B[m]) == rank : !with_B, "adarank: lora_A has ", rank,
+                        " ranks, lora_B ", B[m].defined() ? rank_of(B[m]) : 0);
             width += native ? padded(rank, x.scalar_type()) : (rank + padding - 1) / padding * padding;
         }
     }
@@ -452,6 +478,8 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
     if (!like.defined())
         return {};
     Group g(parts, like, padding);
+    TORCH_CHECK((int64_t)g.weight.size() == M && (int64_t)scalings.size() == M,
+                "adarank: one module and one scaling for each gradient");
     size_t count = g.modules.size();
     std::vector<Tensor> grads(2 + 2 * count);
     auto dtype = like.scalar_type();
@@ -519,7 +547,7 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
                     for (auto m : through)
                         for (auto &t : {Tensor(), Tensor(), g.A[m], Tensor()})
                             some.push_back(t.defined() ? std::optional<Tensor>(t) : std::nullopt);
-                    A = Group(some, like, padding).packed(dtype);
+                    A = Group(some, like, padding, false).packed(dtype);
                 }
                 if (seed)
                     grads[1 + 2 * count] = at::mm(dS, A);
@@ -713,7 +741,7 @@ Tensor philox(int64_t key, int64_t c0, int64_t c1, int64_t rows, int64_t n)
     int64_t plane = rows * n;
     for (int64_t row = 0; row < rows; row++, out += n)
         for (int64_t i = 0; i < n; i++) {
-            uint64_t counter = (uint64_t)c0 + ((uint64_t)(c1 + row) << 32) + (uint64_t)i;
+            uint64_t counter = (uint64_t)c0 + (((uint64_t)c1 + (uint64_t)row) << 32) + (uint64_t)i;
             uint32_t k0 = (uint32_t)key, k1 = (uint32_t)((uint64_t)key >> 32);
             uint32_t a = (uint32_t)counter, b = (uint32_t)(counter >> 32), c = 0, d = 0;
             for (int round = 0; round < 10; round++) {

@@ -1,5 +1,5 @@
 // Products of a wide matrix with a few ranks, for one element type and one instruction set. Included
-// several times by products.cpp, each time in a namespace of its own: ELEMENT_BF16 is 1 or 0, LANES the
+// several times by adarank.cpp, each time in a namespace of its own: ELEMENT_BF16 is 1 or 0, LANES the
 // number of 32-bit lanes of a vector.
 //
 // X is [N, features], S is [N, width], rows in order. A factor is a low-rank matrix [rank, features] of
@@ -150,7 +150,7 @@ void expand_few(element *X, int64_t ldx, int64_t N, int64_t features, const elem
     std::vector<float> sums(features);
     for (int64_t n = 0; n < N; n++) {
         for (int64_t k = 0; k < features; k++)
-            sums[k] = bias ? widened(bias[k]) : 0;
+            sums[k] = 0;
         for (const Factor &f : factors) {
             const element *s = S + n * lds + f.first;
             if (f.of_rank == 1) { // lora_B: a row of ranks for each feature
@@ -176,7 +176,7 @@ void expand_few(element *X, int64_t ldx, int64_t N, int64_t features, const elem
             }
         }
         for (int64_t k = 0; k < features; k++)
-            X[n * ldx + k] = rounded(widened(X[n * ldx + k]) + sums[k]);
+            X[n * ldx + k] = rounded(widened(X[n * ldx + k]) + (bias ? sums[k] + widened(bias[k]) : sums[k]));
     }
 }
 
@@ -307,12 +307,13 @@ INLINE void expand_tile(element *X, int64_t ldx, const element *S, int64_t lds, 
     vec sum[R][V];
     for (int i = 0; i < R; i++)
         for (int v = 0; v < V; v++)
-            sum[i][v] = bias ? floats(bias + v * LANES) : zero();
+            sum[i][v] = zero();
     tile<R, V>(sum, S, lds, P, lanes, terms);
     for (int i = 0; i < R; i++)
-        for (int v = 0; v < V; v++) { // last: X is large, its terms are small
+        for (int v = 0; v < V; v++) { // bias and X last: they are larger than the terms
             element *x = X + i * ldx + v * LANES;
-            store(x, plus(load(x), sum[i][v]));
+            vec low = bias ? plus(sum[i][v], floats(bias + v * LANES)) : sum[i][v];
+            store(x, plus(load(x), low));
         }
 }
 
