@@ -354,7 +354,7 @@ def arguments_of(dtype: torch.dtype, low: torch.dtype) -> dict[str, tuple[Any, .
         "grad_b": (Y, S, first[1], 8, 0.5, low),
         "grad_a": (S, X, first, [3, 8], low, SEED, 0.3),
         "grad_x_": (X, S, As, first, SEED, 0.3),
-        "group_forward": (X, parts, [0.5, 2.0], 0.3, SEED, 1, True, None),
+        "group_forward": (X, parts, [], 0, [0.5, 2.0], 0.3, SEED, 1, True, None),
         "group_backward": (
             *([Y, Y], X, S, None, parts, [0.5, 2.0], 0.3, SEED, 1, None, True, 3, 3, [9, 20]),
         ),
@@ -439,10 +439,10 @@ def bad_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
         yield "grad_x_", 1, wide[:, :13]  # pairs of columns
         yield "shrink", 2, [0, 5]
     for wrong in ([0.5], [], [0.5, 1.0, 2.0]):
-        yield "group_forward", 2, wrong
+        yield "group_forward", 4, wrong
         yield "group_backward", 5, wrong
     for padding in (0, -1):
-        yield "group_forward", 5, padding
+        yield "group_forward", 7, padding
         yield "group_backward", 8, padding
     good = arguments_of(dtype, dtype)
     parts = good["group_forward"][1]
