@@ -59,6 +59,12 @@ INLINE units two_rows(const element *x, const element *next)
     return _mm512_or_si512(sixteen(x), _mm512_slli_epi32(sixteen(next), 16));
 }
 INLINE units broadcast(unit x) { return _mm512_set1_epi32((int)x); }
+INLINE units broadcast_two(const element *x)
+{
+    int64_t two;
+    memcpy(&two, x, sizeof two);
+    return _mm512_set1_epi64(two);
+}
 INLINE vec products(vec sum, units p, units x)
 {
     return _mm512_dpbf16_ps(sum, (__m512bh)p, (__m512bh)x);
@@ -86,6 +92,13 @@ INLINE void store_floats(float *x, vec v) { store(x, v); }
 INLINE units load_units(const unit *p) { return load(p); }
 INLINE units two_rows(const element *x, const element *) { return load(x); }
 INLINE units broadcast(unit x) { return zero() + x; }
+INLINE units broadcast_two(const element *x)
+{
+    typedef int64_t pairs __attribute__((vector_size(4 * LANES)));
+    int64_t two;
+    memcpy(&two, x, sizeof two);
+    return (units)(pairs{} + two);
+}
 INLINE vec products(vec sum, units p, units x) { return sum + p * x; }
 #endif
 
@@ -180,12 +193,12 @@ void expand_few(element *X, int64_t ldx, int64_t N, int64_t features, const elem
     }
 }
 
-// out [R][V vectors]: sums over `terms` units of a row of X times the packed P.
-template <int R, int V>
+// out [R][V vectors]: sums over every `step`th of `terms` units of a row of X times the packed P.
+template <int R, int V, int step = 1>
 INLINE void tile(vec (&sum)[R][V], const element *X, int64_t ldx, const unit *P, int64_t lanes,
                  int64_t terms)
 {
-    for (int64_t u = 0; u < terms; u++) {
+    for (int64_t u = 0; u < terms; u += step) {
         units p[V];
         for (int v = 0; v < V; v++)
             p[v] = load_units(P + u * lanes + v * LANES);
@@ -197,88 +210,151 @@ INLINE void tile(vec (&sum)[R][V], const element *X, int64_t ldx, const unit *P,
     }
 }
 
+// A sum over the features is the sum over the even units plus that over the odd ones, each of short sums,
+// since a long one rounds more. So a rank's result does not depend on the tile that it falls into: where half
+// a vector of ranks is left, one lane takes the even units and its neighbour the odd ones.
 constexpr int64_t SHORT = 32; // units
 
 template <int R, int V>
 INLINE void shrink_tile(const element *X, int64_t ldx, int64_t features, const unit *P, int64_t lanes,
                         element *S, int64_t lds, int64_t columns)
 {
-    vec total[R][V], sum[R][V]; // short sums first: a long one rounds more
+    vec total[2][R][V];
     int64_t whole = features / PAIR;
-    for (int i = 0; i < R; i++)
-        for (int v = 0; v < V; v++)
-            total[i][v] = zero();
-    for (int64_t u = 0; u < whole; u += SHORT) {
+    for (int h = 0; h < 2; h++)
         for (int i = 0; i < R; i++)
             for (int v = 0; v < V; v++)
-                sum[i][v] = zero();
-        tile<R, V>(sum, X + PAIR * u, ldx, P + u * lanes, lanes, std::min<int64_t>(SHORT, whole - u));
-        for (int i = 0; i < R; i++)
-            for (int v = 0; v < V; v++)
-                total[i][v] = plus(total[i][v], sum[i][v]);
-    }
-    if (PAIR * whole < features) { // the last number of a row, which has no neighbour
+                total[h][i][v] = zero();
+    for (int64_t u = 0; u < whole; u += SHORT)
+        for (int h = 0; h < 2; h++) {
+            vec sum[R][V];
+            for (int i = 0; i < R; i++)
+                for (int v = 0; v < V; v++)
+                    sum[i][v] = zero();
+            tile<R, V, 2>(sum, X + PAIR * (u + h), ldx, P + (u + h) * lanes, lanes,
+                          std::min<int64_t>(SHORT, whole - u) - h);
+            for (int i = 0; i < R; i++)
+                for (int v = 0; v < V; v++)
+                    total[h][i][v] = plus(total[h][i][v], sum[i][v]);
+        }
+    if (PAIR * whole < features) // the last number of a row, which has no neighbour
         for (int i = 0; i < R; i++) {
             units x = broadcast(joined(X[i * ldx + features - 1], 0));
             for (int v = 0; v < V; v++)
-                total[i][v] = products(total[i][v], load_units(P + whole * lanes + v * LANES), x);
+                total[whole % 2][i][v] =
+                    products(total[whole % 2][i][v], load_units(P + whole * lanes + v * LANES), x);
         }
-    }
     for (int i = 0; i < R; i++) {
         element row[V * LANES];
         for (int v = 0; v < V; v++)
-            store(row + v * LANES, total[i][v]);
+            store(row + v * LANES, plus(total[0][i][v], total[1][i][v]));
         memcpy(S + i * lds, row, std::min<int64_t>(columns, V * LANES) * sizeof(element));
+    }
+}
+
+// Half a vector of ranks; P is packed [pairs of units][rank, even or odd].
+template <int R>
+INLINE void half_tile(const element *X, int64_t ldx, int64_t features, const unit *P, element *S, int64_t lds,
+                      int64_t columns)
+{
+    vec total[R];
+    int64_t both = features / (2 * PAIR);
+    for (int i = 0; i < R; i++)
+        total[i] = zero();
+    for (int64_t u = 0; u < both; u += SHORT / 2) {
+        vec sum[R];
+        for (int i = 0; i < R; i++)
+            sum[i] = zero();
+        for (int64_t k = u; k < std::min<int64_t>(u + SHORT / 2, both); k++) {
+            units p = load_units(P + k * LANES);
+            for (int i = 0; i < R; i++)
+                sum[i] = products(sum[i], p, broadcast_two(X + i * ldx + 2 * PAIR * k));
+        }
+        if (u + SHORT / 2 > both && 2 * PAIR * both < features) { // the rest of a row
+            units p = load_units(P + both * LANES);
+            for (int i = 0; i < R; i++) {
+                element rest[2 * PAIR] = {0};
+                memcpy(rest, X + i * ldx + 2 * PAIR * both, (features - 2 * PAIR * both) * sizeof(element));
+                sum[i] = products(sum[i], p, broadcast_two(rest));
+            }
+        }
+        for (int i = 0; i < R; i++)
+            total[i] = plus(total[i], sum[i]);
+    }
+    for (int i = 0; i < R; i++) {
+        float lanes[LANES], sums[LANES] = {0};
+        element row[LANES];
+        store_floats(lanes, total[i]);
+        for (int j = 0; j < LANES / 2; j++)
+            sums[j] = lanes[2 * j] + lanes[2 * j + 1];
+        store(row, floats(sums));
+        memcpy(S + i * lds, row, columns * sizeof(element));
     }
 }
 
 template <int R>
 INLINE void shrink_row(const element *X, int64_t ldx, int64_t features, const unit *P, int64_t lanes,
-                       element *S, int64_t lds, int64_t width)
+                       const unit *half, element *S, int64_t lds, int64_t width, int64_t whole)
 {
     int64_t j = 0;
-    for (; j + 2 * LANES < width; j += 3 * LANES)
-        shrink_tile<R, 3>(X, ldx, features, P + j, lanes, S + j, lds, width - j);
-    for (; j + LANES < width; j += 2 * LANES)
-        shrink_tile<R, 2>(X, ldx, features, P + j, lanes, S + j, lds, width - j);
-    for (; j < width; j += LANES)
-        shrink_tile<R, 1>(X, ldx, features, P + j, lanes, S + j, lds, width - j);
+    for (; j + 2 * LANES < whole; j += 3 * LANES)
+        shrink_tile<R, 3>(X, ldx, features, P + j, lanes, S + j, lds, whole - j);
+    for (; j + LANES < whole; j += 2 * LANES)
+        shrink_tile<R, 2>(X, ldx, features, P + j, lanes, S + j, lds, whole - j);
+    for (; j < whole; j += LANES)
+        shrink_tile<R, 1>(X, ldx, features, P + j, lanes, S + j, lds, whole - j);
+    if (whole < width)
+        half_tile<R>(X, ldx, features, half, S + whole, lds, width - whole);
 }
 
-// Factors as units [pairs of features][ranks].
-INLINE void pack_features(const std::vector<Factor> &factors, unit *P, int64_t lanes, int64_t from,
-                          int64_t to, int64_t features, float scaling)
+// Factors as units [pairs of features][ranks]; those from rank `whole` on as half_tile reads them.
+INLINE void pack_features(const std::vector<Factor> &factors, unit *P, int64_t lanes, unit *half, int64_t whole,
+                          int64_t from, int64_t to, int64_t features, float scaling)
 {
     memset(P + from * lanes, 0, (to - from) * lanes * sizeof(unit));
+    memset(half + from / 2 * LANES, 0, (to + 1 - from) / 2 * LANES * sizeof(unit));
     for (const Factor &f : factors)
         for (int64_t j = 0; j < f.rank; j++)
             for (int64_t u = from; u < to; u++) {
                 element high = 0;
                 if (PAIR == 2 && 2 * u + 1 < features)
                     high = entry(f, j, 2 * u + 1, scaling);
-                P[u * lanes + f.first + j] = joined(entry(f, j, PAIR * u, scaling), high);
+                unit found = joined(entry(f, j, PAIR * u, scaling), high);
+                int64_t column = f.first + j;
+                if (column < whole)
+                    P[u * lanes + column] = found;
+                else
+                    half[u / 2 * LANES + 2 * (column - whole) + u % 2] = found;
             }
 }
 
 void shrink(const element *X, int64_t ldx, int64_t N, int64_t features, element *S, int64_t lds,
             int64_t width, const std::vector<Factor> &factors, float scaling, int threads)
 {
-    // whole vectors are read from wherever a tile begins
-    int64_t terms = units_of(features), lanes = lanes_of(width);
-    Buffer<unit> P(terms * lanes);
+    int64_t left = width % LANES, whole = left && left <= LANES / 2 ? width - left : width;
+    int64_t terms = units_of(features), lanes = lanes_of(whole); // tiles read whole vectors
+    Buffer<unit> P(terms * lanes), half((terms + 1) / 2 * LANES);
     threads = alone(N * features * width) ? 1 : threads;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (int64_t u = 0; u < terms; u += 64)
-            pack_features(factors, P.data, lanes, u, std::min<int64_t>(u + 64, terms), features, scaling);
+            pack_features(factors, P.data, lanes, half.data, whole, u, std::min<int64_t>(u + 64, terms), features,
+                          scaling);
 #pragma omp for
         for (int64_t n = 0; n < N; n += 8) {
+            const element *x = X + n * ldx;
+            element *s = S + n * lds;
             if (n + 8 <= N)
-                shrink_row<8>(X + n * ldx, ldx, features, P.data, lanes, S + n * lds, lds, width);
+                shrink_row<8>(x, ldx, features, P.data, lanes, half.data, s, lds, width, whole);
             else
-                for (int64_t i = n; i < N; i++)
-                    shrink_row<1>(X + i * ldx, ldx, features, P.data, lanes, S + i * lds, lds, width);
+                for (int64_t i = 0; i < N - n; i++)
+                    shrink_row<1>(x + i * ldx, ldx, features, P.data, lanes, half.data, s + i * lds, lds, width,
+                                  whole);
+            for (const Factor &f : factors)
+                if (PAIR == 2 && f.rank % 2) // a column that nobody asked for: zero, whatever X holds
+                    for (int64_t i = 0; i < std::min<int64_t>(8, N - n); i++)
+                        s[i * lds + f.first + f.rank] = 0;
         }
     }
 }
