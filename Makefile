@@ -19,6 +19,20 @@ suite:
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
+# The C++ operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer, built with g++ into a
+# cache of their own. Minutes; not part of the suite.
+.PHONY: sanitize
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export CXX = $(CURDIR)/tests/kernels/sanitized-c++
+sanitize: export PYTHONPATH = $(CURDIR)/kernels
+sanitize: $(VENV)/.installed
+	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && export ADARANK_CACHE=$$cache && \
+	preload="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" && \
+	LD_PRELOAD="$$preload" $(BIN)/python -c \
+		"from adarank_kernels.runtime import native; assert native.operators() is not None" && \
+	LD_PRELOAD="$$preload" $(BIN)/python -m pytest --capture=sys -x \
+		tests/kernels/test_products.py tests/kernels/test_grouped_lora.py
+
 # The suite with the lower bounds of pyproject.toml, and with the newest releases the index serves.
 # Bounds are read from every quoted "name>=version" there: the build's, the dependencies' and the
 # extras'. The extra "dev" is not installed: no test needs its tools.

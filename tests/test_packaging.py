@@ -100,6 +100,14 @@ def test_the_wheel_has_both_packages_and_nothing_else(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"adarank_fast", "adarank_kernels"}
     assert "adarank_fast/comparison/report.css" in names
+    cpp = {f"adarank_kernels/runtime/cpp/{name}" for name in ("adarank.cpp", "products.h")}
+    assert {name for name in names if "/cpp/" in name} == cpp
+    modules = {
+        str(path.relative_to(folder.parent))
+        for folder in (ROOT / "adarank_fast", ROOT / "kernels" / "adarank_kernels")
+        for path in folder.rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == modules
 
 
 def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
@@ -116,4 +124,4 @@ def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     )
     out = run(code, empty, str(site)).split()
     assert out[0].startswith(str(site)) and out[1].startswith(str(site))
-    assert out[2:] == ["True", "True"]  # the C source came along
+    assert out[2:] == ["True", "True"]  # the C++ source came along

@@ -195,7 +195,7 @@ def test_against_peft() -> None:
 @pytest.mark.parametrize("grown", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_data_of_a_larger_rank(dtype: torch.dtype, grown: int) -> None:
-    """`.data` may be replaced: the next call takes the new rank, a backward underway raises."""
+    """`.data` may be replaced: a backward pass underway raises, the next call takes it."""
     group = make_group(ranks=(3, 8), outs=(20, 36)).to(dtype)
     outputs = group.run(grouped_lora_linear)
     other = make_group(ranks=(7, 80), outs=(20, 36)).to(dtype)

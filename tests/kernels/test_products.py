@@ -474,10 +474,9 @@ def bad_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     yield "philox", 4, -1
 
 
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=NAMES[:2], indirect=True)
 def test_bad_input_raises(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    dtype, low = dtypes
-    if low != dtype:
-        pytest.skip("the same")
+    dtype = dtypes[0]
     good = arguments_of(dtype, dtype)
     for name, arguments in good.items():
         getattr(ops, name)(*arguments)

@@ -3,13 +3,13 @@
 A library lies in the user's cache under a key of all it was made from: the sources, torch's version
 and C++ ABI, the compiler, the options and the CPU's instruction sets. Building happens in a
 temporary folder under a lock of the operating system, which a killed builder releases; a rename
-makes the library appear whole. Where it cannot be built or loaded there is one warning, and torch's
-products stand in.
+makes the library appear whole. Its last bytes are a hash of the others: loading a library that was
+cut short would end the process, so it is built again. Where it cannot be built or loaded there is
+one warning, and torch's products stand in.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import platform
@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -30,10 +30,12 @@ try:
 except ImportError:  # Windows, which gets torch's products
     pass
 
-OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-w")
-# -fopenmp without the compiler's own library: torch's, which is in the process, serves.
-LIBRARIES = ("-nodefaultlibs", "-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc")
-TIMEOUT = 300  # seconds for the compiler
+OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w")
+TIMEOUT = 300  # seconds for the compiler, and for another process that builds
+OPERATORS = (
+    *("drop", "shrink", "expand_", "grad_s_", "grad_b", "grad_a", "grad_x_"),
+    *("group_forward", "group_backward", "philox", "knows"),
+)
 
 SOURCES = [Path(__file__).with_name("cpp") / name for name in ("adarank.cpp", "products.h")]
 
@@ -75,7 +77,10 @@ def _load() -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     try:
-        torch.ops.load_library(str(_built()))
+        if not _are_registered():  # a second library of this name would end the process
+            torch.ops.load_library(str(_built()))
+        if not _are_registered():
+            raise RuntimeError("the library lacks operators")
         return True
     except Exception as error:  # no compiler, a full disk, a library without symbols, ...
         said = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -87,19 +92,43 @@ def _load() -> bool:
         return False
 
 
+def _are_registered() -> bool:
+    return all(hasattr(torch.ops.adarank, name) for name in OPERATORS)
+
+
 def _built() -> Path:
     """The library, built now or before."""
     compiler = _compiler()
     folder = cache_folder()
     path = folder / f"adarank-{_key(compiler)}.so"
-    if path.exists():
+    if _is_whole(path):
         return path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
+        _wait_for(lock)
+        if not _is_whole(path):
             _build(compiler, path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Takes the lock, which a builder holds as long as it lives; waits no longer than TIMEOUT."""
+    start = time.monotonic()
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - start > TIMEOUT:
+                raise TimeoutError("another process has been building for too long") from None
+            time.sleep(0.1)
 
 
 def _build(compiler: str, path: Path) -> None:
@@ -109,17 +138,31 @@ def _build(compiler: str, path: Path) -> None:
         flush=True,
     )
     start = time.monotonic()
-    root = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
-        built = Path(folder, path.name)
-        command = [compiler, *_options(), str(SOURCES[0]), "-o", str(built)]
-        command += [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", *LIBRARIES]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-        if result.returncode:
-            errors = [line for line in result.stderr.splitlines() if "error" in line]
-            raise RuntimeError(f"{compiler}: {(errors or ['it failed'])[0]}")
+    libraries = Path(torch.__file__).parent / "lib"
+    prefix = f".build-{path.stem}-"
+    for left in path.parent.glob(f"{prefix}*"):  # by a builder that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+        compiled, built = Path(folder, "adarank.o"), Path(folder, path.name)
+        _run([compiler, *_options(), "-c", str(SOURCES[0]), "-o", str(compiled)])
+        # Linked without -fopenmp, which would bring the compiler's own OpenMP library along, and
+        # its threads: torch's, whatever it is called, is in the process.
+        _run(
+            [compiler, "-shared", str(compiled), "-o", str(built)]
+            + [f"-L{libraries}", "-lc10", "-ltorch_cpu"]
+        )
+        digest = hashlib.sha256(built.read_bytes()).digest()
+        with open(built, "ab") as file:
+            file.write(digest)
         os.replace(built, path)
     print(f"adarank-fast: built in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        raise RuntimeError(f"{command[0]}: {(errors or ['it failed'])[0]}")
 
 
 def _options() -> list[str]:
@@ -128,7 +171,6 @@ def _options() -> list[str]:
     return [*OPTIONS, f"-I{include}", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
 
 
-@functools.cache
 def _compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++"):
         if name and (path := shutil.which(name)):
@@ -140,7 +182,7 @@ def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
     for part in (
-        torch.__version__.encode(),
+        f"{torch.__version__} {torch.version.git_version}".encode(),
         " ".join(_options()).encode(),
         compiler.encode(),
         version,

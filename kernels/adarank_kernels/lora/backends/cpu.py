@@ -6,6 +6,7 @@ fake kernels, so that compiled graphs call them too.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -16,16 +17,19 @@ from adarank_kernels.runtime import native
 
 DTYPES = (torch.float32, torch.bfloat16)
 
+_lock = threading.Lock()
 _usable: dict[torch.dtype, bool] = {}
 
 
 def _is_usable(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for it; builds the operators if need be."""
     if not _usable:
-        operators = native.operators()
-        if operators is not None:
-            _register_fakes()
-        _usable.update({d: operators is not None and operators.knows(d) for d in DTYPES})
+        with _lock:  # fakes can be registered once only
+            if not _usable:
+                operators = native.operators()
+                if operators is not None:
+                    _register_fakes()
+                _usable.update({d: operators is not None and operators.knows(d) for d in DTYPES})
     return _usable.get(dtype, False)
 
 

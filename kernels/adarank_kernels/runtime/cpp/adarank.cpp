@@ -151,6 +151,13 @@ Tensor ordered(const Tensor &x)
     return in_order(x) ? x : x.contiguous();
 }
 
+// Never null: memset and pointer arithmetic must not see a null pointer, not even for no elements.
+void *data_of(const Tensor &x)
+{
+    static char nothing[64];
+    return x.numel() ? x.data_ptr() : nothing;
+}
+
 // The products trust what they are told; the checks are here.
 Matrix matrix(const char *name, const Tensor &x, at::ScalarType dtype, int64_t rows, int64_t columns)
 {
@@ -160,13 +167,15 @@ Matrix matrix(const char *name, const Tensor &x, at::ScalarType dtype, int64_t r
                 "] on the CPU with its rows in order, got ", x.scalar_type(), " ", x.sizes(), " with strides ",
                 x.strides(), " on ", x.device());
     TORCH_CHECK(columns <= std::numeric_limits<int32_t>::max(), "adarank: ", name, " has too many columns");
-    return {x.data_ptr(), x.size(0) > 1 ? x.stride(0) : std::max<int64_t>(columns, 1), rows, columns};
+    return {data_of(x), x.size(0) > 1 ? x.stride(0) : std::max<int64_t>(columns, 1), rows, columns};
 }
 
 // Whether a rank's columns of S, from `first` on, are among `width`.
 bool fits(int64_t rank, int64_t first, int64_t width, at::ScalarType dtype)
 {
-    return rank >= 0 && first >= 0 && first <= width - padded(rank, dtype) && padded(first, dtype) == first;
+    if (rank < 0 || rank > width || first < 0) // no sum of what follows overflows
+        return false;
+    return first <= width - padded(rank, dtype) && padded(first, dtype) == first;
 }
 
 // The columns of S that meet lora_B's ranks, or `rank` ones.
@@ -194,7 +203,7 @@ Factor factor(const Tensor &tensor, int64_t rank_dim, int64_t first, int64_t fea
     int64_t rank = tensor.size(rank_dim);
     TORCH_CHECK(fits(rank, first, width, dtype), "adarank: rank ", rank, " from column ", first,
                 " does not fit ", width, " columns");
-    return {tensor.data_ptr(), tensor.stride(rank_dim), tensor.stride(1 - rank_dim), rank, first,
+    return {data_of(tensor), tensor.stride(rank_dim), tensor.stride(1 - rank_dim), rank, first,
             tensor.scalar_type() == at::kFloat};
 }
 
