@@ -147,6 +147,18 @@ class Member:
         drop = self.drop
         return drop.p if type(drop) is nn.Dropout and drop.training else 0.0
 
+    def is_active(self, own: dict[str, Any]) -> bool:
+        """The part of `holds` that may change between two calls of one forward."""
+        _, of_A, of_B = self.inner
+        return not (
+            own["_disable_adapters"]
+            or own["merged_adapters"]
+            or own["_active_adapter"] != self.active
+            or of_A["_parameters"].get("weight") is not self.A
+            or of_B["_parameters"].get("weight") is not self.B
+            or own["scaling"].get(self.name) is not self.scaling
+        )
+
     def holds(self, own: dict[str, Any]) -> bool:
         """Whether the layer with these attributes is still what it was."""
         if own["_disable_adapters"] or own["merged_adapters"] or "_is_replica" in own:

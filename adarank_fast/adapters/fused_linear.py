@@ -156,17 +156,14 @@ def _alone(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _alike(layers: Sequence[Layer], x: Tensor) -> bool:
-    """Whether the first layer, itself fusable, may compute the others too: one mask for all.
-
-    What the others rest on is compared when they take their outputs.
-    """
+    """Whether the first layer, itself fusable, may compute the others too: one mask for all."""
     dropout = None
     for layer in layers:
         state: LayerState | None = layer.__dict__.get("_adarank")
         if state is None:
             return False
         member = state.member
-        if member is None:
+        if layer is not layers[0] and (member is None or not member.holds(layer.__dict__)):
             if why_not(layer, x):
                 return False
             state.member = member = remember(layer)

@@ -127,7 +127,7 @@ class Waiting:
         if (
             x._version != self.version
             or modes_of(x) != self.modes
-            or not member.holds(own)
+            or not member.is_active(own)
             or member.dropout != self.dropout
             or (member.A._version, member.B._version) != self.versions[position]
         ):

@@ -186,7 +186,9 @@ def test_whole_passes_as_on_a_gpu(
     assert_as_good_as_torch(ours, torchs, exact)
     assert all(torch.equal(ours[name], again[name]) for name in ours)
     outputs = group.to(dtype).run(grouped_lora_linear)
-    assert {type(y.grad_fn).__name__ for y in outputs} == {"DroppedBackward" if dropout else "CppFunction"}
+    assert {type(y.grad_fn).__name__ for y in outputs} == {
+        "DroppedBackward" if dropout else "CppFunction"
+    }
     with torch.no_grad():
         outputs = group.to(dtype).run(grouped_lora_linear)
     assert all(torch.equal(y, ours[f"y[{m}]"]) for m, y in enumerate(outputs))

@@ -491,3 +491,11 @@ def test_bad_input_raises(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         except Exception as error:
             pytest.fail(f"{name}, argument {at}, {said}: {type(error).__name__}: {error}")
         pytest.fail(f"{name}, argument {at}: accepted {said}")
+
+
+def test_a_freed_storage_is_refused() -> None:
+    """FSDP frees what it has sharded; the shape stays."""
+    A = randn(3, 20)
+    A.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="needs more than its storage"):
+        torch.ops.adarank.shrink(randn(9, 20), [A], [0], 3, None, 0.0)

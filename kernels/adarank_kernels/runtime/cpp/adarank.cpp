@@ -151,11 +151,19 @@ Tensor ordered(const Tensor &x)
     return in_order(x) ? x : x.contiguous();
 }
 
-// Never null: memset and pointer arithmetic must not see a null pointer, not even for no elements.
+// Never null: memset and pointer arithmetic must not see a null pointer, not even for no elements. The storage
+// may be smaller than the shape says: FSDP frees what it has sharded.
 void *data_of(const Tensor &x)
 {
     static char nothing[64];
-    return x.numel() ? x.data_ptr() : nothing;
+    if (!x.numel())
+        return nothing;
+    int64_t last = x.storage_offset();
+    for (int64_t d = 0; d < x.dim(); d++)
+        last += (x.size(d) - 1) * x.stride(d);
+    TORCH_CHECK((uint64_t)(last + 1) * x.element_size() <= x.storage().nbytes(), "adarank: ", x.sizes(), " of ",
+                x.scalar_type(), " needs more than its storage of ", x.storage().nbytes(), " bytes");
+    return x.data_ptr();
 }
 
 // The products trust what they are told; the checks are here.

@@ -220,29 +220,30 @@ INLINE void shrink_tile(const element *X, int64_t ldx, int64_t features, const u
                         element *S, int64_t lds, int64_t columns)
 {
     vec total[2][R][V];
-    int64_t whole = features / PAIR;
+    int64_t paired = features / (2 * PAIR) * 2;
     for (int h = 0; h < 2; h++)
         for (int i = 0; i < R; i++)
             for (int v = 0; v < V; v++)
                 total[h][i][v] = zero();
-    for (int64_t u = 0; u < whole; u += SHORT)
+    for (int64_t u = 0; u < paired; u += SHORT)
         for (int h = 0; h < 2; h++) {
             vec sum[R][V];
             for (int i = 0; i < R; i++)
                 for (int v = 0; v < V; v++)
                     sum[i][v] = zero();
             tile<R, V, 2>(sum, X + PAIR * (u + h), ldx, P + (u + h) * lanes, lanes,
-                          std::min<int64_t>(SHORT, whole - u) - h);
+                          std::min<int64_t>(SHORT, paired - u) - h);
             for (int i = 0; i < R; i++)
                 for (int v = 0; v < V; v++)
                     total[h][i][v] = plus(total[h][i][v], sum[i][v]);
         }
-    if (PAIR * whole < features) // the last number of a row, which has no neighbour
+    for (int64_t u = paired; PAIR * u < features; u++) // the rest of a row
         for (int i = 0; i < R; i++) {
-            units x = broadcast(joined(X[i * ldx + features - 1], 0));
+            element rest[PAIR] = {0};
+            memcpy(rest, X + i * ldx + PAIR * u, std::min<int64_t>(PAIR, features - PAIR * u) * sizeof(element));
+            units x = broadcast(unit_at(rest, 0));
             for (int v = 0; v < V; v++)
-                total[whole % 2][i][v] =
-                    products(total[whole % 2][i][v], load_units(P + whole * lanes + v * LANES), x);
+                total[u % 2][i][v] = products(total[u % 2][i][v], load_units(P + u * lanes + v * LANES), x);
         }
     for (int i = 0; i < R; i++) {
         element row[V * LANES];
@@ -270,16 +271,16 @@ INLINE void half_tile(const element *X, int64_t ldx, int64_t features, const uni
             for (int i = 0; i < R; i++)
                 sum[i] = products(sum[i], p, broadcast_two(X + i * ldx + 2 * PAIR * k));
         }
-        if (u + SHORT / 2 > both && 2 * PAIR * both < features) { // the rest of a row
-            units p = load_units(P + both * LANES);
-            for (int i = 0; i < R; i++) {
-                element rest[2 * PAIR] = {0};
-                memcpy(rest, X + i * ldx + 2 * PAIR * both, (features - 2 * PAIR * both) * sizeof(element));
-                sum[i] = products(sum[i], p, broadcast_two(rest));
-            }
-        }
         for (int i = 0; i < R; i++)
             total[i] = plus(total[i], sum[i]);
+    }
+    if (2 * PAIR * both < features) { // the rest of a row
+        units p = load_units(P + both * LANES);
+        for (int i = 0; i < R; i++) {
+            element rest[2 * PAIR] = {0};
+            memcpy(rest, X + i * ldx + 2 * PAIR * both, (features - 2 * PAIR * both) * sizeof(element));
+            total[i] = products(total[i], p, broadcast_two(rest));
+        }
     }
     for (int i = 0; i < R; i++) {
         float lanes[LANES], sums[LANES] = {0};
@@ -380,15 +381,24 @@ template <int R, int V>
 INLINE void expand_tile(element *X, int64_t ldx, const element *S, int64_t lds, int64_t terms,
                         const unit *P, int64_t lanes, const float *bias)
 {
-    vec sum[R][V];
+    vec total[R][V];
     for (int i = 0; i < R; i++)
         for (int v = 0; v < V; v++)
-            sum[i][v] = zero();
-    tile<R, V>(sum, S, lds, P, lanes, terms);
+            total[i][v] = zero();
+    for (int64_t u = 0; u < terms; u += SHORT) {
+        vec sum[R][V];
+        for (int i = 0; i < R; i++)
+            for (int v = 0; v < V; v++)
+                sum[i][v] = zero();
+        tile<R, V>(sum, S + PAIR * u, lds, P + u * lanes, lanes, std::min<int64_t>(SHORT, terms - u));
+        for (int i = 0; i < R; i++)
+            for (int v = 0; v < V; v++)
+                total[i][v] = plus(total[i][v], sum[i][v]);
+    }
     for (int i = 0; i < R; i++)
         for (int v = 0; v < V; v++) { // bias and X last: they are larger than the terms
             element *x = X + i * ldx + v * LANES;
-            vec low = bias ? plus(sum[i][v], floats(bias + v * LANES)) : sum[i][v];
+            vec low = bias ? plus(total[i][v], floats(bias + v * LANES)) : total[i][v];
             store(x, plus(load(x), low));
         }
 }
