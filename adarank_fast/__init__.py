@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
     from adarank_fast.adapters.inject import inject
     from adarank_fast.comparison.compare import compare
+    from adarank_fast.errors import AdarankError, AdarankTypeError
     from adarank_fast.models.targets import Target, find_targets
     from adarank_fast.plan.allocation import allocate_ranks
     from adarank_fast.plan.rank_plan import RankPlan, Score
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __version__ = _version("adarank-fast")
 
 __all__ = [
+    "AdarankError",
+    "AdarankTypeError",
     "AdaptiveTrials",
     "CostEstimate",
     "FusionReport",
@@ -59,6 +62,7 @@ _MODULES = {
     "adapters.fusion_report": ["FusionReport", "fusion_report"],
     "adapters.inject": ["inject"],
     "comparison.compare": ["compare"],
+    "errors": ["AdarankError", "AdarankTypeError"],
     "models.targets": ["Target", "find_targets"],
     "plan.allocation": ["allocate_ranks"],
     "plan.rank_plan": ["RankPlan", "Score"],

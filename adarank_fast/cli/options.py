@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.training.choices import DTYPES
 
@@ -44,7 +45,9 @@ def parse_trials(text: str) -> int | AdaptiveTrials:
     """ "5" -> 5; "2-10" -> AdaptiveTrials(2, 10)."""
     numbers = text.split("-")
     if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) > 2:
-        raise ValueError(f"--trials {text!r} is neither a positive number nor a range such as 2-10")
+        raise AdarankError(
+            f"--trials {text!r} is neither a positive number nor a range such as 2-10"
+        )
     return int(text) if len(numbers) == 1 else AdaptiveTrials(int(numbers[0]), int(numbers[1]))
 
 
@@ -68,7 +71,9 @@ def parse_numbers(option: str, text: str) -> list[float]:
     """Numbers separated by commas."""
     numbers = [parse_scaling(part) for part in text.split(",")]
     if any(isinstance(number, str) for number in numbers):
-        raise ValueError(f"{option} {text!r}: give numbers separated by commas, such as 1e-3,2e-3")
+        raise AdarankError(
+            f"{option} {text!r}: give numbers separated by commas, such as 1e-3,2e-3"
+        )
     return [float(number) for number in numbers]
 
 
@@ -79,6 +84,6 @@ def parse_function(option: str, name: str) -> Callable[..., Any]:
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {name!r}: {error}; give module:function") from error
+        raise AdarankError(f"{option} {name!r}: {error}; give module:function") from error
     finally:
         sys.path.remove("")

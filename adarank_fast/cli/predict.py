@@ -15,8 +15,9 @@ from rich import box
 from rich.table import Table
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import BadInput, quiet_transformers, say_written, show, status
+from adarank_fast.cli.console import quiet_transformers, say_written, show, status
 from adarank_fast.cli.options import parse_target_modules
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import check_file
 from adarank_fast.training.choices import DTYPES, check_choice
 from adarank_fast.training.data import read_texts
@@ -98,7 +99,7 @@ def predict(
 ) -> None:
     """Predict a LoRA rank for every module of MODEL, a language model with its head."""
     if average_rank is not None and budget_parameters is not None:
-        raise BadInput("give --average-rank or --budget-parameters, not both")
+        raise AdarankError("give --average-rank or --budget-parameters, not both")
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
     if probe_dtype is not None:
         check_choice("--probe-dtype", probe_dtype, DTYPES)

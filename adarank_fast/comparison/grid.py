@@ -22,6 +22,7 @@ from adarank_fast.comparison.experiment import (
     split_validation,
 )
 from adarank_fast.comparison.metrics import Metric
+from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.files import replacing, write_text
 from adarank_fast.models.memory import peak_memory, reset_peak_memory
 from adarank_fast.plan.rank_plan import RankPlan
@@ -147,7 +148,7 @@ def make_model(experiment: Experiment, seed: int) -> nn.Module:
     set_seed(seed)
     model = experiment.factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model() must return a torch module, got {type(model).__name__}")
+        raise AdarankTypeError(f"model() must return a torch module, got {type(model).__name__}")
     return model
 
 
@@ -159,7 +160,7 @@ def best_rate(arm: str, swept: Sequence[dict[str, Any]], metric: Metric) -> floa
     sound = [cell for cell in mine if cell["diverged"] is None]
     if not sound:
         tried = ", ".join(f"{cell['learning_rate']:g}" for cell in mine)
-        raise ValueError(
+        raise AdarankError(
             f"arm {arm!r} diverged at every learning rate of the sweep ({tried}); give lower ones"
         )
     sign = -1 if metric.greater_is_better else 1

@@ -61,7 +61,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
     """The interval of the mean of first - second, and scipy's paired t test (`ttest_rel`).
 
     Raises:
-        ValueError: not as many values on either side.
+        AdarankError: not as many values on either side.
     """
     return interval([one - other for one, other in zip(first, second, strict=True)])
 

@@ -20,6 +20,7 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.text import list_names
 
 Number = Any  # Fraction or float, all scores the same
@@ -58,7 +59,7 @@ def allocate_ranks(
         name -> rank, in the order of `scores`. The budget is never exceeded.
 
     Raises:
-        ValueError: one line that names the argument, its value and the remedy.
+        AdarankError: one line that names the argument, its value and the remedy.
     """
     _check_scores(scores)
     bounds = (min_rank, max_rank, rank_multiple)
@@ -84,18 +85,18 @@ class Budget:
         self.step = rank_multiple
         self._low, self._highs = _bounds(names, sizes, min_rank, max_rank, rank_multiple)
         if allocation not in ALLOCATIONS:
-            raise ValueError(f'allocation must be "exact" or "paper", got {allocation!r}')
+            raise AdarankError(f'allocation must be "exact" or "paper", got {allocation!r}')
         self._allocation = allocation
         self._budget, said = _budget(len(names), average_rank, budget_parameters)
         if budget_parameters is None:
             self._costs = dict.fromkeys(names, 1)
         elif sizes is None:
-            raise ValueError("budget_parameters needs sizes: name -> (in_features, out_features)")
+            raise AdarankError("budget_parameters needs sizes: name -> (in_features, out_features)")
         else:
             self._costs = {name: sum(sizes[name]) for name in names}
         least = self._low * sum(self._costs.values())
         if self._budget < least:
-            raise ValueError(
+            raise AdarankError(
                 f"{said} is too small for min_rank={min_rank}, which needs {least}; "
                 "raise the budget or lower min_rank"
             )
@@ -104,7 +105,7 @@ class Budget:
             for name, high in self._highs.items()
         )
         if self._budget > most:
-            raise ValueError(
+            raise AdarankError(
                 f"{said} is more than all modules can take under max_rank, min(in, out) and "
                 f"rank_multiple ({most}); lower the budget or loosen the bounds"
             )
@@ -170,15 +171,15 @@ class Budget:
 
 def _check_scores(scores: Mapping[str, float]) -> None:
     if not scores:
-        raise ValueError("scores is empty; give one score per module")
+        raise AdarankError("scores is empty; give one score per module")
     bad = [name for name, score in scores.items() if not (math.isfinite(score) and score >= 0)]
     if bad:
-        raise ValueError(
+        raise AdarankError(
             f"scores must be finite and not negative, got {scores[bad[0]]} for {list_names(bad)}; "
             "look for overflow in the model's outputs (try float32)"
         )
     if not any(scores.values()):
-        raise ValueError(
+        raise AdarankError(
             "scores are all zero: perturbing the modules did not move the output; choose an output "
             "that depends on them, or a uniform plan"
         )
@@ -197,9 +198,9 @@ def _bounds(
     if max_rank is not None:
         check_integer("max_rank", max_rank, 1)
         if max_rank < min_rank:
-            raise ValueError(f"max_rank={max_rank} is below min_rank={min_rank}; raise max_rank")
+            raise AdarankError(f"max_rank={max_rank} is below min_rank={min_rank}; raise max_rank")
     if sizes is not None and (missing := [name for name in names if name not in sizes]):
-        raise ValueError(f"sizes lacks {list_names(missing)}; give (in_features, out_features)")
+        raise AdarankError(f"sizes lacks {list_names(missing)}; give (in_features, out_features)")
     low = -(-min_rank // multiple) * multiple
     highs: dict[str, int | None] = {}
     for name in names:
@@ -208,7 +209,7 @@ def _bounds(
         highs[name] = min(caps) // multiple * multiple if caps else None
     narrow = [name for name, high in highs.items() if high is not None and high < low]
     if narrow:
-        raise ValueError(
+        raise AdarankError(
             f"min_rank={min_rank} with rank_multiple={multiple} needs rank {low}, more than "
             f"max_rank or min(in, out) allows ({highs[narrow[0]]}) for {list_names(narrow)}; "
             "lower min_rank or rank_multiple, or leave these modules out"
@@ -221,7 +222,7 @@ def _budget(
 ) -> tuple[int, str]:
     """The budget, in ranks or in parameters, and how to name it in a message."""
     if average_rank is not None and budget_parameters is not None:
-        raise ValueError(
+        raise AdarankError(
             f"average_rank={average_rank} and budget_parameters={budget_parameters} are both "
             "given; keep one of them"
         )
@@ -230,15 +231,15 @@ def _budget(
         return budget_parameters, f"budget_parameters={budget_parameters}"
     average = float(DEFAULT_AVERAGE_RANK if average_rank is None else average_rank)
     if not (math.isfinite(average) and average > 0):
-        raise ValueError(f"average_rank must be a positive number, got {average_rank}")
+        raise AdarankError(f"average_rank must be a positive number, got {average_rank}")
     # the fraction that was meant: 3 / 10 for 0.3 and 4 / 3 for 1.333..., both a little less inside
     total = math.floor(Fraction(average).limit_denominator(10**6) * modules)
     said = f"average_rank={average:g} ({total} ranks over {modules} modules)"
     if total == 0:
-        raise ValueError(f"{said} is less than one rank in all; raise average_rank")
+        raise AdarankError(f"{said} is less than one rank in all; raise average_rank")
     return total, said
 
 
 def check_integer(argument: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
+        raise AdarankError(f"{argument} must be an integer of at least {least}, got {value!r}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
 from adarank_fast.files import write_text
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
 from adarank_fast.models.text import plain_text
@@ -55,7 +56,7 @@ class Score:
     def from_trials(cls, trials: Sequence[float]) -> Score:
         values = tuple(float(value) for value in trials)
         if not values:
-            raise ValueError("trials is empty; a score needs at least one trial")
+            raise AdarankError("trials is empty; a score needs at least one trial")
         mean = statistics.fmean(values)
         std = math.hypot(*(value - mean for value in values)) / math.sqrt(max(len(values) - 1, 1))
         return cls(mean, std, values)
@@ -80,16 +81,16 @@ class RankPlan:
 
     def __post_init__(self) -> None:
         if not self.ranks:
-            raise ValueError("ranks is empty; a plan needs at least one module")
+            raise AdarankError("ranks is empty; a plan needs at least one module")
         if self.ranks.keys() != self.sizes.keys():
             odd = sorted(self.ranks.keys() ^ self.sizes.keys())
-            raise ValueError(f"ranks and sizes name different modules, for example {odd[0]}")
+            raise AdarankError(f"ranks and sizes name different modules, for example {odd[0]}")
         if not self.scores.keys() <= self.ranks.keys():
             odd = sorted(self.scores.keys() - self.ranks.keys())
-            raise ValueError(f"scores has a module that ranks lacks: {odd[0]}")
+            raise AdarankError(f"scores has a module that ranks lacks: {odd[0]}")
         for name, rank in self.ranks.items():
             if rank < 0:
-                raise ValueError(f"ranks must not be negative, got {rank} for {name}")
+                raise AdarankError(f"ranks must not be negative, got {rank} for {name}")
 
     @property
     def parameters(self) -> int:
@@ -103,17 +104,17 @@ class RankPlan:
         """The same rank for every target module: ordinary LoRA.
 
         Raises:
-            ValueError: `rank` is below 1 or above what a module can hold; see also `find_targets`.
+            AdarankError: `rank` is below 1 or more than a module can hold; see also `find_targets`.
         """
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a positive integer, got {rank!r}")
+            raise AdarankError(f"rank must be a positive integer, got {rank!r}")
         if not isinstance(target_modules, str):
             target_modules = sorted(target_modules)
         sizes = {}
         for target in find_targets(model, target_modules):
             sizes[target.name] = (target.in_features, target.out_features)
             if rank > min(sizes[target.name]):
-                raise ValueError(
+                raise AdarankError(
                     f"rank={rank} exceeds min(in, out) of {target.name} "
                     f"{list(sizes[target.name])}; lower it or leave the module out"
                 )
@@ -140,10 +141,10 @@ class RankPlan:
         Args: see `allocate_ranks`.
 
         Raises:
-            ValueError: the plan has no scores; or as `allocate_ranks`.
+            AdarankError: the plan has no scores; or as `allocate_ranks`.
         """
         if not self.scores:
-            raise ValueError(
+            raise AdarankError(
                 "this plan has no scores to allocate by (it was not made by probing); "
                 "run predict_ranks"
             )
@@ -187,7 +188,7 @@ class RankPlan:
                 modules_to_save. A plan for Conv1D modules (GPT-2) needs fan_in_fan_out=True.
 
         Raises:
-            ValueError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
+            AdarankError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
         """
         prefix = self.settings.get("base_model_prefix", "")
         experts = set(self.settings.get("expert_parameters", ()))
@@ -214,23 +215,27 @@ class RankPlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it cannot be read, is not a plan, or a newer release wrote it.
+            AdarankFileNotFoundError: there is no such file.
+            AdarankError: it cannot be read, is not a plan, or a newer release wrote it.
         """
         remedy = "make the plan again with predict_ranks or `adarank predict`"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise FileNotFoundError(f"there is no plan file {str(path)!r}; {remedy}") from None
+            raise AdarankFileNotFoundError(
+                f"there is no plan file {str(path)!r}; {remedy}"
+            ) from None
         except OSError as error:
-            raise ValueError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
+            raise AdarankError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
         except ValueError as error:  # not UTF-8, not JSON
-            raise ValueError(f"plan {str(path)!r} is not a JSON file ({error}); {remedy}") from None
+            raise AdarankError(
+                f"plan {str(path)!r} is not a JSON file ({error}); {remedy}"
+            ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
+            raise AdarankError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
         schema = content.get("schema")
         if not isinstance(schema, int) or schema > SCHEMA:
-            raise ValueError(
+            raise AdarankError(
                 f"plan {str(path)!r} has schema {schema}, this release reads up to {SCHEMA}; "
                 "upgrade adarank-fast"
             )
@@ -249,7 +254,7 @@ class RankPlan:
                 settings=dict(content["settings"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"plan {str(path)!r} is damaged ({error!r}); {remedy}") from error
+            raise AdarankError(f"plan {str(path)!r} is damaged ({error!r}); {remedy}") from error
 
     def table(self) -> str:
         """The plan as fixed-width text, one line per module, without colours.

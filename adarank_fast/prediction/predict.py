@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError, AdarankTimeoutError, AdarankTypeError
 from adarank_fast.models.batches import Batch, batch_size, in_dtype, prepare_batches, take
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.identity import digest_data, digest_weights
@@ -98,8 +99,8 @@ def predict_ranks(
         A `RankPlan` with the ranks, every trial's disagreement and all settings.
 
     Raises:
-        ValueError, TypeError: one line that names the argument, its value and the remedy.
-        TimeoutError: `max_seconds` was over before every module had a trial.
+        AdarankError: one line that names the argument, its value and the remedy.
+        AdarankTimeoutError: `max_seconds` was over before every module had a trial.
     """
     deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
     check_metric(metric)
@@ -244,7 +245,7 @@ def _check_trials(
     """An error if a module has no trial; a warning if some have fewer than asked for."""
     missing = [name for name, done in values.items() if not done]
     if missing:
-        raise TimeoutError(
+        raise AdarankTimeoutError(
             f"max_seconds={max_seconds:g} was over before {len(missing)} of {len(values)} modules "
             f"had a trial ({missing[0]}, ...); raise it, give fewer batches, or set checkpoint= "
             "and call again"
@@ -280,24 +281,24 @@ def _check_arguments(
     if not isinstance(trials, AdaptiveTrials) and (
         isinstance(trials, bool) or not isinstance(trials, int) or trials < 1
     ):
-        raise ValueError(f"trials must be a positive integer or AdaptiveTrials, got {trials!r}")
+        raise AdarankError(f"trials must be a positive integer or AdaptiveTrials, got {trials!r}")
     if not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
+        raise AdarankTypeError(f"seed must be an integer, got {seed!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        raise AdarankTypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if max_seconds is not None and not max_seconds > 0:
-        raise ValueError(f"max_seconds must be positive, got {max_seconds!r}")
+        raise AdarankError(f"max_seconds must be positive, got {max_seconds!r}")
     if max_memory is not None and not max_memory > 0:
-        raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
+        raise AdarankError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
 
 
 def _check_whole(model: nn.Module) -> None:
     """A sharded model would need every process in every forward."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "placements"):  # a DTensor
-            raise ValueError(
+            raise AdarankError(
                 f"the model is sharded ({name} is a DTensor); predict before fully_shard, each "
                 "process with the whole model"
             )
         if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device; load the weights first")
+            raise AdarankError(f"{name} is on the meta device; load the weights first")

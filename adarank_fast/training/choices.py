@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adarank_fast.errors import AdarankError
+
 TASKS = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """A ValueError of one line unless `value` is one of `choices`."""
+    """An AdarankError of one line unless `value` is one of `choices`."""
     if value not in choices:
         said = f"{argument} {value!r}" if argument.startswith("-") else f"{argument}={value!r}"
-        raise ValueError(f"{said} is unknown; use one of {', '.join(choices)}")
+        raise AdarankError(f"{said} is unknown; use one of {', '.join(choices)}")
