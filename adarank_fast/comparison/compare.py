@@ -37,10 +37,9 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import note_settings
 from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.targets import TargetModules
-from adarank_fast.plan.allocation import check_integer
+from adarank_fast.options import DTYPES, TASKS, check_choice, check_integer
 from adarank_fast.plan.lora_config import alpha_rule
 from adarank_fast.plan.rank_plan import RankPlan
-from adarank_fast.training.choices import DTYPES, TASKS, check_choice
 from adarank_fast.training.trainer import Recipe
 
 LEARNING_RATES = {"classification": (1e-3, 2e-3, 4e-3), "causal-lm": (2e-4, 5e-4, 1e-3)}

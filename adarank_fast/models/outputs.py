@@ -16,11 +16,9 @@ from adarank_fast.models.batches import Batch, batch_size
 from adarank_fast.models.forward_patching import Forward, ForwardPatches, StopForward
 from adarank_fast.models.targets import base_model_prefix
 from adarank_fast.models.transformers_private import came_from_checkpoint
+from adarank_fast.options import OUTPUTS
 
 OutputChoice = str | Callable[[Any], Tensor]
-
-
-OUTPUTS = ("auto", "pooler", "last_hidden_state", "logits")
 
 
 @dataclass(frozen=True)

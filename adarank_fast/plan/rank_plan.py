@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
@@ -18,7 +18,9 @@ from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
 from adarank_fast.files import write_text
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
 from adarank_fast.models.text import plain_text
-from adarank_fast.plan.allocation import Budget, allocate_ranks
+from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
+from adarank_fast.plan.budget import Budget, BudgetOptions
 from adarank_fast.plan.lora_config import lora_config
 from adarank_fast.plan.uncertainty import chance_of_change
 
@@ -27,15 +29,6 @@ if TYPE_CHECKING:
 
 FORMAT = "adarank-fast plan"
 SCHEMA = 1  # raise it whenever an older release would misread the file
-
-BUDGET_OPTIONS: dict[str, Any] = {
-    "average_rank": None,
-    "budget_parameters": None,
-    "min_rank": 0,
-    "max_rank": None,
-    "rank_multiple": 1,
-    "allocation": "exact",
-}
 
 
 @dataclass(frozen=True)
@@ -128,17 +121,13 @@ class RankPlan:
         return cls(ranks=dict.fromkeys(sizes, rank), sizes=sizes, settings=settings)
 
     def allocate(
-        self,
-        average_rank: float | None = None,
-        budget_parameters: int | None = None,
-        min_rank: int = 0,
-        max_rank: int | None = None,
-        rank_multiple: int = 1,
-        allocation: str = "exact",
+        self, budget: Budget | float | None = None, **options: Unpack[BudgetOptions]
     ) -> RankPlan:
         """A new plan that spends another budget on the same scores, without probing.
 
-        Args: see `allocate_ranks`.
+        Args:
+            budget: a `Budget`, or a number: the average rank.
+            options: the fields of `Budget` as keywords, instead of `budget`.
 
         Raises:
             AdarankError: the plan has no scores; or as `allocate_ranks`.
@@ -148,17 +137,12 @@ class RankPlan:
                 "this plan has no scores to allocate by (it was not made by probing); "
                 "run predict_ranks"
             )
-        budget: dict[str, Any] = dict(
-            average_rank=average_rank,
-            budget_parameters=budget_parameters,
-            min_rank=min_rank,
-            max_rank=max_rank,
-            rank_multiple=rank_multiple,
-            allocation=allocation,
-        )
+        flat: dict[str, Any] = {**options}
+        budget = gather(Budget, budget, flat)
+        refuse_unknown("allocate", flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}
-        ranks = allocate_ranks(means, sizes=self.sizes, **budget)
-        return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget})
+        ranks = allocate_ranks(means, budget, self.sizes)
+        return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget.options})
 
     def chance_of_change(self) -> dict[str, float] | None:
         """For each module, the chance that another seed of the noise gives it another rank.
@@ -168,8 +152,8 @@ class RankPlan:
         """
         if self.scores.keys() != self.ranks.keys() or "allocation" not in self.settings:
             return None
-        options = {key: self.settings.get(key, value) for key, value in BUDGET_OPTIONS.items()}
-        budget = Budget(self.ranks, sizes=self.sizes, **options)
+        known = {key: self.settings[key] for key in Budget().options if key in self.settings}
+        budget = SharedBudget(Budget(**known), self.ranks, self.sizes)
         trials = {name: score.trials for name, score in self.scores.items()}
         return chance_of_change(trials, self.ranks, budget.ranks)
 

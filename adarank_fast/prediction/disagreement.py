@@ -7,13 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.errors import AdarankError
-from adarank_kernels.disagreement.op import METRICS, pairwise_disagreement
-
-
-def check_metric(metric: str) -> None:
-    if metric not in METRICS:
-        raise AdarankError(f"metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
+from adarank_kernels.disagreement.op import pairwise_disagreement
 
 
 def disagreement_sums(

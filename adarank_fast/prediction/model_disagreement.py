@@ -25,10 +25,12 @@ from adarank_fast.models.outputs import (
 )
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import find_block, unwrap
-from adarank_fast.prediction.disagreement import applies, check_metric, positions
+from adarank_fast.options import check_choice
+from adarank_fast.prediction.disagreement import applies, positions
 from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 from adarank_kernels import pairwise_disagreement
+from adarank_kernels.disagreement.choices import METRICS
 
 
 def model_disagreement(
@@ -55,7 +57,7 @@ def model_disagreement(
     Raises:
         AdarankError: one line that names the argument, its value and the remedy.
     """
-    check_metric(metric)
+    check_choice("metric", metric, METRICS)
     if adapters is not None:
         runs = _adapter_outputs(models, batches, output, list(adapters))
     else:

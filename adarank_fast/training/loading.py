@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adarank_fast.errors import AdarankError, AdarankImportError
 from adarank_fast.models.outputs import mean_pool
 from adarank_fast.models.text import first_line, loading
-from adarank_fast.training.choices import DTYPES, TASKS, check_choice
+from adarank_fast.options import DTYPES, TASKS, check_choice
 from adarank_fast.training.data import TextData
 from adarank_fast.training.tokens import add_decoder_inputs, make_batches, pad_id
 

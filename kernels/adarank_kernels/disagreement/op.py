@@ -31,10 +31,8 @@ import torch
 from torch import Tensor
 
 from adarank_kernels.disagreement import metrics
+from adarank_kernels.disagreement.choices import METRICS
 from adarank_kernels.errors import AdarankError, AdarankTypeError
-
-METRICS = ("l1", "tv", "kl", "js", "argmax")
-
 
 LOGITS_BYTES = 80 << 20  # of a token chunk's logits
 CACHE_BYTES = 2 << 20  # of an operand of the elementwise passes
