@@ -99,7 +99,8 @@ def test_the_wheel_has_both_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"adarank_fast", "adarank_kernels"}
-    assert "adarank_fast/comparison/report.css" in names
+    for kind in ("css", "html.jinja", "md.jinja"):
+        assert f"adarank_fast/comparison/report.{kind}" in names
 
 
 def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
