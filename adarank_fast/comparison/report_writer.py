@@ -77,7 +77,8 @@ def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path
         made.append(Picture(quality, f"Held-out {metric}. {each}.", "metric.png"))
     if changes:
         better = "above" if settings["greater_is_better"] else "below"
-        unit = f"{metric} less {baseline}'s{', points' if points else ''} ({better} 0 is better)"
+        unit = f"{metric}: difference from {baseline}"
+        unit += f"{', in points' if points else ''} ({better} 0 is better)"
         plot_intervals(changes, folder / "differences.png", unit, True, order)
         caption = f"Difference from {baseline}, paired by seed. {each}."
         made.append(Picture(quality, caption, "differences.png"))
