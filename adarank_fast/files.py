@@ -132,7 +132,7 @@ def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy:
                 f"{str(folder)!r} holds {holds} with {key} = {before.get(key)!r}, now {value!r}; "
                 f"{remedy}"
             )
-    return before.get("date", "")
+    return str(before.get("date", ""))
 
 
 def _beside(path: Path) -> Path:

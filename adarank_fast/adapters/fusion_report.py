@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from peft.tuners import lora
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import LayerState, fused_layers
+from adarank_fast.adapters.fused_linear import fused_layers
+from adarank_fast.adapters.groups import LayerState
 from adarank_fast.errors import AdarankError
 from adarank_kernels.runtime.registry import kernel_status
 

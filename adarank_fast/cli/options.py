@@ -131,7 +131,8 @@ def parse_function(option: str, name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     sys.path.insert(0, "")
     try:
-        return getattr(import_module(module), function)
+        found: Callable[..., Any] = getattr(import_module(module), function)
+        return found
     except (ImportError, AttributeError, ValueError) as error:
         raise AdarankError(f"{option} {name!r}: {error}; give module:function") from error
     finally:

@@ -77,7 +77,7 @@ class Grid:
         """What came out of the cell, run now or before."""
         path = self.folder / f"{cell.name}.json"
         if path.exists():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for _ in range(result["steps"]):
                 self.on_step()
             return result
@@ -90,7 +90,7 @@ class Grid:
         write_text(path, text)  # the cell is finished when this file is there
         value = result["diverged"] or f"{self.metric.name} {result['value']:.4g}"
         self.say(f"{cell.name}: {value}, {result['training_seconds']:.0f} s of training")
-        return json.loads(text)  # as a resumed comparison reads it
+        return dict(json.loads(text))  # as a resumed comparison reads it
 
     def evaluation(self, result: dict[str, Any]) -> Evaluation:
         """The held-out predictions of a finished run."""
@@ -164,4 +164,5 @@ def best_rate(arm: str, swept: Sequence[dict[str, Any]], metric: Metric) -> floa
             f"arm {arm!r} diverged at every learning rate of the sweep ({tried}); give lower ones"
         )
     sign = -1 if metric.greater_is_better else 1
-    return min(sound, key=lambda cell: (sign * cell["value"], cell["loss"]))["learning_rate"]
+    best = min(sound, key=lambda cell: (sign * cell["value"], cell["loss"]))
+    return float(best["learning_rate"])

@@ -38,7 +38,8 @@ def _perplexity(evaluation: Any) -> float:
 
 
 def _correct(evaluation: Any) -> numpy.ndarray:
-    return (evaluation.predictions.argmax(-1) == evaluation.labels).astype(numpy.float64)
+    correct = evaluation.predictions.argmax(-1) == evaluation.labels
+    return numpy.asarray(correct, dtype=numpy.float64)
 
 
 METRICS = {

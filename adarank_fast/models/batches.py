@@ -22,21 +22,25 @@ def batch_size(batch: Batch) -> int:
     """B: the first size of the main input, else of the first tensor."""
     tensors = [batch[key] for key in MAIN_INPUTS if isinstance(batch.get(key), Tensor)]
     tensors += [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
-    return tensors[0].shape[0]
+    return int(tensors[0].shape[0])
 
 
 def take(batch: Batch, items: int) -> Batch:
     """The first `items` items of a batch."""
     size = batch_size(batch)
-    return map_leaves(Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch)
+    taken: Batch = map_leaves(
+        Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch
+    )
+    return taken
 
 
 def fold(batch: Batch, folds: int) -> Batch:
     """The batch `folds` times over: every tensor with B rows is repeated, the rest is shared."""
     size = batch_size(batch)
-    return map_leaves(
+    folded: Batch = map_leaves(
         Tensor, lambda t: repeat(t, folds) if t.dim() and t.shape[0] == size else t, batch
     )
+    return folded
 
 
 def in_dtype(batches: Iterable[Batch], dtype: torch.dtype) -> list[Batch]:

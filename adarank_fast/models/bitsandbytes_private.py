@@ -61,4 +61,5 @@ def dequantise_int8(layer: Any) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # moves there
-    return int8_vectorwise_dequant(layer.weight.data, scales)
+    weight: Tensor = int8_vectorwise_dequant(layer.weight.data, scales)
+    return weight

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.models.forward_patching import Forward, Patch
+from adarank_fast.models.forward_patching import Patch, TensorForward
 from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import position_mask
 from adarank_fast.models.targets import Target, alternatives
@@ -220,7 +220,7 @@ def _perturbed(
 ) -> Patch:
     """Adds the noise's product, [k, in, out], to what the module returns for variants `changed`."""
 
-    def patch(original: Forward) -> Forward:
+    def patch(original: TensorForward) -> TensorForward:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if x.shape[0] != rows:
                 raise _Unfoldable(target)

@@ -99,7 +99,7 @@ class Training:
         return points
 
 
-class LengthGroups(Sampler):
+class LengthGroups(Sampler[int]):
     """Items of like length in one batch, batches in random order.
 
     The order depends on seed and epoch alone, not on what else has drawn from torch's generator, so
@@ -170,13 +170,14 @@ def fit(
                 control.should_training_stop = True
 
     class Loop(Trainer):
-        def get_train_dataloader(self) -> DataLoader:
+        def get_train_dataloader(self) -> DataLoader[Any]:
             size = self.args.train_batch_size
             sampler = LengthGroups(items, size, recipe.seed)
             loader = DataLoader(
                 self.train_dataset, size, sampler=sampler, collate_fn=self.data_collator
             )
-            return self.accelerator.prepare(loader)
+            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+            return prepared
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             if "attention_mask" in inputs:

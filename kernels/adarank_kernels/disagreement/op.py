@@ -267,7 +267,8 @@ def _far(rows: Tensor) -> Tensor:
 
     A difference is rounded, and so is its product; of the row itself only the product is.
     """
-    return (rows[1:] - rows[0]).norm(dim=-1).amax(0) > rows[0].norm(dim=-1) / 2**0.5
+    far: Tensor = (rows[1:] - rows[0]).norm(dim=-1).amax(0) > rows[0].norm(dim=-1) / 2**0.5
+    return far
 
 
 def _few(rows: Tensor) -> int:
@@ -278,7 +279,8 @@ def _few(rows: Tensor) -> int:
 
 def _parts(rows: Tensor) -> tuple[Tensor, ...]:
     """[R, c, V] in pieces [R, few tokens, V] whose elementwise passes stay in the cache."""
-    return rows.split(_few(rows), dim=1)
+    parts: tuple[Tensor, ...] = rows.split(_few(rows), dim=1)
+    return parts
 
 
 def _multiply(rows: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor) -> Iterator[int]:
