@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
     from adarank_fast.adapters.inject import inject
     from adarank_fast.comparison.compare import compare
+    from adarank_fast.errors import AdarankError, AdarankTypeError
     from adarank_fast.models.targets import Target, find_targets
     from adarank_fast.plan.allocation import allocate_ranks
+    from adarank_fast.plan.budget import Budget
     from adarank_fast.plan.rank_plan import RankPlan, Score
     from adarank_fast.plan.trainer_formats import export_plan
     from adarank_fast.plan.uncertainty import AdaptiveTrials
@@ -25,13 +27,19 @@ if TYPE_CHECKING:
     from adarank_fast.prediction.model_disagreement import model_disagreement
     from adarank_fast.prediction.noise import perturbation
     from adarank_fast.prediction.predict import predict_ranks
+    from adarank_fast.prediction.probe import Limits, Probe
 
 __version__ = _version("adarank-fast")
 
 __all__ = [
+    "AdarankError",
+    "AdarankTypeError",
     "AdaptiveTrials",
+    "Budget",
     "CostEstimate",
     "FusionReport",
+    "Limits",
+    "Probe",
     "RankPlan",
     "Score",
     "Target",
@@ -59,8 +67,10 @@ _MODULES = {
     "adapters.fusion_report": ["FusionReport", "fusion_report"],
     "adapters.inject": ["inject"],
     "comparison.compare": ["compare"],
+    "errors": ["AdarankError", "AdarankTypeError"],
     "models.targets": ["Target", "find_targets"],
     "plan.allocation": ["allocate_ranks"],
+    "plan.budget": ["Budget"],
     "plan.rank_plan": ["RankPlan", "Score"],
     "plan.trainer_formats": ["export_plan"],
     "plan.uncertainty": ["AdaptiveTrials"],
@@ -69,6 +79,7 @@ _MODULES = {
     "prediction.model_disagreement": ["model_disagreement"],
     "prediction.noise": ["perturbation"],
     "prediction.predict": ["predict_ranks"],
+    "prediction.probe": ["Limits", "Probe"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adarank_fast.errors import AdarankError, AdarankFileNotFoundError, AdarankPermissionError
+
 Name = str | os.PathLike[str]
 
 
@@ -24,7 +26,7 @@ def replacing(path: Name) -> Iterator[Path]:
     kept.
 
     Raises:
-        ValueError, FileNotFoundError: see `check_file`.
+        AdarankError: see `check_file`.
     """
     target = check_file(path)
     temporary = _beside(target)
@@ -54,7 +56,7 @@ def new_folder(path: Name, replace: bool = False) -> Iterator[Path]:
         replace: a folder with something in it is replaced.
 
     Raises:
-        ValueError, FileNotFoundError: see `check_folder`.
+        AdarankError: see `check_folder`.
     """
     target = check_folder(path, replace)
     temporary, old = _beside(target), _beside(target)
@@ -78,15 +80,15 @@ def check_file(path: Name) -> Path:
     """The file that writing to `path` would make or replace.
 
     Raises:
-        ValueError: `path` is a folder or a device.
-        FileNotFoundError: the folder to make it in does not exist.
-        PermissionError: that folder cannot be written.
+        AdarankError: `path` is a folder or a device.
+        AdarankFileNotFoundError: the folder to make it in does not exist.
+        AdarankPermissionError: that folder cannot be written.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+        raise AdarankError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
     if target.exists() and not target.is_file():
-        raise ValueError(f"cannot write {str(path)!r}: it is no regular file; name another")
+        raise AdarankError(f"cannot write {str(path)!r}: it is no regular file; name another")
     _check_parent(path, target)
     return target
 
@@ -95,15 +97,15 @@ def check_folder(path: Name, replace: bool = False) -> Path:
     """The folder that `new_folder` would make.
 
     Raises:
-        ValueError: `path` is a file or, unless it may be replaced, a folder with something in it.
-        FileNotFoundError: the folder to make it in does not exist.
-        PermissionError: that folder cannot be written.
+        AdarankError: `path` is a file or, unless it may be replaced, a folder with something in it.
+        AdarankFileNotFoundError: the folder to make it in does not exist.
+        AdarankPermissionError: that folder cannot be written.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{str(path)!r} is a file; name a folder")
+        raise AdarankError(f"{str(path)!r} is a file; name a folder")
     if target.is_dir() and not replace and any(target.iterdir()):
-        raise ValueError(f"folder {str(path)!r} is not empty; name a new one")
+        raise AdarankError(f"folder {str(path)!r} is not empty; name a new one")
     _check_parent(path, target)
     return target
 
@@ -115,7 +117,7 @@ def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy:
         When they were noted first.
 
     Raises:
-        ValueError: `folder` `holds` something made with other settings.
+        AdarankError: `folder` `holds` something made with other settings.
     """
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
@@ -126,11 +128,11 @@ def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy:
     before = json.loads(path.read_text(encoding="utf-8"))
     for key, value in settings.items():
         if before.get(key) != value:
-            raise ValueError(
+            raise AdarankError(
                 f"{str(folder)!r} holds {holds} with {key} = {before.get(key)!r}, now {value!r}; "
                 f"{remedy}"
             )
-    return before.get("date", "")
+    return str(before.get("date", ""))
 
 
 def _beside(path: Path) -> Path:
@@ -139,6 +141,8 @@ def _beside(path: Path) -> Path:
 
 def _check_parent(path: Name, target: Path) -> None:
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {str(path)!r}: its folder does not exist; make it")
+        raise AdarankFileNotFoundError(
+            f"cannot write {str(path)!r}: its folder does not exist; make it"
+        )
     if not os.access(target.parent, os.W_OK):
-        raise PermissionError(f"cannot write {str(path)!r}: its folder cannot be written")
+        raise AdarankPermissionError(f"cannot write {str(path)!r}: its folder cannot be written")

@@ -13,6 +13,7 @@ from torch import nn
 
 from adarank_fast.adapters.fusion_report import fusion_report
 from adarank_fast.adapters.torch_private import let_parameter_shapes_vary, mark_dynamic
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.targets import find_blocks, unwrap
 
 
@@ -34,13 +35,13 @@ def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
         `peft_model`.
 
     Raises:
-        ValueError: nothing is fused, or the model has no blocks (elements of a ModuleList).
+        AdarankError: nothing is fused, or the model has no blocks (elements of a ModuleList).
     """
     report = fusion_report(peft_model)
     inner = unwrap(peft_model)
     blocks = find_blocks(inner)
     if not blocks:
-        raise ValueError(
+        raise AdarankError(
             f"{type(inner).__name__} has no ModuleList of blocks; use torch.compile on the model"
         )
     let_parameter_shapes_vary()

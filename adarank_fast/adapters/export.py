@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adarank_fast.adapters.peft_private import BaseTunerLayer, is_target, pattern_value
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
 
@@ -81,7 +82,7 @@ def export_uniform(
         The rank.
 
     Raises:
-        ValueError: `rank` is too small or none of those, `folder` is not empty, there is no such
+        AdarankError: `rank` is too small or none of those, `folder` is not empty, there is no such
             adapter, or it is of a kind that engines do not load (DoRA, biases, parameters).
     """
     with new_folder(folder) as temporary:
@@ -103,7 +104,7 @@ def export_saved(
         folder, rank: see `export_uniform`.
 
     Raises:
-        ValueError: as `export_uniform`; or the adapter does not fit `base_model`.
+        AdarankError: as `export_uniform`; or the adapter does not fit `base_model`.
     """
     with new_folder(folder) as temporary:
         check_fits(adapter, base_model)
@@ -114,13 +115,13 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     """The adapter of a live model, with the scales that are in force.
 
     Raises:
-        ValueError: it has no such LoRA adapter.
+        AdarankError: it has no such LoRA adapter.
     """
     configs: Mapping[str, Any] = getattr(peft_model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, LoraConfig):
         there = ", ".join(configs) or "none"
-        raise ValueError(f"{adapter_name!r} is no LoRA adapter of the model; it has: {there}")
+        raise AdarankError(f"{adapter_name!r} is no LoRA adapter of the model; it has: {there}")
     _refuse_unsupported(config)
     state = get_peft_model_state_dict(
         peft_model, adapter_name=adapter_name, save_embedding_layers=False
@@ -149,38 +150,38 @@ def read_adapter(folder: str | os.PathLike[str], only_plain: bool = True) -> Ada
         only_plain: refuse what A, B and a scale do not say, such as DoRA.
 
     Raises:
-        ValueError: it is no folder of a LoRA adapter, or a file is damaged, or they disagree.
+        AdarankError: it is no folder of a LoRA adapter, or a file is damaged, or they disagree.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"adapter {str(folder)!r} is not a folder")
+        raise AdarankError(f"adapter {str(folder)!r} is not a folder")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             within = next(
                 (f"; {str(f.parent)!r} has one" for f in sorted(folder.glob(f"*/{name}"))), ""
             )
-            raise ValueError(
+            raise AdarankError(
                 f"{str(folder)!r} is not an adapter folder: it has no {name}, which "
                 f"save_pretrained of a PEFT model writes{within}"
             )
     try:
         config = PeftConfig.from_pretrained(folder)
     except Exception as error:
-        raise ValueError(f"{CONFIG} in {str(folder)!r} cannot be read: {error}") from error
+        raise AdarankError(f"{CONFIG} in {str(folder)!r} cannot be read: {error}") from error
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"the adapter in {str(folder)!r} is {config.peft_type.value}, not LoRA")
+        raise AdarankError(f"the adapter in {str(folder)!r} is {config.peft_type.value}, not LoRA")
     if only_plain:
         _refuse_unsupported(config)
     try:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{WEIGHTS} in {str(folder)!r} cannot be read: {error}") from error
+        raise AdarankError(f"{WEIGHTS} in {str(folder)!r} cannot be read: {error}") from error
     factors, others = _split(state, only_plain)
     scales = {}
     for path, (lora_A, _) in factors.items():
         rank, scales[path] = _configured(config, path)
         if lora_A.shape[0] != rank and not config.target_parameters:  # theirs: rank x experts
-            raise ValueError(
+            raise AdarankError(
                 f"{CONFIG} and {WEIGHTS} disagree: {path} has rank {lora_A.shape[0]}, the "
                 f"configuration says {rank}; they are not of one adapter"
             )
@@ -191,7 +192,7 @@ def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
     """The adapter has tensors for exactly the modules that its configuration chooses.
 
     Raises:
-        ValueError: which module is too many or missing.
+        AdarankError: which module is too many or missing.
     """
     shapes = _module_shapes(base_model, adapter.config)
     chosen = {
@@ -202,9 +203,9 @@ def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
     kind = type(base_model).__name__
     if odd := sorted(adapter.factors.keys() - chosen):
         what = "is no target of its configuration" if odd[0] in shapes else f"is not in {kind}"
-        raise ValueError(f"the adapter has tensors for {odd[0]}, which {what}")
+        raise AdarankError(f"the adapter has tensors for {odd[0]}, which {what}")
     if odd := sorted(chosen - adapter.factors.keys()):
-        raise ValueError(
+        raise AdarankError(
             f"{CONFIG} and {WEIGHTS} disagree: {odd[0]} of {kind} is a target of the "
             "configuration but has no tensors"
         )
@@ -215,7 +216,7 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
     shapes = _module_shapes(model, adapter.config)
     for path in adapter.factors:
         if shapes.get(path) is None:
-            raise ValueError(f"{path} is not a linear layer; engines do not load its adapter")
+            raise AdarankError(f"{path} is not a linear layer; engines do not load its adapter")
     tensors = dict(adapter.others)
     names, paths = _targets(shapes, adapter.factors.keys())
     dtype = next(iter(adapter.factors.values()))[0].dtype
@@ -228,7 +229,7 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
         if path in adapter.factors:
             lora_A, lora_B = adapter.factors[path]
             if lora_A.shape[1] != fan_in or lora_B.shape[0] != fan_out:
-                raise ValueError(
+                raise AdarankError(
                     f"the adapter's {path} is {lora_A.shape[1]} x {lora_B.shape[0]} (in x out), "
                     f"the model's is {fan_in} x {fan_out}; it belongs to another model"
                 )
@@ -262,16 +263,16 @@ def _common_rank(adapter: Adapter, rank: int | None) -> int:
     widest = max(ranks, key=lambda path: ranks[path])
     fitting = [choice for choice in RANKS if choice >= ranks[widest]]
     if not fitting:
-        raise ValueError(
+        raise AdarankError(
             f"{widest} has rank {ranks[widest]}, engines take {RANKS[-1]} at most; merge the "
             "adapter (adarank merge), or train with max_rank=64"
         )
     if rank is None:
         return fitting[0]
     if rank not in RANKS:
-        raise ValueError(f"rank={rank} is none of {', '.join(map(str, RANKS))}")
+        raise AdarankError(f"rank={rank} is none of {', '.join(map(str, RANKS))}")
     if rank < ranks[widest]:
-        raise ValueError(
+        raise AdarankError(
             f"rank={rank} is too small: {widest} has rank {ranks[widest]}; use {fitting[0]}"
         )
     return rank
@@ -285,7 +286,7 @@ def _refuse_unsupported(config: LoraConfig) -> None:
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         found.append(f"a base model changed by init_lora_weights={init!r}")
     if found:
-        raise ValueError(
+        raise AdarankError(
             f"the adapter has {found[0]}, which a plain LoRA adapter cannot express; merge it into "
             "the model instead (adarank merge)"
         )
@@ -302,17 +303,17 @@ def _split(
         if half in ("lora_A", "lora_B") and tensor.ndim == 2:
             halves.setdefault(path.removeprefix(PREFIX), {})[half] = tensor
         elif "lora_" in name and only_plain:
-            raise ValueError(
+            raise AdarankError(
                 f"the adapter's tensor {name} is not that of a linear layer; engines do not load it"
             )
         else:
             others[name] = tensor
     if not halves:
-        raise ValueError("the adapter has no lora_A and lora_B tensors")
+        raise AdarankError("the adapter has no lora_A and lora_B tensors")
     factors = {}
     for path, pair in halves.items():
         if len(pair) < 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
-            raise ValueError(f"the adapter's lora_A and lora_B of {path} do not belong together")
+            raise AdarankError(f"the adapter's lora_A and lora_B of {path} do not belong together")
         factors[path] = (pair["lora_A"], pair["lora_B"])
     return factors, others
 

@@ -43,6 +43,7 @@ from adarank_fast.adapters.groups import (
 )
 from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
 from adarank_fast.adapters.torch_private import constant_result, is_compiled
+from adarank_fast.errors import AdarankError
 from adarank_kernels import grouped_lora_linear
 from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
@@ -295,7 +296,7 @@ def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) 
         `peft_model`.
 
     Raises:
-        ValueError: there is no layer to fuse, or LoRA layers were sharded one by one before.
+        AdarankError: there is no layer to fuse, or LoRA layers were sharded one by one before.
     """
     classes = _fused_classes()
     found = {path: m for path, m in peft_model.named_modules() if type(m) in classes}
@@ -311,11 +312,11 @@ def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) 
     if not found and not any(fused_layers(peft_model)):
         for module in peft_model.modules():
             if isinstance(module, tuple(classes)):
-                raise ValueError(
+                raise AdarankError(
                     f"its LoRA layers are of class {type(module).__name__}, which something else "
                     "made; accelerate first, then shard or wrap them"
                 )
-        raise ValueError(
+        raise AdarankError(
             f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
             "adarank_fast.inject or peft.get_peft_model first"
         )
@@ -329,7 +330,7 @@ def _check_not_compiled(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if is_compiled(module):
             where = path or type(model).__name__
-            raise ValueError(f"{where} is compiled already; accelerate first, then torch.compile")
+            raise AdarankError(f"{where} is compiled already; accelerate first, then torch.compile")
 
 
 def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
@@ -350,13 +351,13 @@ def restore(peft_model: nn.Module) -> nn.Module:
     """Plain PEFT again: the same weights, classes and hooks as before `accelerate`.
 
     Raises:
-        ValueError: LoRA layers got another class since (`fully_shard` on each); nothing is changed.
+        AdarankError: LoRA layers got another class since (`fully_shard` on each); none changes.
     """
     plain = {fused: cls for cls, fused in _FUSED.items()}
     layers = list(fused_layers(peft_model))
     for path, layer in layers:
         if type(layer) not in plain:
-            raise ValueError(
+            raise AdarankError(
                 f"{path} became a {type(layer).__name__} after accelerate; restore before sharding"
             )
     _thread.clear()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from peft.tuners import lora
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import LayerState, fused_layers
+from adarank_fast.adapters.fused_linear import fused_layers
+from adarank_fast.adapters.groups import LayerState
+from adarank_fast.errors import AdarankError
 from adarank_kernels.runtime.registry import kernel_status
 
 
@@ -74,11 +76,11 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
     """What is fused, with what, and why not.
 
     Raises:
-        ValueError: `accelerate` was not called.
+        AdarankError: `accelerate` was not called.
     """
     layers = dict(fused_layers(peft_model))
     if not layers:
-        raise ValueError("nothing is fused: call adarank_fast.accelerate(peft_model) first")
+        raise AdarankError("nothing is fused: call adarank_fast.accelerate(peft_model) first")
     names = {id(layer): path for path, layer in layers.items()}
     report = FusionReport()
     devices = {p.device for layer in layers.values() for p in layer.parameters()}

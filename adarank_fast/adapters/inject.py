@@ -15,6 +15,7 @@ from torch import nn
 
 from adarank_fast.adapters.fused_linear import accelerate
 from adarank_fast.adapters.peft_private import BaseTunerLayer
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
 from adarank_fast.plan.lora_config import alpha_rule, lora_config
@@ -51,20 +52,20 @@ def inject(
         The `peft.PeftModel`, after the rank and the scale of every layer were checked.
 
     Raises:
-        ValueError: the plan does not fit the model, the model has adapters already, all ranks are
+        AdarankError: the plan does not fit the model, the model has adapters already, all ranks are
             0, or PEFT made something else of it. The model is then as it was.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
+        raise AdarankError(
             "model already has PEFT adapters; pass the plain base model (peft_model.unload() "
             "removes them)"
         )
     if unwrap(model) is not model:
-        raise ValueError(
+        raise AdarankError(
             f"model is wrapped in {type(model).__name__}; inject first, then compile or distribute"
         )
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
-        raise ValueError(
+        raise AdarankError(
             f"{type(model).__name__} is sharded (its parameters are DTensor); inject first, then "
             "fully_shard"
         )
@@ -94,7 +95,7 @@ def resolve(model: nn.Module, plan: RankPlan) -> dict[str, str]:
     prefix first; failing that, under the one prefix that makes every name a module.
 
     Raises:
-        ValueError: names that do not exist, several prefixes that fit, or other shapes.
+        AdarankError: names that do not exist, several prefixes that fit, or other shapes.
     """
     candidates = find_candidates(model)
     shapes = {target.path: (target.in_features, target.out_features) for target in candidates}
@@ -106,7 +107,7 @@ def resolve(model: nn.Module, plan: RankPlan) -> dict[str, str]:
     other = [name for name, path in paths.items() if shapes[path] != plan.sizes[name]]
     if other:
         name, path = other[0], paths[other[0]]
-        raise ValueError(
+        raise AdarankError(
             f"the plan does not fit {type(model).__name__}: {path} is {_by(shapes[path])}, the "
             f"plan's {name} is {_by(plan.sizes[name])} (in x out; {len(other)} of {len(paths)} "
             "differ); make a plan for this model"
@@ -129,7 +130,7 @@ def _under_one_prefix(
         ]
         fitting = same or fitting
     if len(fitting) > 1:
-        raise ValueError(
+        raise AdarankError(
             f"the plan fits {type(model).__name__} at several paths ({', '.join(fitting)}); "
             "inject into the submodule you mean"
         )
@@ -139,7 +140,7 @@ def _under_one_prefix(
     missing = [name for name in plan.sizes if name not in own]
     near = difflib.get_close_matches(missing[0], own, n=3, cutoff=0.3) or sorted(own)[:3]
     made_on = plan.settings.get("model_class")
-    raise ValueError(
+    raise AdarankError(
         f"the plan{f' (made on {made_on})' if made_on else ''} does not fit "
         f"{type(model).__name__}: it has no linear module {missing[0]} ({len(missing)} of "
         f"{len(plan.sizes)} names missing); near matches: {', '.join(near) or 'none'}; "
@@ -174,7 +175,7 @@ def _verify(
             found[f"{path.replace('.base_layer', '')}.{part}" if part else path] = module
     if odd := sorted(planned.keys() ^ found.keys()):
         what = "got no adapter though planned" if odd[0] in planned else "got an unplanned adapter"
-        raise ValueError(
+        raise AdarankError(
             f"{odd[0]} {what} ({len(odd)} such modules): check modules_to_save and other "
             "LoraConfig arguments that choose modules"
         )
@@ -187,7 +188,7 @@ def _verify(
         )
         scale = alpha_of(rank) / (math.sqrt(rank) if scaling == "rslora" else rank)
         if weight_ranks != (rank, rank) or not math.isclose(layer.scaling[adapter_name], scale):
-            raise ValueError(
+            raise AdarankError(
                 f"PEFT gave {path} ranks {weight_ranks} and scale {layer.scaling[adapter_name]}, "
                 f"planned were {rank} and {scale}: check the LoraConfig arguments"
             )

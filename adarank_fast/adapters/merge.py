@@ -16,6 +16,7 @@ from torch import nn
 
 from adarank_fast.adapters.export import PREFIX, Adapter, check_fits, read_adapter
 from adarank_fast.adapters.peft_private import BaseTunerLayer
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.text import first_line, loading
 
@@ -59,7 +60,7 @@ def merge_adapter(
         Names of weights that neither the model nor the adapter has; they are random.
 
     Raises:
-        ValueError: the adapter does not fit the model, or one of them cannot be loaded or merged.
+        AdarankError: the adapter does not fit the model, or one of them cannot be loaded or merged.
     """
     with new_folder(folder) as temporary:
         found = read_adapter(adapter, only_plain=False)
@@ -67,7 +68,7 @@ def merge_adapter(
         if not found.config.target_parameters:
             check_fits(found, skeleton)
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(
+            raise AdarankError(
                 f"MODEL {model!r} is quantised: merging would round the adapter away; give the "
                 "unquantised model"
             )
@@ -90,11 +91,11 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
         argument: what the user gives another name with.
 
     Raises:
-        ValueError: the configuration cannot be loaded, or no class fits.
+        AdarankError: the configuration cannot be loaded, or no class fits.
     """
     name = name or adapter.config.base_model_name_or_path
     if not name:
-        raise ValueError(f"the adapter does not say what its base model is; give {argument}")
+        raise AdarankError(f"the adapter does not say what its base model is; give {argument}")
     name = os.path.expanduser(name)
     with loading("configuration of the base model", name, f"; give {argument}"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -112,7 +113,7 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
             continue
         if wanted <= {path for path, _ in skeleton.named_modules()}:
             return skeleton, config
-    raise ValueError(
+    raise AdarankError(
         f"the adapter does not fit {name!r} ({config.model_type}): no model of it has a module "
         f"{min(wanted)}"
     )
@@ -156,13 +157,13 @@ def _merge(
         )
         peft_model = PeftModel.from_pretrained(base, folder)
     except Exception as error:
-        raise ValueError(f"{failed}: {first_line(error)}") from error
+        raise AdarankError(f"{failed}: {first_line(error)}") from error
     tied = _tied_ends(base) is not None
     _untie(base)
     try:
         merged = peft_model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # NaN, say
-        raise ValueError(f"{failed}: {first_line(error)}") from error
+        raise AdarankError(f"{failed}: {first_line(error)}") from error
     if tied:
         _say_untied(merged)
     fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
@@ -196,7 +197,7 @@ def _say_untied(model: Any) -> None:
     if torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight):
         return
     if getattr(model.config, "is_encoder_decoder", False):  # T5 then leaves a scaling out
-        raise ValueError(
+        raise AdarankError(
             "the adapter parts the head from the embedding whose weight it shares, which "
             f"{type(model).__name__} cannot save; train without it (target_modules) to merge"
         )

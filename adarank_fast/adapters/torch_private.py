@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankRuntimeError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -26,12 +28,12 @@ def let_parameter_shapes_vary() -> None:
     """Have the compiler take parameters' shapes as variables where they are marked, process-wide.
 
     Raises:
-        RuntimeError: this torch has no such setting.
+        AdarankRuntimeError: this torch has no such setting.
     """
     config = torch._dynamo.config
     for name in ("force_parameter_static_shapes", "force_nn_module_property_static_shapes"):
         if not hasattr(config, name):
-            raise RuntimeError(
+            raise AdarankRuntimeError(
                 f"torch {torch.__version__} has no torch._dynamo.config.{name}, without which "
                 "every rank needs a graph of its own; use another release of torch"
             )

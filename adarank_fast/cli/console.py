@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from adarank_fast.comparison.report import Comparison
 
 
-class BadInput(ValueError):
-    """Something that the user can put right; the message is one line."""
-
-
 @contextmanager
 def status(message: str) -> Iterator[None]:
     """A spinner on stderr, on terminals only."""

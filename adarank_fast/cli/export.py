@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from adarank_fast.cli.console import BadInput, quiet_transformers, say_written
+from adarank_fast.cli.console import quiet_transformers, say_written
 from adarank_fast.cli.options import JSON, SCALING, parse_scaling
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import check_file, check_folder
 
 
@@ -53,16 +54,20 @@ def export(
 ) -> None:
     """Write an adapter that any engine serves, or a plan as a trainer's settings."""
     if not source.exists():
-        raise BadInput(f"SOURCE {str(source)!r} does not exist; name an adapter folder or a plan")
+        raise AdarankError(
+            f"SOURCE {str(source)!r} does not exist; name an adapter folder or a plan"
+        )
     if source.is_dir():
         if format is not None:
-            raise BadInput("--format is for plans; an adapter folder is exported with --uniform")
+            raise AdarankError(
+                "--format is for plans; an adapter folder is exported with --uniform"
+            )
         if not uniform or output is None:
-            raise BadInput("to export an adapter folder, give --uniform and -o FOLDER")
+            raise AdarankError("to export an adapter folder, give --uniform and -o FOLDER")
         _export_adapter(source, output, rank, base, as_json)
         return
     if uniform or rank is not None or base is not None:
-        raise BadInput("--uniform, --rank and --base are for adapter folders, not plans")
+        raise AdarankError("--uniform, --rank and --base are for adapter folders, not plans")
     if output is not None:
         check_file(output)
     from adarank_fast.plan.rank_plan import RankPlan

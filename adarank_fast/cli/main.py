@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dis
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,8 +19,9 @@ from adarank_fast.cli.merge import merge
 from adarank_fast.cli.plot import plot
 from adarank_fast.cli.predict import predict
 from adarank_fast.cli.train import train
+from adarank_fast.errors import AdarankError
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
+BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
 
 app = typer.Typer(
     name="adarank",
@@ -36,7 +36,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0; 2 with one line on stderr for bad input; 130 after Ctrl-C.
 
-    Bugs keep their traceback.
+    Anything else is a bug: its traceback, a line that asks to report it, and 1.
     """
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
@@ -53,39 +53,27 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        _report(error)
-        sys.exit(BAD_INPUT)
+        sys.exit(_report(error))
     if status == INTERRUPTED:  # typer may also have turned Ctrl-C into this status
         print("adarank: interrupted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _report(error: Exception) -> None:
-    """One line on stderr if the user can put it right; otherwise raise it again."""
+def _report(error: Exception) -> int:
+    """Say on stderr what went wrong, and return the exit status."""
     if hasattr(error, "format_message"):  # typer's: unknown option, missing argument
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)
-            return
+            return BAD_INPUT
         message = f"{error.format_message().rstrip('.')}; see --help"
-    elif isinstance(error, OSError) and error.errno is not None or _raised_on_purpose(error):
+    elif isinstance(error, AdarankError) or isinstance(error, OSError) and error.errno is not None:
         message = str(error)
     else:
-        raise error
+        traceback.print_exception(error)
+        print("adarank: this is a bug; please report it with the lines above", file=sys.stderr)
+        return BUG
     print(f"adarank: error: {' '.join(message.split())}", file=sys.stderr)
-
-
-def _raised_on_purpose(error: Exception) -> bool:
-    """True if a `raise` of this package made the error, and not, say, a call gone wrong in it."""
-    if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
-        return False
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
-        return False
-    code = last.tb_frame.f_code
-    ours = Path(__file__).parents[1] in Path(code.co_filename).parents
-    return ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return BAD_INPUT
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 from adarank_fast.cli.console import quiet_transformers, say_written
 from adarank_fast.cli.options import JSON, MODEL
 from adarank_fast.files import check_folder
-from adarank_fast.training.choices import DTYPES, check_choice
+from adarank_fast.options import DTYPES, check_choice
 
 
 def merge(

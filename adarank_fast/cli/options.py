@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import Field, fields
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from adarank_fast.plan.uncertainty import AdaptiveTrials
-from adarank_fast.training.choices import DTYPES
+from adarank_fast.errors import AdarankError
+from adarank_fast.options import DTYPES
 
 MODEL = Annotated[
     str,
@@ -40,12 +43,61 @@ LABEL_COLUMN = Annotated[
 JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
 
-def parse_trials(text: str) -> int | AdaptiveTrials:
-    """ "5" -> 5; "2-10" -> AdaptiveTrials(2, 10)."""
-    numbers = text.split("-")
-    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) > 2:
-        raise ValueError(f"--trials {text!r} is neither a positive number nor a range such as 2-10")
-    return int(text) if len(numbers) == 1 else AdaptiveTrials(int(numbers[0]), int(numbers[1]))
+def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of these dataclasses as options, and it an object of each.
+
+    The command takes each object as a keyword that is called like its class, in lower case.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        names = {cls.__name__.lower(): cls for cls in classes}
+        parameters = []
+        for name, parameter in signature.parameters.items():
+            if name in names:
+                parameters += [_parameter(names[name], one) for one in fields(names[name])]
+            else:
+                parameters.append(parameter)
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            for name, cls in names.items():
+                values = {}
+                for one in fields(cls):
+                    value, parse = given.pop(_called(one)), one.metadata["parse"]
+                    values[one.name] = value if parse is None or value is None else parse(value)
+                try:
+                    given[name] = cls(**values)
+                except AdarankError as error:
+                    raise AdarankError(_with_flags(str(error), cls)) from error
+            command(**given)
+
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
+
+
+def _with_flags(message: str, cls: type) -> str:
+    """A message that calls options as the command line does: --average-rank for average_rank=."""
+    for one in fields(cls):
+        flag = f"--{_called(one).replace('_', '-')} "
+        message = re.sub(rf"\b{one.name}=|^{one.name} ", flag, message)
+    return message
+
+
+def _called(one: Field[Any]) -> str:
+    return one.metadata["flag"] or one.name
+
+
+def _parameter(cls: type, one: Field[Any]) -> inspect.Parameter:
+    said: Any = one.metadata
+    kind: Any = one.metadata["kind"] or get_type_hints(cls)[one.name]
+    default = one.default if said["parse"] is None or one.default is None else str(one.default)
+    annotation: Any = Annotated[kind, typer.Option(**said["said"])]
+    where = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(_called(one), where, default=default, annotation=annotation)
 
 
 def parse_target_modules(text: str) -> str | list[str]:
@@ -68,7 +120,9 @@ def parse_numbers(option: str, text: str) -> list[float]:
     """Numbers separated by commas."""
     numbers = [parse_scaling(part) for part in text.split(",")]
     if any(isinstance(number, str) for number in numbers):
-        raise ValueError(f"{option} {text!r}: give numbers separated by commas, such as 1e-3,2e-3")
+        raise AdarankError(
+            f"{option} {text!r}: give numbers separated by commas, such as 1e-3,2e-3"
+        )
     return [float(number) for number in numbers]
 
 
@@ -77,8 +131,9 @@ def parse_function(option: str, name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     sys.path.insert(0, "")
     try:
-        return getattr(import_module(module), function)
+        found: Callable[..., Any] = getattr(import_module(module), function)
+        return found
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {name!r}: {error}; give module:function") from error
+        raise AdarankError(f"{option} {name!r}: {error}; give module:function") from error
     finally:
         sys.path.remove("")

@@ -6,7 +6,6 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +14,12 @@ from rich import box
 from rich.table import Table
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import BadInput, quiet_transformers, say_written, show, status
+from adarank_fast.cli.console import quiet_transformers, say_written, show, status
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.files import check_file
-from adarank_fast.training.choices import DTYPES, check_choice
+from adarank_fast.options import DTYPES, check_choice
+from adarank_fast.plan.budget import Budget
+from adarank_fast.prediction.probe import Limits, Probe
 from adarank_fast.training.data import read_texts
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from adarank_fast.prediction.cost import CostEstimate
 
 
+@options.flat(Budget, Probe, Limits)
 def predict(
     model: options.MODEL,
     data: Annotated[
@@ -35,34 +37,13 @@ def predict(
             show_default=False,
         ),
     ],
+    budget: Budget,
+    probe: Probe,
+    limits: Limits,
     output_file: Annotated[
         Path, typer.Option("--output-file", "-o", help="Where to write the plan.")
     ] = Path("plan.json"),
-    average_rank: Annotated[
-        float | None,
-        typer.Option(help="Budget: ranks a module on average.", show_default="8"),
-    ] = None,
-    budget_parameters: Annotated[
-        int | None,
-        typer.Option(help="Budget: adapter parameters, instead of --average-rank."),
-    ] = None,
     target_modules: options.TARGET_MODULES = "attention",
-    output: Annotated[
-        str,
-        typer.Option(help="What must not move: auto, pooler, last_hidden_state or logits."),
-    ] = "auto",
-    metric: Annotated[str, typer.Option(help="l1, tv, kl, js or argmax.")] = "l1",
-    trials: Annotated[
-        str,
-        typer.Option(help="Perturbations of each module; 2-10: as many as its rank needs."),
-    ] = "5",
-    min_rank: Annotated[int, typer.Option(min=0, help="No rank below it.")] = 0,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="No rank above it.")] = None,
-    rank_multiple: Annotated[int, typer.Option(min=1, help="Ranks are multiples of it.")] = 1,
-    allocation: Annotated[
-        str, typer.Option(help='"exact" spends the whole budget, "paper" rounds down.')
-    ] = "exact",
-    seed: Annotated[int, typer.Option(help="Of the noise and of the choice of texts.")] = 0,
     samples: Annotated[
         int,
         typer.Option(min=1, help="Use this many texts, drawn from the file; or all it has."),
@@ -76,20 +57,6 @@ def predict(
     dtype: Annotated[
         str, typer.Option(help=f"Load weights as {', '.join(DTYPES)} or auto.")
     ] = "float32",
-    probe_dtype: Annotated[
-        str | None,
-        typer.Option(help="Run the probes in this type, such as bfloat16, on a copy."),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Keep finished probes here; after a kill, go on where it was."),
-    ] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="Begin no probes after this time.")
-    ] = None,
-    max_memory: Annotated[
-        float | None, typer.Option(help="GB that probing may hold beside the model.")
-    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show modules and cost; predict and write nothing.")
@@ -97,18 +64,14 @@ def predict(
     as_json: options.JSON = False,
 ) -> None:
     """Predict a LoRA rank for every module of MODEL, a language model with its head."""
-    if average_rank is not None and budget_parameters is not None:
-        raise BadInput("give --average-rank or --budget-parameters, not both")
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
-    if probe_dtype is not None:
-        check_choice("--probe-dtype", probe_dtype, DTYPES)
-    counts, names = options.parse_trials(trials), parse_target_modules(target_modules)
+    names = parse_target_modules(target_modules)
     if not dry_run:
         check_file(output_file)
 
     texts = read_texts(data, text_column).texts
     if samples < len(texts):
-        chosen = sorted(random.Random(seed).sample(range(len(texts)), samples))
+        chosen = sorted(random.Random(probe.seed).sample(range(len(texts)), samples))
         texts = [texts[index] for index in chosen]
     from adarank_fast.training.loading import calibration_batches, load_pretrained
 
@@ -121,7 +84,7 @@ def predict(
         from adarank_fast.prediction.cost import estimate_cost
 
         with status("timing one forward"):
-            cost = estimate_cost(network, batches, names, counts, output)
+            cost = estimate_cost(network, batches, names, probe.trials, probe.output)
         _show_cost(find_targets(network, names), cost, as_json)
         return
     from adarank_fast.prediction.distributed import started_by_torchrun
@@ -129,24 +92,7 @@ def predict(
 
     with started_by_torchrun() as processes:
         plan = predict_ranks(
-            network,
-            batches,
-            average_rank=average_rank,
-            budget_parameters=budget_parameters,
-            target_modules=names,
-            output=output,
-            metric=metric,
-            trials=counts,
-            min_rank=min_rank,
-            max_rank=max_rank,
-            rank_multiple=rank_multiple,
-            allocation=allocation,
-            seed=seed,
-            dtype=None if probe_dtype is None else getattr(import_module("torch"), probe_dtype),
-            checkpoint=checkpoint,
-            max_seconds=max_seconds,
-            max_memory=None if max_memory is None else int(max_memory * 1e9),
-            progress=sys.stderr.isatty(),
+            network, batches, budget, names, probe, limits, progress=sys.stderr.isatty()
         )
     if processes.rank:
         return

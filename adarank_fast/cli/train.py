@@ -11,7 +11,7 @@ import typer
 
 from adarank_fast.cli import options
 from adarank_fast.cli.console import quiet_transformers, say_written
-from adarank_fast.training.choices import DTYPES, check_choice
+from adarank_fast.options import DTYPES, check_choice
 from adarank_fast.training.data import read_texts
 
 

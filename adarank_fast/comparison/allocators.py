@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import prepare_batches
 from adarank_fast.models.targets import find_targets
 from adarank_fast.plan.allocation import allocate_ranks
@@ -133,7 +134,7 @@ def eva(problem: Problem) -> RankPlan:
     ]
     most = round(rank * EVA_RHO)
     if any(batch["attention_mask"].sum() < most for batch in batches):
-        raise ValueError(
+        raise AdarankError(
             f"eva at rank {rank} needs at least {most} tokens in every calibration batch; give "
             "more or longer texts"
         )
@@ -155,7 +156,7 @@ def allocate(name: str, problem: Problem) -> RankPlan:
     """The plan of an arm: an allocator's, with its time in `settings["seconds"]`, or a file's.
 
     Raises:
-        ValueError: `name` is neither an allocator nor a plan file; or another model's plan.
+        AdarankError: `name` is neither an allocator nor a plan file; or another model's plan.
     """
     if name in ALLOCATORS:
         started = time.perf_counter()
@@ -163,18 +164,18 @@ def allocate(name: str, problem: Problem) -> RankPlan:
         seconds = time.perf_counter() - started
         return replace(plan, settings={"seconds": seconds, **plan.settings})
     if not name.endswith(".json"):
-        raise ValueError(
+        raise AdarankError(
             f"arm {name!r} is unknown; use one of {', '.join(ALLOCATORS)} or a plan file (.json)"
         )
     return RankPlan.load(name)
 
 
 def check_budget(plans: Mapping[str, RankPlan], budget: int) -> None:
-    """Arms may differ by at most `TOLERANCE` of the budget: a ValueError of one line otherwise."""
+    """Refuse plans whose parameters differ from the budget by more than `TOLERANCE` of it."""
     for arm, plan in plans.items():
         off = plan.parameters / budget - 1
         if abs(off) > TOLERANCE:
-            raise ValueError(
+            raise AdarankError(
                 f"arm {arm!r} has {plan.parameters:,} adapter parameters, {off:+.1%} of uniform's "
                 f"{budget:,}; arms may differ by {TOLERANCE:.0%}: make a plan file with "
                 f"budget_parameters={budget}, or raise the average rank"

@@ -33,13 +33,13 @@ from adarank_fast.comparison.grid import Cell, Grid, best_rate, make_model
 from adarank_fast.comparison.metrics import METRICS, user_metric
 from adarank_fast.comparison.report import Comparison
 from adarank_fast.comparison.results import summarise
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import note_settings
 from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.targets import TargetModules
-from adarank_fast.plan.allocation import check_integer
+from adarank_fast.options import DTYPES, TASKS, check_choice, check_integer
 from adarank_fast.plan.lora_config import alpha_rule
 from adarank_fast.plan.rank_plan import RankPlan
-from adarank_fast.training.choices import DTYPES, TASKS, check_choice
 from adarank_fast.training.trainer import Recipe
 
 LEARNING_RATES = {"classification": (1e-3, 2e-3, 4e-3), "causal-lm": (2e-4, 5e-4, 1e-3)}
@@ -107,7 +107,7 @@ def compare(
         The report: `.table()`, `.save(folder)`, `.results`.
 
     Raises:
-        ValueError, TypeError: one line that names the argument, its value and the remedy. Arguments
+        AdarankError: one line that names the argument, its value and the remedy. Arguments
             are judged before anything is loaded, all else before anything is trained.
     """
     numbers, labels = _seeds(seeds), _labels(arms)
@@ -115,7 +115,7 @@ def compare(
     for rate in learning_rates or ():
         replace(recipe, learning_rate=rate)  # refuses what is no rate
     if learning_rates is not None and not 0 < len(learning_rates) == len(set(learning_rates)):
-        raise ValueError(f"learning_rates must be different numbers, got {list(learning_rates)}")
+        raise AdarankError(f"learning_rates must be different numbers, got {list(learning_rates)}")
     check_integer("average_rank", average_rank, 1)
     check_choice("task", task, ("auto", *TASKS))
     check_choice("dtype", dtype, DTYPES)
@@ -182,7 +182,7 @@ def _plan(folder: Path, label: str, arm: str, problem: Problem) -> RankPlan:
         plan.save(path)
     plan = RankPlan.load(path)
     if arm not in ALLOCATORS and RankPlan.load(arm).ranks != plan.ranks:
-        raise ValueError(
+        raise AdarankError(
             f"plan {arm!r} has changed since its arm was trained in {str(folder)!r}; give the plan "
             "another name or the comparison another folder"
         )
@@ -192,16 +192,16 @@ def _plan(folder: Path, label: str, arm: str, problem: Problem) -> RankPlan:
 def _labels(arms: Sequence[str]) -> dict[str, str]:
     """Arm's name in the report -> arm; a plan file is called by its name without .json."""
     if isinstance(arms, str) or not arms:
-        raise ValueError(f"arms must be a list of at least one name, got {arms!r}")
+        raise AdarankError(f"arms must be a list of at least one name, got {arms!r}")
     named = [arm if arm in ALLOCATORS else Path(arm).stem for arm in map(str, arms)]
     if double := [name for name in named if named.count(name) > 1]:
-        raise ValueError(f"two arms are called {double[0]!r}; name every arm once")
+        raise AdarankError(f"two arms are called {double[0]!r}; name every arm once")
     for arm, name in zip(arms, named, strict=True):
         if arm not in ALLOCATORS:
             if name in ALLOCATORS:
-                raise ValueError(f"plan file {arm!r} is called like an allocator; rename it")
+                raise AdarankError(f"plan file {arm!r} is called like an allocator; rename it")
             if not str(arm).endswith(".json"):
-                raise ValueError(
+                raise AdarankError(
                     f"arm {arm!r} is unknown; use {', '.join(ALLOCATORS)} or a plan file (.json)"
                 )
             RankPlan.load(arm)
@@ -212,7 +212,7 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     good = all(isinstance(seed, int) and seed >= 0 for seed in numbers)
     if not numbers or not good or len(set(numbers)) < len(numbers):
-        raise ValueError(
+        raise AdarankError(
             f"seeds must be a positive number or different numbers of at least 0, got {seeds!r}"
         )
     return numbers
@@ -230,13 +230,13 @@ def _folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 
 def check_work_dir(folder: str | os.PathLike[str]) -> None:
-    """A ValueError of one line unless `folder` is a folder, or can be made, and can be written."""
+    """Refuse what is no folder and cannot be made one, and what cannot be written."""
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"work_dir {str(there)!r} is a file; name a folder")
+        raise AdarankError(f"work_dir {str(there)!r} is a file; name a folder")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"work_dir {str(there)!r} cannot be written; name another folder")
+        raise AdarankError(f"work_dir {str(there)!r} cannot be written; name another folder")
 
 
 def _note_settings(folder: Path, settings: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import numpy
 from torch import nn
 
 from adarank_fast.comparison.metrics import Metric
+from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.training.data import TextData, hold_out, read_texts
 from adarank_fast.training.evaluation import Evaluation
 from adarank_fast.training.loading import choose_task, load_tokenizer, model_factory
@@ -53,12 +54,12 @@ def make_experiment(
     train, held_out = _read(train_data), None if eval_data is None else _read(eval_data)
     if held_out is None:
         if not isinstance(train, TextData):
-            raise ValueError("tokenised train_data need eval_data beside them")
+            raise AdarankError("tokenised train_data need eval_data beside them")
         train, held_out = hold_out(train, HELD_OUT_SHARE)
     name = getattr(model, "__name__", type(model).__name__) if callable(model) else str(model)
     if isinstance(train, TextData) and isinstance(held_out, TextData):
         if tokenizer is None and callable(model):
-            raise ValueError("texts for a model made by a function need tokenizer=")
+            raise AdarankError("texts for a model made by a function need tokenizer=")
         tokenizer = tokenizer or load_tokenizer(name)
         task = choose_task(task, train)
         names = make_classes(train, held_out) if task == "classification" else []
@@ -68,7 +69,7 @@ def make_experiment(
         sides, pad = [train, held_out], 0
         task, names = _describe_items(train + held_out, task)
     else:
-        raise ValueError("train_data and eval_data must both be texts or both tokenised items")
+        raise AdarankError("train_data and eval_data must both be texts or both tokenised items")
     if callable(model):
         factory = model
         lora_config = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
@@ -90,7 +91,7 @@ def _read(data: Data) -> TextData | list[Item]:
         return TextData([text for text, _ in rows], [str(label) for _, label in rows])
     if rows and all(isinstance(row, dict) and "labels" in row for row in rows):
         return rows
-    raise TypeError(
+    raise AdarankTypeError(
         "data must be a file, TextData, texts, (text, label) pairs or dicts with labels, got "
         + (f"items like {rows[0]!r:.60}" if rows else "none")
     )
@@ -102,7 +103,7 @@ def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
     if task == "auto":
         task = "causal-lm" if language else "classification"
     if language != (task == "causal-lm"):
-        raise ValueError(f"task={task!r} does not go with labels like {items[0]['labels']!r:.40}")
+        raise AdarankError(f"task={task!r} does not go with labels like {items[0]['labels']!r:.40}")
     names = [] if language else [str(n) for n in range(max(item["labels"] for item in items) + 1)]
     return task, names
 
@@ -128,7 +129,7 @@ def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     chosen = set(unique[: max(round(VALIDATION_SHARE * len(unique)), 1)])
     train = [item for item, key in zip(items, keys, strict=True) if key not in chosen]
     if not train:
-        raise ValueError(f"{len(items)} training items are too few to set some aside; give more")
+        raise AdarankError(f"{len(items)} training items are too few to set some aside; give more")
     return train, [item for item, key in zip(items, keys, strict=True) if key in chosen]
 
 

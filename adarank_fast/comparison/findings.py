@@ -35,16 +35,14 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     settings, baseline = results["settings"], results["baseline"]
     metric = settings["metric"]
     quality, cost = [], []
+    has_variation = any("tv" in numbers["seeds_disagree"] for numbers in results["arms"].values())
     for arm, numbers in results["arms"].items():
         difference = results["differences"].get(arm)
         seeds = len(numbers["by_seed"])
         value = f"{len(numbers['diverged'])} of {seeds} diverged"
         if numbers["value"]:
             value = _with_interval(results, numbers["value"])
-        disagree = [
-            f"{value:.1%}" if kind == "argmax" else f"{value:.3f}"
-            for kind, value in numbers["seeds_disagree"].items()
-        ]
+        apart = numbers["seeds_disagree"]
         change = difference and difference["seeds"]
         quality.append(
             (
@@ -52,7 +50,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
                 value,
                 _with_interval(results, change, True) if change else NONE,
                 _say_p(change["p_value"]) if change else NONE,
-                " / ".join(disagree) or NONE,
+                f"{apart['argmax']:.1%}" if "argmax" in apart else NONE,
+                *([f"{apart['tv']:.3f}" if "tv" in apart else NONE] if has_variation else []),
             )
         )
         seconds, memory = numbers["prediction_seconds"], numbers["peak_memory_bytes"]
@@ -70,10 +69,11 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             )
         )
     better = "" if settings["greater_is_better"] else " (lower is better)"
-    unit = ", points" if metric == "accuracy" else ""
+    unit = ", in points" if metric == "accuracy" else ""
     header = (
-        *("arm", f"{metric} (95% interval)", f"less {baseline}'s{unit} (95% interval)"),
-        *("p", "seeds disagree"),
+        *("arm", f"{metric} (95% interval)", f"difference from {baseline}{unit} (95% interval)"),
+        *("p", "items that seeds predict differently"),
+        *(["total variation between seeds"] if has_variation else []),
     )
     return [
         (f"Held-out {metric}{better}, mean over seeds", header, quality),
@@ -187,9 +187,9 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     ]
     for arm, numbers in unsteady(results).items():
         lines.append(
-            f"{len(numbers)} of {len(settings['seeds'])} runs of {arm} fell apart: they ended "
-            "worse than its sweep, whose one epoch chose a learning rate that more epochs do not "
-            "stand; give lower ones."
+            f"{len(numbers)} of {len(settings['seeds'])} runs of {arm} became unstable: they ended "
+            "worse than the one epoch that chose their learning rate. The rate is too high for "
+            "more epochs; give lower ones."
         )
     compared = [found for found in results["differences"].values() if found is not None]
     seeds = len(settings["seeds"])
@@ -210,8 +210,14 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         )
     if all(arm["seeds_disagree"] for arm in results["arms"].values()):
         lines.append(
-            "Seeds disagree: share of items that two seeds' models predict differently"
-            + (" / total variation distance." if settings["task"] == "classification" else ".")
+            "Between seeds: models of one arm that differ only in their seed are compared two by "
+            "two, by the share of items that they predict differently"
+            + (
+                " and by the total variation distance of their probabilities (0: the same, 1: "
+                "nothing in common)."
+                if settings["task"] == "classification"
+                else "."
+            )
         )
     return lines
 
@@ -226,8 +232,8 @@ def _claim(
         return f"More seeds are needed to tell {arm} from {baseline} in {metric}."
     if apart := [name for name in (arm, baseline) if name in unsteady(results)]:
         return (
-            f"Nothing can be said of {arm} and {baseline}: runs of {' and '.join(apart)} fell "
-            "apart at the learning rate that the sweep chose."
+            f"Nothing can be said of {arm} and {baseline}: runs of {' and '.join(apart)} became "
+            "unstable at the learning rate that the sweep chose."
         )
     if not seeds.excludes_zero:
         claim = f"No evidence of a difference in {metric} between {arm} and {baseline}"
@@ -247,7 +253,7 @@ def _figures(
     results: Mapping[str, Any], arm: str, seeds: Interval, difference: Mapping[str, Any]
 ) -> str:
     settings = results["settings"]
-    line = f"{arm} less {results['baseline']}: {say(results, seeds.mean, True)}"
+    line = f"Difference of {arm} from {results['baseline']}: {say(results, seeds.mean, True)}"
     if not settings["greater_is_better"]:
         line += " (below 0 is better)"
     if seeds.low is not None:

@@ -22,6 +22,7 @@ from adarank_fast.comparison.experiment import (
     split_validation,
 )
 from adarank_fast.comparison.metrics import Metric
+from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.files import replacing, write_text
 from adarank_fast.models.memory import peak_memory, reset_peak_memory
 from adarank_fast.plan.rank_plan import RankPlan
@@ -76,7 +77,7 @@ class Grid:
         """What came out of the cell, run now or before."""
         path = self.folder / f"{cell.name}.json"
         if path.exists():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for _ in range(result["steps"]):
                 self.on_step()
             return result
@@ -89,7 +90,7 @@ class Grid:
         write_text(path, text)  # the cell is finished when this file is there
         value = result["diverged"] or f"{self.metric.name} {result['value']:.4g}"
         self.say(f"{cell.name}: {value}, {result['training_seconds']:.0f} s of training")
-        return json.loads(text)  # as a resumed comparison reads it
+        return dict(json.loads(text))  # as a resumed comparison reads it
 
     def evaluation(self, result: dict[str, Any]) -> Evaluation:
         """The held-out predictions of a finished run."""
@@ -147,7 +148,7 @@ def make_model(experiment: Experiment, seed: int) -> nn.Module:
     set_seed(seed)
     model = experiment.factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model() must return a torch module, got {type(model).__name__}")
+        raise AdarankTypeError(f"model() must return a torch module, got {type(model).__name__}")
     return model
 
 
@@ -159,8 +160,9 @@ def best_rate(arm: str, swept: Sequence[dict[str, Any]], metric: Metric) -> floa
     sound = [cell for cell in mine if cell["diverged"] is None]
     if not sound:
         tried = ", ".join(f"{cell['learning_rate']:g}" for cell in mine)
-        raise ValueError(
+        raise AdarankError(
             f"arm {arm!r} diverged at every learning rate of the sweep ({tried}); give lower ones"
         )
     sign = -1 if metric.greater_is_better else 1
-    return min(sound, key=lambda cell: (sign * cell["value"], cell["loss"]))["learning_rate"]
+    best = min(sound, key=lambda cell: (sign * cell["value"], cell["loss"]))
+    return float(best["learning_rate"])

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy
 
+from adarank_fast.errors import AdarankError
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -36,7 +38,8 @@ def _perplexity(evaluation: Any) -> float:
 
 
 def _correct(evaluation: Any) -> numpy.ndarray:
-    return (evaluation.predictions.argmax(-1) == evaluation.labels).astype(numpy.float64)
+    correct = evaluation.predictions.argmax(-1) == evaluation.labels
+    return numpy.asarray(correct, dtype=numpy.float64)
 
 
 METRICS = {
@@ -64,7 +67,7 @@ def user_metric(
             returned = function(evaluation.predictions, evaluation.labels)
         except Exception as error:  # whatever somebody else's function says to what it gets
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
+            raise AdarankError(
                 f"metric {name} failed ({said:.100}); it gets predictions and labels and must "
                 "return one number"
             ) from error
@@ -74,7 +77,7 @@ def user_metric(
             number = math.nan
         if not math.isfinite(number):
             got = " ".join(repr(returned).split())
-            raise ValueError(
+            raise AdarankError(
                 f"metric {name} returned {got:.60}, not a finite number; it gets predictions "
                 "and labels and must return one number"
             )

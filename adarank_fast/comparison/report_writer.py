@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -21,8 +21,6 @@ from adarank_fast.plots.runs import plot_intervals, plot_training
 from adarank_fast.plots.style import DPI
 
 RANKS = "Ranks"
-
-STYLE = Path(__file__).with_name("report.css")
 
 
 class Picture(NamedTuple):
@@ -79,7 +77,8 @@ def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path
         made.append(Picture(quality, f"Held-out {metric}. {each}.", "metric.png"))
     if changes:
         better = "above" if settings["greater_is_better"] else "below"
-        unit = f"{metric} less {baseline}'s{', points' if points else ''} ({better} 0 is better)"
+        unit = f"{metric}: difference from {baseline}"
+        unit += f"{', in points' if points else ''} ({better} 0 is better)"
         plot_intervals(changes, folder / "differences.png", unit, True, order)
         caption = f"Difference from {baseline}, paired by seed. {each}."
         made.append(Picture(quality, caption, "differences.png"))
@@ -181,22 +180,36 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 
 def markdown(results: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """The report, for people."""
-    lines = [f"# {_plain(results['settings']['title'])}", ""]
-    for claim, figures in verdicts(results):
-        lines += [f"**{_plain(claim)}** {_plain(figures)}", ""]
-    lines += [*(f"- {_plain(line)}" for line in remarks(results)), ""]
-    for title, found, shown in sections(results, pictures):
-        lines += [f"## {_plain(title)}", ""]
-        for header, rows in found:
-            lines += [*_markdown_table(header, rows), ""]
-        for picture in shown:
-            caption = _plain(picture.caption)
-            lines += [f"![{caption}]({quote(picture.name)})", "", f"*{caption}*", ""]
-    lines += ["## How", ""]
-    for note in notes(results):
-        lines += [_plain(note), ""]
-    lines.append("All numbers are in results.json, the plans in plans/.")
-    return "\n".join(lines) + "\n"
+    return _render("report.md.jinja", results, pictures)
+
+
+def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) -> str:
+    """The report as one HTML file, the pictures in it."""
+    return _render("report.html.jinja", results, pictures, size=partial(_embedded, folder))
+
+
+def _render(
+    template: str, results: Mapping[str, Any], pictures: Sequence[Picture], **more: Any
+) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=".html" in template,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": _plain, "quote": quote}
+    return environment.get_template(template).render(
+        title=results["settings"]["title"],
+        verdicts=verdicts(results),
+        remarks=remarks(results),
+        sections=sections(results, pictures),
+        notes=notes(results),
+        **more,
+    )
 
 
 def _plain(text: str) -> str:
@@ -204,55 +217,11 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    clean = [[_plain(cell) for cell in row] for row in (header, *rows)]
-    return [f"| {' | '.join(row)} |" for row in (clean[0], rule, *clean[1:])]
-
-
-def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) -> str:
-    """The report as one HTML file, the pictures in it."""
-    title = html.escape(results["settings"]["title"])
-    parts = [f"<h1>{title}</h1>"]
-    for claim, figures in verdicts(results):
-        told = html.escape(figures).replace("p = ", "p&nbsp;=&nbsp;")
-        parts.append(f'<p class="verdict"><strong>{html.escape(claim)}</strong> {told}</p>')
-    if lines := remarks(results):
-        parts += ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"]
-    for heading, found, shown in sections(results, pictures):
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        parts += [_html_table(*table) for table in found]
-        parts += [_figure(picture, folder) for picture in shown]
-    parts += ["<h2>How</h2>", *(f"<p>{html.escape(note)}</p>" for note in notes(results))]
-    body = "\n".join(parts)
-    style = STYLE.read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title><style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
-
-
-def _figure(picture: Picture, folder: Path) -> str:
+def _embedded(folder: Path, picture: Picture) -> dict[str, Any]:
     """A narrow screen shrinks it; pictures of ranks no further than can be read: they scroll."""
     data = (folder / picture.name).read_bytes()
     inches = int.from_bytes(data[16:20], "big") / DPI  # PNG: the first number of its header
     width = round(max(72 * inches, min(100 * inches, 960)))  # pixels; 960 fill the page
-    caption = html.escape(picture.caption)
-    least = ""
-    if picture.section == RANKS:  # the more layers, the smaller the figures in the cells
-        least = f' style="min-width: {width if width == 960 else min(width, 480)}px"'
-    image = f'<img alt="{caption}" width="{width}"{least} src="data:image/png;base64,'
-    image += f'{base64.b64encode(data).decode()}">'
-    if least:
-        image = f'<div class="wide">{image}</div>'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    made = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-    return f'<div class="wide">{made}</div>'
+    # the more layers, the smaller the figures in the cells
+    least = (width if width == 960 else min(width, 480)) if picture.section == RANKS else None
+    return {"width": width, "least": least, "data": base64.b64encode(data).decode()}

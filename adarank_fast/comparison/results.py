@@ -65,7 +65,9 @@ def summarise(
 
 
 def _arm(
-    plan: RankPlan, settings: Mapping[str, Any], found: Sequence[tuple[dict, Evaluation | None]]
+    plan: RankPlan,
+    settings: Mapping[str, Any],
+    found: Sequence[tuple[dict[str, Any], Evaluation | None]],
 ) -> dict[str, Any]:
     runs = [run for run, _ in found]
     rate, rates = runs[0]["learning_rate"], settings["learning_rates"]
@@ -90,8 +92,8 @@ def _arm(
 
 
 def _difference(
-    mine: Mapping[int, tuple[dict, Evaluation | None]],
-    other: Mapping[int, tuple[dict, Evaluation | None]],
+    mine: Mapping[int, tuple[dict[str, Any], Evaluation | None]],
+    other: Mapping[int, tuple[dict[str, Any], Evaluation | None]],
     metric: Metric,
 ) -> dict[str, Any] | None:
     """Of one arm from the baseline, seed by seed and item by item; None if a run diverged."""

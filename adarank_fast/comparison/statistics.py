@@ -61,7 +61,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
     """The interval of the mean of first - second, and scipy's paired t test (`ttest_rel`).
 
     Raises:
-        ValueError: not as many values on either side.
+        AdarankError: not as many values on either side.
     """
     return interval([one - other for one, other in zip(first, second, strict=True)])
 
@@ -82,15 +82,15 @@ def disagreement(predictions: Sequence[numpy.ndarray]) -> dict[str, float]:
         return {}
     if predictions[0].ndim == 1:
         return {"argmax": statistics.fmean(float((p != q).mean()) for p, q in pairs)}
-    found = {
-        "argmax": statistics.fmean(float((p.argmax(-1) != q.argmax(-1)).mean()) for p, q in pairs),
+    from scipy.special import softmax
+
+    chances = [softmax(one.astype(numpy.float64), axis=-1) for one in predictions]
+    labels = [one.argmax(-1) for one in predictions]
+    return {
+        "argmax": statistics.fmean(
+            float((p != q).mean()) for p, q in itertools.combinations(labels, 2)
+        ),
         "tv": statistics.fmean(
-            float(abs(_softmax(p) - _softmax(q)).sum(-1).mean() / 2) for p, q in pairs
+            float(abs(p - q).sum(-1).mean() / 2) for p, q in itertools.combinations(chances, 2)
         ),
     }
-    return found
-
-
-def _softmax(logits: numpy.ndarray) -> numpy.ndarray:
-    shifted = numpy.exp(logits.astype(numpy.float64) - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)

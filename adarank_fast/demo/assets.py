@@ -36,12 +36,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 
 Examples = list[tuple[str, str]]  # (text, label)
 
 
-class AssetError(OSError):
+class AssetError(AdarankError, OSError):
     """An asset cannot be had; the message says why, in one line."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.models.torch_private import map_leaves
 
 Batch = dict[str, Any]  # keyword inputs of a model
@@ -21,21 +22,25 @@ def batch_size(batch: Batch) -> int:
     """B: the first size of the main input, else of the first tensor."""
     tensors = [batch[key] for key in MAIN_INPUTS if isinstance(batch.get(key), Tensor)]
     tensors += [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
-    return tensors[0].shape[0]
+    return int(tensors[0].shape[0])
 
 
 def take(batch: Batch, items: int) -> Batch:
     """The first `items` items of a batch."""
     size = batch_size(batch)
-    return map_leaves(Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch)
+    taken: Batch = map_leaves(
+        Tensor, lambda t: t[:items] if t.dim() and t.shape[0] == size else t, batch
+    )
+    return taken
 
 
 def fold(batch: Batch, folds: int) -> Batch:
     """The batch `folds` times over: every tensor with B rows is repeated, the rest is shared."""
     size = batch_size(batch)
-    return map_leaves(
+    folded: Batch = map_leaves(
         Tensor, lambda t: repeat(t, folds) if t.dim() and t.shape[0] == size else t, batch
     )
+    return folded
 
 
 def in_dtype(batches: Iterable[Batch], dtype: torch.dtype) -> list[Batch]:
@@ -55,8 +60,8 @@ def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     """Check the batches and choose what the model is given: no labels, no cache.
 
     Raises:
-        TypeError: a batch is not a dict with tensors.
-        ValueError: no batches, an empty one, a key the model does not know, another device.
+        AdarankTypeError: a batch is not a dict with tensors.
+        AdarankError: no batches, an empty one, a key the model does not know, another device.
     """
     prepared: list[Batch] = []
     parameters = inspect.signature(type(model).forward).parameters
@@ -64,7 +69,7 @@ def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     for number, batch in enumerate(batches):
         where = f"batches[{number}]"
         if not isinstance(batch, Mapping):
-            raise TypeError(
+            raise AdarankTypeError(
                 f"{where} must be a dict of the model's keyword inputs, got {type(batch).__name__}"
             )
         inputs = dict(batch)
@@ -75,13 +80,13 @@ def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
             inputs["decoder_input_ids"] = shift(labels=labels)
             inputs.setdefault("decoder_attention_mask", (labels != -100).long())
         if not any(isinstance(v, Tensor) and v.dim() for v in inputs.values()):
-            raise TypeError(f"{where} holds no tensor (keys: {', '.join(map(str, inputs))})")
+            raise AdarankTypeError(f"{where} holds no tensor (keys: {', '.join(map(str, inputs))})")
         if not batch_size(inputs):
-            raise ValueError(f"{where} holds no items; leave it out")
+            raise AdarankError(f"{where} holds no items; leave it out")
         for key, value in inputs.items():
             if isinstance(value, Tensor) and device is not None and value.device != device:
                 if not hasattr(model, "hf_device_map"):
-                    raise ValueError(
+                    raise AdarankError(
                         f"{where}[{key!r}] is on {value.device}, the model on {device}; "
                         f"move it with .to({str(device)!r})"
                     )
@@ -89,7 +94,7 @@ def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
             inputs["use_cache"] = False
         prepared.append(inputs)
     if not prepared:
-        raise ValueError("batches is empty; pass at least one batch of the model's inputs")
+        raise AdarankError("batches is empty; pass at least one batch of the model's inputs")
     return prepared
 
 
@@ -101,7 +106,7 @@ def _check_keys(where: str, inputs: Batch, parameters: Mapping[str, inspect.Para
     for key in inputs:
         near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.8)
         if key not in names and key != "labels" and (near or not open_ended):
-            raise ValueError(
+            raise AdarankError(
                 f"{where} has the key {key!r}, which the model does not take; "
                 + (f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names[1:])}")
             )

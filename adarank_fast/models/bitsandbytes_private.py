@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError
+
 
 def may_repack(module: nn.Module) -> bool:
     """True for a layer that would repack its weight, or has done so."""
@@ -32,12 +34,12 @@ def undo_repacking(module: Any) -> None:
     """Bring a repacked weight back into the layout that it was quantised to.
 
     Raises:
-        ValueError: this version of bitsandbytes has no way back.
+        AdarankError: this version of bitsandbytes has no way back.
     """
     try:
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
     except ImportError:
-        raise ValueError(
+        raise AdarankError(
             "this version of bitsandbytes cannot undo its repacking of 4-bit weights for the CPU; "
             "load the model again and run nothing with it before"
         ) from None
@@ -59,4 +61,5 @@ def dequantise_int8(layer: Any) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # moves there
-    return int8_vectorwise_dequant(layer.weight.data, scales)
+    weight: Tensor = int8_vectorwise_dequant(layer.weight.data, scales)
+    return weight

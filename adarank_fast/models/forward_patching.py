@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Forward = Callable[..., Any]
+TensorForward = Callable[..., Tensor]  # of linear layers
 Patch = Callable[[Forward], Forward]  # a module's forward so far -> the one to use
 
 

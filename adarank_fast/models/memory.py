@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.peak = self._alive = 0
         self._counted: dict[int, weakref.ref[Any]] = {}  # by id; forgets a storage when it dies
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import Batch, batch_size
 from adarank_fast.models.forward_patching import Forward, ForwardPatches, StopForward
 from adarank_fast.models.targets import base_model_prefix
 from adarank_fast.models.transformers_private import came_from_checkpoint
+from adarank_fast.options import OUTPUTS
 
 OutputChoice = str | Callable[[Any], Tensor]
-
-
-OUTPUTS = ("auto", "pooler", "last_hidden_state", "logits")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class OutputReader:
             parameters: names (in the whole model) -> replacements, for this forward only.
 
         Raises:
-            ValueError: the output is no tensor with a row per item.
+            AdarankError: the output is no tensor with a row per item.
         """
         hidden: list[Tensor] = []
 
@@ -93,12 +92,12 @@ class OutputReader:
             value = hidden[0]
         name, rows = self.output.name, batch_size(batch)
         if not isinstance(value, Tensor) or not value.dim():
-            raise ValueError(
+            raise AdarankError(
                 f"output {name!r} must give a tensor with a row per item, "
                 f"got {type(value).__name__}"
             )
         if value.shape[0] != rows:
-            raise ValueError(
+            raise AdarankError(
                 f"output {name!r} must have a row per item ({rows}), got shape {tuple(value.shape)}"
             )
         return value[:, None] if value.dim() == 1 else value
@@ -145,7 +144,7 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
         sample: a small batch to try it on.
 
     Raises:
-        ValueError: the model rejects the batch; an unknown name, an output the model does not
+        AdarankError: the model rejects the batch; an unknown name, an output the model does not
             have, or one that depends on weights that were missing from the checkpoint.
     """
     _try(model, sample)
@@ -165,7 +164,7 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
         name = "last_hidden_state"
         return _checked(model, Output(name, base, _attribute(name)), sample)
     if choice != "auto":
-        raise ValueError(
+        raise AdarankError(
             f"output={choice!r} is unknown; use one of {', '.join(OUTPUTS)} or a callable"
         )
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
@@ -185,14 +184,14 @@ def _try(model: nn.Module, sample: Batch) -> None:
         tensors = {key: list(v.shape) for key, v in sample.items() if isinstance(v, Tensor)}
         shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise AdarankError(
             f"the model rejects the first item of batches ({shapes}): {reason}"
         ) from error
 
 
 def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:
     def read(outputs: Any, inputs: Batch) -> Tensor:
-        value = getattr(outputs, name, None)
+        value: Tensor | None = getattr(outputs, name, None)
         if value is None:
             raise AttributeError(name)
         return value
@@ -207,12 +206,12 @@ def _checked(model: nn.Module, output: Output, sample: Batch) -> Output:
         outputs = _run(model, output.root, sample)
         has = ", ".join(outputs.keys()) if hasattr(outputs, "keys") else type(outputs).__name__
         wanted = error.args[0].split()[-1].strip("'")
-        raise ValueError(
+        raise AdarankError(
             f"the model has no output {wanted!r} (it returns: {has}); "
             "choose another output= or pass a callable that takes the outputs"
         ) from None
     if untrained:
-        raise ValueError(
+        raise AdarankError(
             f"output {output.name!r} depends on weights that the checkpoint did not have: "
             f"{', '.join(untrained[:4])}{', ...' if len(untrained) > 4 else ''}; load them, choose "
             "another output=, or pass a callable to use the new weights all the same"

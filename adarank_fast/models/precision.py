@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.transformers_private import is_moved_by_hooks
 
 
@@ -17,18 +18,18 @@ def copy_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     its own, so the copy takes the memory of its parameters in `dtype` and no more.
 
     Raises:
-        ValueError: quantised or offloaded weights cannot be cast.
+        AdarankError: quantised or offloaded weights cannot be cast.
     """
     packed = any(
         not p.is_floating_point() or type(p).__module__.startswith("torchao.")
         for p in model.parameters()
     )
     if packed or getattr(model, "is_quantized", False):
-        raise ValueError(
+        raise AdarankError(
             f"dtype={dtype}: the model is quantised and cannot be cast; leave dtype out"
         )
     if any(map(is_moved_by_hooks, model.modules())):
-        raise ValueError(
+        raise AdarankError(
             f"dtype={dtype}: the model is spread over devices or offloaded; leave dtype out and "
             f"load it with from_pretrained(dtype={dtype})"
         )

@@ -35,7 +35,8 @@ def plain_weight(module: nn.Module, parameter: str = "") -> Tensor:
         parameter: name of the experts' parameter.
     """
     if parameter:
-        return getattr(module, parameter)
+        values: Tensor = getattr(module, parameter)
+        return values
     if not is_packed(module):
         assert isinstance(module.weight, Tensor)
         return module.weight
@@ -43,7 +44,8 @@ def plain_weight(module: nn.Module, parameter: str = "") -> Tensor:
         return dequantise_int8(module)
     from peft.utils.integrations import dequantize_module_weight
 
-    return dequantize_module_weight(module)
+    weight: Tensor = dequantize_module_weight(module)
+    return weight
 
 
 def stored(parameter: Tensor) -> Tensor:

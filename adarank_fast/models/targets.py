@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.models.text import list_names
 from adarank_fast.models.torch_private import (
     compiled_from,
@@ -137,8 +138,8 @@ def find_targets(model: nn.Module, target_modules: TargetModules = "attention") 
             one rank for all experts.
 
     Raises:
-        ValueError: nothing matches, or an element of the list does not.
-        TypeError: `target_modules` is neither a string nor an iterable of strings.
+        AdarankError: nothing matches, or an element of the list does not.
+        AdarankTypeError: `target_modules` is neither a string nor an iterable of strings.
     """
     model = unwrap(model)
     candidates = {target.name: target for target in find_candidates(model)}
@@ -225,12 +226,12 @@ def _choose(
         if not chosen:
             classes = sorted({type(m).__name__ for m in model.modules() if any(m.children())})
             if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
-                raise ValueError(
+                raise AdarankError(
                     'target_modules="attention": torch.nn.MultiheadAttention reads the weights of '
                     "its projections and never calls them, so they cannot get a rank; pass "
                     f'"all-linear" or names, for example {list_names(sorted(linears))}'
                 )
-            raise ValueError(
+            raise AdarankError(
                 'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
                 f"name contains 'Attention' (classes here: {list_names(classes)}); "
                 f'pass "all-linear" or names, for example {list_names(sorted(linears))}'
@@ -249,13 +250,13 @@ def _choose(
             and left_out.isdisjoint(path.split("."))
         }
         if not chosen:
-            raise ValueError('target_modules="all-linear" found no Linear or Conv1D in the model')
+            raise AdarankError('target_modules="all-linear" found no Linear or Conv1D in the model')
         return chosen
     if isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
         except re.error as error:
-            raise ValueError(
+            raise AdarankError(
                 f"target_modules={target_modules!r} is not a valid regex: {error}"
             ) from error
         chosen = {
@@ -264,7 +265,7 @@ def _choose(
             if pattern.fullmatch(name) or pattern.fullmatch(path)
         }
         if not chosen:
-            raise ValueError(
+            raise AdarankError(
                 f"target_modules={target_modules!r} matches no linear module; a string is a regex "
                 "for the full name (pass a list for suffixes); "
                 f"near matches: {_near(target_modules, linears)}"
@@ -275,11 +276,11 @@ def _choose(
         if not all(isinstance(item, str) for item in wanted):
             raise TypeError
     except TypeError:
-        raise TypeError(
+        raise AdarankTypeError(
             f"target_modules must be a string or a list of strings, got {target_modules!r}"
         ) from None
     if not wanted:
-        raise ValueError("target_modules is empty; name at least one module")
+        raise AdarankError("target_modules is empty; name at least one module")
     chosen = set()
     for item in wanted:
         found = {
@@ -294,7 +295,7 @@ def _choose(
                 why = f"names a {type(other[0]).__name__}, not a Linear or Conv1D"
                 if is_read_not_called(other[0]):
                     why = "names a projection that torch.nn.MultiheadAttention never calls"
-            raise ValueError(
+            raise AdarankError(
                 f"target_modules: {item!r} {why}; near matches: {_near(item, linears)}"
             )
         chosen |= found

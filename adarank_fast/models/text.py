@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from adarank_fast.errors import AdarankError
+
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its class."""
@@ -24,13 +26,13 @@ def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
     """Whatever goes wrong in loading files that somebody else made is bad input.
 
     Raises:
-        ValueError: cannot load `what` of the model `name`; `remedy`.
+        AdarankError: cannot load `what` of the model `name`; `remedy`.
     """
     try:
         yield
     except Exception as error:
         where = "folder" if os.path.isdir(name) else "no such folder, so a hub name"
-        raise ValueError(
+        raise AdarankError(
             f"cannot load the {what} {name!r} ({where}){remedy}: {first_line(error)}"
         ) from error
 

@@ -17,86 +17,69 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from numbers import Integral
-from typing import Any
+from typing import Any, Unpack
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.text import list_names
+from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.plan.budget import DEFAULT_AVERAGE_RANK, Budget, BudgetOptions
 
 Number = Any  # Fraction or float, all scores the same
-DEFAULT_AVERAGE_RANK = 8
-ALLOCATIONS = ("exact", "paper")
 
 
 def allocate_ranks(
     scores: Mapping[str, float],
-    average_rank: float | None = None,
+    budget: Budget | float | None = None,
     sizes: Mapping[str, tuple[int, int]] | None = None,
-    budget_parameters: int | None = None,
-    min_rank: int = 0,
-    max_rank: int | None = None,
-    rank_multiple: int = 1,
-    allocation: str = "exact",
+    **options: Unpack[BudgetOptions],
 ) -> dict[str, int]:
     """Ranks in proportion to scores under a budget.
 
     Args:
         scores: module name -> disagreement, finite and >= 0, not all zero.
-        average_rank: the budget is floor(average_rank * number of modules) ranks. Default 8.
+        budget: a `Budget`, or a number: the average rank.
         sizes: module name -> (in_features, out_features). Caps a rank at min(in, out); needed for
             `budget_parameters`.
-        budget_parameters: the budget is this many adapter parameters, rank * (in + out) a module.
-            At most one of the two budgets.
-        min_rank: no module gets less; 0 lets a module go without an adapter.
-        max_rank: no module gets more.
-        rank_multiple: every rank is a multiple of it (min_rank is rounded up, max_rank down).
-        allocation: "exact": after rounding down, steps of `rank_multiple` go to the largest
-            remainders (ties by name) until no step is affordable: an average-rank budget divisible
-            by the multiple is spent exactly, otherwise less than the cheapest step stays unspent.
-            "paper": rounding down only, as published; spends less than the budget.
+        options: the fields of `Budget` as keywords, instead of `budget`.
 
     Returns:
         name -> rank, in the order of `scores`. The budget is never exceeded.
 
     Raises:
-        ValueError: one line that names the argument, its value and the remedy.
+        AdarankError: one line that names the argument, its value and the remedy.
     """
+    flat: dict[str, Any] = {**options}
+    budget = gather(Budget, budget, flat)
+    refuse_unknown("allocate_ranks", flat, Budget)
     _check_scores(scores)
-    bounds = (min_rank, max_rank, rank_multiple)
-    budget = Budget(scores, average_rank, sizes, budget_parameters, *bounds, allocation)
-    return budget.ranks({name: Fraction(float(score)) for name, score in scores.items()})
+    shared = SharedBudget(budget, scores, sizes)
+    return shared.ranks({name: Fraction(float(score)) for name, score in scores.items()})
 
 
-class Budget:
-    """What there is to spend on which modules; arguments and errors as `allocate_ranks`."""
+class SharedBudget:
+    """A budget and the modules that share it; arguments and errors as `allocate_ranks`."""
 
     def __init__(
         self,
+        budget: Budget,
         names: Iterable[str],
-        average_rank: float | None = None,
         sizes: Mapping[str, tuple[int, int]] | None = None,
-        budget_parameters: int | None = None,
-        min_rank: int = 0,
-        max_rank: int | None = None,
-        rank_multiple: int = 1,
-        allocation: str = "exact",
     ) -> None:
         names = list(names)
-        self.step = rank_multiple
-        self._low, self._highs = _bounds(names, sizes, min_rank, max_rank, rank_multiple)
-        if allocation not in ALLOCATIONS:
-            raise ValueError(f'allocation must be "exact" or "paper", got {allocation!r}')
-        self._allocation = allocation
-        self._budget, said = _budget(len(names), average_rank, budget_parameters)
-        if budget_parameters is None:
+        self.step = budget.rank_multiple
+        self._low, self._highs = _bounds(names, sizes, budget)
+        self._allocation = budget.allocation
+        self._budget, said = _amount(budget, len(names))
+        if budget.budget_parameters is None:
             self._costs = dict.fromkeys(names, 1)
         elif sizes is None:
-            raise ValueError("budget_parameters needs sizes: name -> (in_features, out_features)")
+            raise AdarankError("budget_parameters needs sizes: name -> (in_features, out_features)")
         else:
             self._costs = {name: sum(sizes[name]) for name in names}
         least = self._low * sum(self._costs.values())
         if self._budget < least:
-            raise ValueError(
-                f"{said} is too small for min_rank={min_rank}, which needs {least}; "
+            raise AdarankError(
+                f"{said} is too small for min_rank={budget.min_rank}, which needs {least}; "
                 "raise the budget or lower min_rank"
             )
         most = sum(
@@ -104,7 +87,7 @@ class Budget:
             for name, high in self._highs.items()
         )
         if self._budget > most:
-            raise ValueError(
+            raise AdarankError(
                 f"{said} is more than all modules can take under max_rank, min(in, out) and "
                 f"rank_multiple ({most}); lower the budget or loosen the bounds"
             )
@@ -170,75 +153,51 @@ class Budget:
 
 def _check_scores(scores: Mapping[str, float]) -> None:
     if not scores:
-        raise ValueError("scores is empty; give one score per module")
+        raise AdarankError("scores is empty; give one score per module")
     bad = [name for name, score in scores.items() if not (math.isfinite(score) and score >= 0)]
     if bad:
-        raise ValueError(
+        raise AdarankError(
             f"scores must be finite and not negative, got {scores[bad[0]]} for {list_names(bad)}; "
             "look for overflow in the model's outputs (try float32)"
         )
     if not any(scores.values()):
-        raise ValueError(
+        raise AdarankError(
             "scores are all zero: perturbing the modules did not move the output; choose an output "
             "that depends on them, or a uniform plan"
         )
 
 
 def _bounds(
-    names: list[str],
-    sizes: Mapping[str, tuple[int, int]] | None,
-    min_rank: int,
-    max_rank: int | None,
-    multiple: int,
+    names: list[str], sizes: Mapping[str, tuple[int, int]] | None, budget: Budget
 ) -> tuple[int, dict[str, int | None]]:
-    """(lowest rank, highest of each module), multiples of `multiple`; None: no cap."""
-    check_integer("rank_multiple", multiple, 1)
-    check_integer("min_rank", min_rank, 0)
-    if max_rank is not None:
-        check_integer("max_rank", max_rank, 1)
-        if max_rank < min_rank:
-            raise ValueError(f"max_rank={max_rank} is below min_rank={min_rank}; raise max_rank")
+    """(lowest rank, highest of each module), multiples of `rank_multiple`; None: no cap."""
     if sizes is not None and (missing := [name for name in names if name not in sizes]):
-        raise ValueError(f"sizes lacks {list_names(missing)}; give (in_features, out_features)")
-    low = -(-min_rank // multiple) * multiple
+        raise AdarankError(f"sizes lacks {list_names(missing)}; give (in_features, out_features)")
+    multiple = budget.rank_multiple
+    low = -(-budget.min_rank // multiple) * multiple
     highs: dict[str, int | None] = {}
     for name in names:
-        caps = [] if max_rank is None else [max_rank]
+        caps = [] if budget.max_rank is None else [budget.max_rank]
         caps += [] if sizes is None else [min(sizes[name])]
         highs[name] = min(caps) // multiple * multiple if caps else None
     narrow = [name for name, high in highs.items() if high is not None and high < low]
     if narrow:
-        raise ValueError(
-            f"min_rank={min_rank} with rank_multiple={multiple} needs rank {low}, more than "
+        raise AdarankError(
+            f"min_rank={budget.min_rank} with rank_multiple={multiple} needs rank {low}, more than "
             f"max_rank or min(in, out) allows ({highs[narrow[0]]}) for {list_names(narrow)}; "
             "lower min_rank or rank_multiple, or leave these modules out"
         )
     return low, highs
 
 
-def _budget(
-    modules: int, average_rank: float | None, budget_parameters: int | None
-) -> tuple[int, str]:
-    """The budget, in ranks or in parameters, and how to name it in a message."""
-    if average_rank is not None and budget_parameters is not None:
-        raise ValueError(
-            f"average_rank={average_rank} and budget_parameters={budget_parameters} are both "
-            "given; keep one of them"
-        )
-    if budget_parameters is not None:
-        check_integer("budget_parameters", budget_parameters, 1)
-        return budget_parameters, f"budget_parameters={budget_parameters}"
-    average = float(DEFAULT_AVERAGE_RANK if average_rank is None else average_rank)
-    if not (math.isfinite(average) and average > 0):
-        raise ValueError(f"average_rank must be a positive number, got {average_rank}")
+def _amount(budget: Budget, modules: int) -> tuple[int, str]:
+    """What there is, in ranks or in parameters, and how to name it in a message."""
+    if budget.budget_parameters is not None:
+        return budget.budget_parameters, f"budget_parameters={budget.budget_parameters}"
+    average = float(DEFAULT_AVERAGE_RANK if budget.average_rank is None else budget.average_rank)
     # the fraction that was meant: 3 / 10 for 0.3 and 4 / 3 for 1.333..., both a little less inside
     total = math.floor(Fraction(average).limit_denominator(10**6) * modules)
     said = f"average_rank={average:g} ({total} ranks over {modules} modules)"
     if total == 0:
-        raise ValueError(f"{said} is less than one rank in all; raise average_rank")
+        raise AdarankError(f"{said} is less than one rank in all; raise average_rank")
     return total, said
-
-
-def check_integer(argument: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adarank_fast.errors import AdarankError
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -55,14 +57,14 @@ def lora_config(
     for argument, remedy in DECIDED_BY_PLAN.items():
         if argument in lora_config_kwargs:
             value = lora_config_kwargs[argument]
-            raise ValueError(f"{argument}={value!r} cannot be given with a plan: {remedy}")
+            raise AdarankError(f"{argument}={value!r} cannot be given with a plan: {remedy}")
     alpha_of = alpha_rule(scaling)
     names: dict[int, list[str]] = {}
     for name, rank in ranks.items():
         if rank > 0:
             names.setdefault(rank, []).append(name)
     if not names:
-        raise ValueError("every rank of the plan is 0, nothing gets an adapter; raise the budget")
+        raise AdarankError("every rank of the plan is 0, nothing gets an adapter; raise the budget")
     prefix = f"(?:{re.escape(optional_prefix)})?" if optional_prefix else ""
 
     def any_of(these: Sequence[str]) -> str:
@@ -94,7 +96,7 @@ def alpha_rule(scaling: str | float) -> Callable[[int], float]:
         return lambda rank: RSLORA_ALPHA
     constant = CONSTANT_SCALING if scaling == "constant" else scaling
     if not isinstance(constant, (int, float)) or not 0 < constant < math.inf:
-        raise ValueError(
+        raise AdarankError(
             f'scaling must be "constant", "paper", "rslora" or a positive number, got {scaling!r}'
         )
 

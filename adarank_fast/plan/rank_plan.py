@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
+from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
 from adarank_fast.files import write_text
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
 from adarank_fast.models.text import plain_text
-from adarank_fast.plan.allocation import Budget, allocate_ranks
+from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
+from adarank_fast.plan.budget import Budget, BudgetOptions
 from adarank_fast.plan.lora_config import lora_config
 from adarank_fast.plan.uncertainty import chance_of_change
 
@@ -26,15 +29,6 @@ if TYPE_CHECKING:
 
 FORMAT = "adarank-fast plan"
 SCHEMA = 1  # raise it whenever an older release would misread the file
-
-BUDGET_OPTIONS: dict[str, Any] = {
-    "average_rank": None,
-    "budget_parameters": None,
-    "min_rank": 0,
-    "max_rank": None,
-    "rank_multiple": 1,
-    "allocation": "exact",
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Score:
     def from_trials(cls, trials: Sequence[float]) -> Score:
         values = tuple(float(value) for value in trials)
         if not values:
-            raise ValueError("trials is empty; a score needs at least one trial")
+            raise AdarankError("trials is empty; a score needs at least one trial")
         mean = statistics.fmean(values)
         std = math.hypot(*(value - mean for value in values)) / math.sqrt(max(len(values) - 1, 1))
         return cls(mean, std, values)
@@ -80,16 +74,16 @@ class RankPlan:
 
     def __post_init__(self) -> None:
         if not self.ranks:
-            raise ValueError("ranks is empty; a plan needs at least one module")
+            raise AdarankError("ranks is empty; a plan needs at least one module")
         if self.ranks.keys() != self.sizes.keys():
             odd = sorted(self.ranks.keys() ^ self.sizes.keys())
-            raise ValueError(f"ranks and sizes name different modules, for example {odd[0]}")
+            raise AdarankError(f"ranks and sizes name different modules, for example {odd[0]}")
         if not self.scores.keys() <= self.ranks.keys():
             odd = sorted(self.scores.keys() - self.ranks.keys())
-            raise ValueError(f"scores has a module that ranks lacks: {odd[0]}")
+            raise AdarankError(f"scores has a module that ranks lacks: {odd[0]}")
         for name, rank in self.ranks.items():
             if rank < 0:
-                raise ValueError(f"ranks must not be negative, got {rank} for {name}")
+                raise AdarankError(f"ranks must not be negative, got {rank} for {name}")
 
     @property
     def parameters(self) -> int:
@@ -103,17 +97,17 @@ class RankPlan:
         """The same rank for every target module: ordinary LoRA.
 
         Raises:
-            ValueError: `rank` is below 1 or above what a module can hold; see also `find_targets`.
+            AdarankError: `rank` is below 1 or more than a module can hold; see also `find_targets`.
         """
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a positive integer, got {rank!r}")
+            raise AdarankError(f"rank must be a positive integer, got {rank!r}")
         if not isinstance(target_modules, str):
             target_modules = sorted(target_modules)
         sizes = {}
         for target in find_targets(model, target_modules):
             sizes[target.name] = (target.in_features, target.out_features)
             if rank > min(sizes[target.name]):
-                raise ValueError(
+                raise AdarankError(
                     f"rank={rank} exceeds min(in, out) of {target.name} "
                     f"{list(sizes[target.name])}; lower it or leave the module out"
                 )
@@ -127,37 +121,28 @@ class RankPlan:
         return cls(ranks=dict.fromkeys(sizes, rank), sizes=sizes, settings=settings)
 
     def allocate(
-        self,
-        average_rank: float | None = None,
-        budget_parameters: int | None = None,
-        min_rank: int = 0,
-        max_rank: int | None = None,
-        rank_multiple: int = 1,
-        allocation: str = "exact",
+        self, budget: Budget | float | None = None, **options: Unpack[BudgetOptions]
     ) -> RankPlan:
         """A new plan that spends another budget on the same scores, without probing.
 
-        Args: see `allocate_ranks`.
+        Args:
+            budget: a `Budget`, or a number: the average rank.
+            options: the fields of `Budget` as keywords, instead of `budget`.
 
         Raises:
-            ValueError: the plan has no scores; or as `allocate_ranks`.
+            AdarankError: the plan has no scores; or as `allocate_ranks`.
         """
         if not self.scores:
-            raise ValueError(
+            raise AdarankError(
                 "this plan has no scores to allocate by (it was not made by probing); "
                 "run predict_ranks"
             )
-        budget: dict[str, Any] = dict(
-            average_rank=average_rank,
-            budget_parameters=budget_parameters,
-            min_rank=min_rank,
-            max_rank=max_rank,
-            rank_multiple=rank_multiple,
-            allocation=allocation,
-        )
+        flat: dict[str, Any] = {**options}
+        budget = gather(Budget, budget, flat)
+        refuse_unknown("allocate", flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}
-        ranks = allocate_ranks(means, sizes=self.sizes, **budget)
-        return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget})
+        ranks = allocate_ranks(means, budget, self.sizes)
+        return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget.options})
 
     def chance_of_change(self) -> dict[str, float] | None:
         """For each module, the chance that another seed of the noise gives it another rank.
@@ -167,8 +152,8 @@ class RankPlan:
         """
         if self.scores.keys() != self.ranks.keys() or "allocation" not in self.settings:
             return None
-        options = {key: self.settings.get(key, value) for key, value in BUDGET_OPTIONS.items()}
-        budget = Budget(self.ranks, sizes=self.sizes, **options)
+        known = {key: self.settings[key] for key in Budget().options if key in self.settings}
+        budget = SharedBudget(Budget(**known), self.ranks, self.sizes)
         trials = {name: score.trials for name, score in self.scores.items()}
         return chance_of_change(trials, self.ranks, budget.ranks)
 
@@ -187,7 +172,7 @@ class RankPlan:
                 modules_to_save. A plan for Conv1D modules (GPT-2) needs fan_in_fan_out=True.
 
         Raises:
-            ValueError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
+            AdarankError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
         """
         prefix = self.settings.get("base_model_prefix", "")
         experts = set(self.settings.get("expert_parameters", ()))
@@ -214,23 +199,27 @@ class RankPlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it cannot be read, is not a plan, or a newer release wrote it.
+            AdarankFileNotFoundError: there is no such file.
+            AdarankError: it cannot be read, is not a plan, or a newer release wrote it.
         """
         remedy = "make the plan again with predict_ranks or `adarank predict`"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise FileNotFoundError(f"there is no plan file {str(path)!r}; {remedy}") from None
+            raise AdarankFileNotFoundError(
+                f"there is no plan file {str(path)!r}; {remedy}"
+            ) from None
         except OSError as error:
-            raise ValueError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
+            raise AdarankError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
         except ValueError as error:  # not UTF-8, not JSON
-            raise ValueError(f"plan {str(path)!r} is not a JSON file ({error}); {remedy}") from None
+            raise AdarankError(
+                f"plan {str(path)!r} is not a JSON file ({error}); {remedy}"
+            ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
+            raise AdarankError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
         schema = content.get("schema")
         if not isinstance(schema, int) or schema > SCHEMA:
-            raise ValueError(
+            raise AdarankError(
                 f"plan {str(path)!r} has schema {schema}, this release reads up to {SCHEMA}; "
                 "upgrade adarank-fast"
             )
@@ -249,7 +238,7 @@ class RankPlan:
                 settings=dict(content["settings"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"plan {str(path)!r} is damaged ({error!r}); {remedy}") from error
+            raise AdarankError(f"plan {str(path)!r} is damaged ({error!r}); {remedy}") from error
 
     def table(self) -> str:
         """The plan as fixed-width text, one line per module, without colours.

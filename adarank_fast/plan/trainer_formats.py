@@ -9,6 +9,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import write_text
 from adarank_fast.plan.rank_plan import RankPlan
 
@@ -26,13 +27,13 @@ def render(plan: RankPlan, format: str = "peft", scaling: str | float = "constan
         scaling: see `RankPlan.to_lora_config`.
 
     Raises:
-        ValueError: unknown format, or one that cannot express the plan.
+        AdarankError: unknown format, or one that cannot express the plan.
     """
     if format not in _FORMATS:
-        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(_FORMATS)}")
+        raise AdarankError(f"format={format!r} is unknown; use one of {', '.join(_FORMATS)}")
     config = plan.to_lora_config(scaling)
     if config.target_parameters and format != "peft":
-        raise ValueError(
+        raise AdarankError(
             f"{format}: the plan has ranks for expert parameters ({config.target_parameters[0]}), "
             "for which only format='peft' has a setting; leave them out of target_modules"
         )
@@ -55,7 +56,7 @@ def export_plan(
         scaling: see `RankPlan.to_lora_config`.
 
     Raises:
-        ValueError: unknown format, or one that cannot express the plan.
+        AdarankError: unknown format, or one that cannot express the plan.
     """
     write_text(path, render(plan, format, scaling))
 
@@ -92,7 +93,7 @@ def _llama_factory(plan: RankPlan, config: LoraConfig) -> str:
     """One lora_rank for all modules; lora_target is a list of names, matched as suffixes."""
     ranks = sorted({rank for rank in plan.ranks.values() if rank > 0})
     if len(ranks) > 1:
-        raise ValueError(
+        raise AdarankError(
             f"llama-factory has one lora_rank for all modules, the plan has {ranks[0]} to "
             f"{ranks[-1]}; save an untrained adapter with inject(model, plan)"
             ".save_pretrained(folder) and set adapter_name_or_path to that folder: it goes on "
@@ -112,7 +113,7 @@ _FORMATS = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory}
 
 def _whole(alpha: float, trainer: str) -> int:
     if alpha != int(alpha):
-        raise ValueError(
+        raise AdarankError(
             f"{trainer} takes whole numbers for lora_alpha only, this scaling gives {alpha}; "
             "choose another scaling"
         )

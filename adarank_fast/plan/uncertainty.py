@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from adarank_fast.errors import AdarankError
+
 HALF_WIDTH = 1.96  # standard errors: a 95% interval
 DRAWS = 200
 
@@ -31,9 +33,9 @@ class AdaptiveTrials:
     def __post_init__(self) -> None:
         for name, value in (("minimum", self.minimum), ("maximum", self.maximum)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-                raise ValueError(f"AdaptiveTrials: {name} must be an integer >= 2, got {value!r}")
+                raise AdarankError(f"AdaptiveTrials: {name} must be an integer >= 2, got {value!r}")
         if self.maximum < self.minimum:
-            raise ValueError(
+            raise AdarankError(
                 f"AdaptiveTrials: maximum={self.maximum} is below minimum={self.minimum}; raise it"
             )
 

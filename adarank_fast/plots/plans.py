@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plots.style import clean, line_style, new_figure, write
 
@@ -35,8 +36,8 @@ def plot_plan(plan: RankPlan, path: str | os.PathLike[str]) -> None:
         path: .png, .pdf or .svg.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: matplotlib cannot write the file type.
+        AdarankImportError: matplotlib is not installed.
+        AdarankError: matplotlib cannot write the file type.
     """
     if not plan.scores:
         return plot_ranks(plan, path)
@@ -56,10 +57,10 @@ def plot_disagreement(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     """Disagreement by layer, one line a module type, error bars the std over trials.
 
     Raises:
-        ValueError: the plan has no scores.
+        AdarankError: the plan has no scores.
     """
     if not plan.scores:
-        raise ValueError("this plan has no scores to plot (it was not made by probing)")
+        raise AdarankError("this plan has no scores to plot (it was not made by probing)")
     positions = arrange(plan.ranks)
     figure = new_figure(max(_heat_size(positions)[0], 8.0), 4.2)
     axes = figure.subplots()

@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.plots.style import GRID, clean, line_style, new_figure, write
 
 
@@ -24,7 +25,7 @@ def plot_training(
         ticks: the only values marked on a logarithmic x axis. None: the axis is linear.
     """
     if not curves:
-        raise ValueError("curves is empty; give at least one line")
+        raise AdarankError("curves is empty; give at least one line")
     figure = new_figure(5.5, 3.4)
     axes = figure.subplots()
     order = order or list(curves)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import replacing
 
 MARKERS = "osD^vPX*<>"
@@ -31,12 +32,8 @@ def clean(axes: Any) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib: pip install 'adarank-fast[demo]'", name=error.name
-        ) from error
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
@@ -46,6 +43,6 @@ def write(figure: Any, path: str | os.PathLike[str]) -> None:
     kind = Path(path).suffix[1:].lower() or "png"
     supported = FigureCanvasAgg(figure).get_supported_filetypes()
     if kind not in supported:
-        raise ValueError(f"path={str(path)!r}: cannot draw .{kind}; use .png, .pdf or .svg")
+        raise AdarankError(f"path={str(path)!r}: cannot draw .{kind}; use .png, .pdf or .svg")
     with replacing(path) as temporary:
         figure.savefig(temporary, format=kind)

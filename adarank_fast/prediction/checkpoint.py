@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from adarank_fast.errors import AdarankError
+
 FORMAT = "adarank-fast checkpoint"
 START = json.dumps({"format": FORMAT})[:-1]
 
@@ -27,7 +29,7 @@ class Checkpoint:
         process: number of this process.
 
     Raises:
-        ValueError: the file is something else, or holds the probes of another prediction.
+        AdarankError: the file is something else, or holds the probes of another prediction.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Checkpoint:
         self._path = Path(path)
         self._identity = json.loads(json.dumps(dict(identity)))
         if not self._path.parent.is_dir():
-            raise ValueError(
+            raise AdarankError(
                 f"checkpoint={str(path)!r}: the folder {str(self._path.parent)!r} does not exist"
             )
         self.found: Found = {}
@@ -71,19 +73,21 @@ class Checkpoint:
         try:
             if not lines:  # killed while it wrote the first line?
                 begun = file.read_text(encoding="utf-8")
-                assert START.startswith(begun) or begun.startswith(START)
+                if not (START.startswith(begun) or begun.startswith(START)):
+                    raise ValueError("another first line")
                 return
             header = json.loads(lines[0])
-            assert header["format"] == FORMAT
+            if header["format"] != FORMAT:
+                raise ValueError("another format")
             probes = [json.loads(line) for line in lines[1:]]
             found = {(str(name), int(trial)): float(value) for name, trial, value in probes}
-        except (ValueError, TypeError, KeyError, AssertionError):
-            raise ValueError(
+        except (ValueError, TypeError, KeyError):
+            raise AdarankError(
                 f"checkpoint={str(file)!r} is no checkpoint of a prediction; {remedy}"
             ) from None
         for key, value in self._identity.items():
             if header["identity"].get(key) != value:
-                raise ValueError(
+                raise AdarankError(
                     f"checkpoint={str(file)!r} holds probes of another prediction ({key}: "
                     f"{_short(header['identity'].get(key))}, now {_short(value)}); {remedy}"
                 )
@@ -97,7 +101,7 @@ class Checkpoint:
                 opened.truncate(kept)
             handle = open(file, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
-            raise ValueError(
+            raise AdarankError(
                 f"checkpoint={str(file)!r} cannot be written: {error.strerror}"
             ) from error
         if not kept:
@@ -112,7 +116,7 @@ def _whole_lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError):
-        raise ValueError(f"checkpoint={str(file)!r} is no text file; name another file") from None
+        raise AdarankError(f"checkpoint={str(file)!r} is no text file; name another file") from None
 
 
 def _short(value: object) -> str:

@@ -69,7 +69,7 @@ def estimate_cost(
         trials: as for `predict_ranks`; of `AdaptiveTrials`, the maximum.
 
     Raises:
-        ValueError, TypeError: as `predict_ranks`.
+        AdarankError: as `predict_ranks`.
     """
     trials = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
     inner = unwrap(model)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.forward_patching import Forward, ForwardPatches
+from adarank_fast.models.forward_patching import ForwardPatches, TensorForward
 
 WORTH = 0.75  # rows are picked out if at most this share of them is read
 
@@ -32,7 +32,7 @@ class Rows:
         self.total = read.numel()
         self.index = read.nonzero()[:, 0]
 
-    def only(self, original: Forward) -> Forward:
+    def only(self, original: TensorForward) -> TensorForward:
         """A forward that computes these rows of every variant and leaves zeros in the others."""
 
         def forward(x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Rows:
 
         return forward
 
-    def with_nan(self, original: Forward) -> Forward:
+    def with_nan(self, original: TensorForward) -> TensorForward:
         """A forward that leaves NaN in all other rows of a clean pass."""
 
         def forward(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def find_needed_rows(
     """
     outputs: dict[nn.Module, list[Tensor]] = {module: [] for module in linears}
 
-    def keep_output(module: nn.Module, original: Forward) -> Forward:
+    def keep_output(module: nn.Module, original: TensorForward) -> TensorForward:
         def forward(x: Tensor) -> Tensor:
             y = original(x)
             if not y.requires_grad:
@@ -84,8 +84,8 @@ def find_needed_rows(
 
         return forward
 
-    def with_gradients(original: Forward) -> Forward:
-        def forward(*args: object, **kwargs: object) -> object:
+    def with_gradients(original: TensorForward) -> TensorForward:
+        def forward(*args: object, **kwargs: object) -> Tensor:
             torch.set_grad_enabled(True)  # from here on; the no_grad below ends it
             return original(*args, **kwargs)
 

@@ -7,12 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adarank_kernels.disagreement.op import METRICS, pairwise_disagreement
-
-
-def check_metric(metric: str) -> None:
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
+from adarank_kernels.disagreement.op import pairwise_disagreement
 
 
 def disagreement_sums(

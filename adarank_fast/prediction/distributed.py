@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from adarank_fast.errors import AdarankError
+
 T = TypeVar("T")
 
 
@@ -40,14 +42,14 @@ class Processes:
         """Every process must have the same value.
 
         Raises:
-            ValueError: on every process, if one differs.
+            AdarankError: on every process, if one differs.
         """
         if self.count == 1:
             return
         for rank, other in enumerate(self._gather(dict(value))):
             odd = [key for key in value if other.get(key) != value[key]]
             if odd:
-                raise ValueError(
+                raise AdarankError(
                     f"process {rank} and process {self.rank} have different {what} ({odd[0]}); "
                     "give every process the same model and batches"
                 )
@@ -68,7 +70,7 @@ class Processes:
             raise error
         for rank, (_, message) in enumerate(parts):
             if message is not None:
-                raise ValueError(f"process {rank} of {self.count}: {message}")
+                raise AdarankError(f"process {rank} of {self.count}: {message}")
         return {key: value for part, _ in parts for key, value in part.items()}
 
     def _gather(self, value: Any) -> list[Any]:

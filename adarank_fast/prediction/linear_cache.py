@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.forward_patching import Forward, Patch
+from adarank_fast.models.forward_patching import Patch, TensorForward
 from adarank_fast.models.targets import linear_shape
 from adarank_fast.models.torch_private import version
 
@@ -39,7 +39,7 @@ class LinearCache:
         self._calls: dict[nn.Module, list[Call]] = {}
         self._last: tuple[Tensor, int, Tensor] | None = None  # shared inputs are kept once
 
-    def fill(self, module: nn.Module, original: Forward) -> Forward:
+    def fill(self, module: nn.Module, original: TensorForward) -> TensorForward:
         """A forward that keeps what it is given and what it returns."""
 
         def forward(x: Tensor) -> Tensor:
@@ -71,7 +71,9 @@ class LinearCache:
         }
 
 
-def _compute_what_changed(call: Call, folds: int, compare: _Same, original: Forward) -> Forward:
+def _compute_what_changed(
+    call: Call, folds: int, compare: _Same, original: TensorForward
+) -> TensorForward:
     """A forward that computes only those variants whose input is not that of the clean pass."""
     clean_x, clean_y = call
 

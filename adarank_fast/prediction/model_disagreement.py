@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import Batch, prepare_batches, take
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.outputs import (
@@ -24,10 +25,12 @@ from adarank_fast.models.outputs import (
 )
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import find_block, unwrap
-from adarank_fast.prediction.disagreement import applies, check_metric, positions
+from adarank_fast.options import check_choice
+from adarank_fast.prediction.disagreement import applies, positions
 from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 from adarank_kernels import pairwise_disagreement
+from adarank_kernels.disagreement.choices import METRICS
 
 
 def model_disagreement(
@@ -52,9 +55,9 @@ def model_disagreement(
         [K, K] float64 on the CPU: the metric's mean over unmasked positions of all batches.
 
     Raises:
-        ValueError, TypeError: one line that names the argument, its value and the remedy.
+        AdarankError: one line that names the argument, its value and the remedy.
     """
-    check_metric(metric)
+    check_choice("metric", metric, METRICS)
     if adapters is not None:
         runs = _adapter_outputs(models, batches, output, list(adapters))
     else:
@@ -79,7 +82,7 @@ def model_disagreement(
             total = sums.double().cpu() if total is None else total + sums.double().cpu()
             count += counted
     if total is None:
-        raise ValueError("batches: every position is masked; nothing to compare")
+        raise AdarankError("batches: every position is masked; nothing to compare")
     return total / count
 
 
@@ -90,7 +93,7 @@ def _model_outputs(
     models: Sequence[nn.Module] | nn.Module, batches: Iterable[Batch], output: OutputChoice
 ) -> Iterator[Run]:
     if isinstance(models, nn.Module) or len(models) < 2:
-        raise ValueError(
+        raise AdarankError(
             "models must be a list of at least two; for adapters of one PeftModel name them in "
             "adapters="
         )
@@ -109,7 +112,7 @@ def _model_outputs(
             outputs = [clean.outputs[index] for clean in passes]
             for number, value in enumerate(outputs):
                 if value.shape != outputs[0].shape:
-                    raise ValueError(
+                    raise AdarankError(
                         f"models[{number}] gives an output of shape {list(value.shape)}, models[0] "
                         f"of shape {list(outputs[0].shape)}; compare models of one task"
                     )
@@ -126,7 +129,7 @@ def _adapter_outputs(
     unknown = [name for name in adapters if name not in config]
     if unknown or len(adapters) < 2:
         has = ", ".join(config) or "it is no PeftModel"
-        raise ValueError(
+        raise AdarankError(
             f"adapters={adapters!r} must name at least two adapters of the model ({has})"
         )
     peft_model: Any = model

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import is_packed, plain_weight
 from adarank_fast.models.targets import Target, linear_shape
 from adarank_kernels import philox_normal
@@ -75,7 +76,7 @@ class Noise:
         noise, of_bias = self._weights[target][0], self._biases[target]
         assert isinstance(weight, Tensor)
         if not target.parameter and is_packed(target.module):
-            raise ValueError(
+            raise AdarankError(
                 f"{target.name} is quantised and cannot be probed in a folded batch; leave it out "
                 "of target_modules or load it in a floating-point type"
             )

@@ -47,7 +47,8 @@ def remove_padding(model: nn.Module, output: Output, batches: Sequence[Batch]) -
 
 def _padding(batch: Batch) -> Tensor:
     """Masked positions of each item."""
-    return (batch["attention_mask"] == 0).sum(1)
+    mask: Tensor = batch["attention_mask"]
+    return (mask == 0).sum(1)
 
 
 def _sorted_by_length(batches: Sequence[Batch]) -> list[Batch]:
@@ -81,7 +82,8 @@ def _kind(batch: Batch) -> tuple[object, ...]:
 
 
 def _lengths(batch: Batch) -> Tensor:
-    return (batch["attention_mask"] != 0).sum(1).clamp_min(1)
+    mask: Tensor = batch["attention_mask"]
+    return (mask != 0).sum(1).clamp_min(1)
 
 
 def _buckets(lengths: Tensor) -> list[tuple[set[int], int]]:

@@ -11,58 +11,54 @@ The weights are never touched: a probe adds std(W) x E_t^T to what the module re
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError, AdarankTimeoutError
 from adarank_fast.models.batches import Batch, batch_size, in_dtype, prepare_batches, take
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.memory import Memory, default_memory
-from adarank_fast.models.outputs import OutputChoice, choose_output
+from adarank_fast.models.outputs import choose_output
 from adarank_fast.models.precision import copy_in_dtype
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import Target, TargetModules, find_targets, unwrap
-from adarank_fast.plan.allocation import Budget, allocate_ranks
+from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
+from adarank_fast.plan.budget import Budget, BudgetOptions
 from adarank_fast.plan.rank_plan import RankPlan, Score, describe_model
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.prediction.checkpoint import Checkpoint, Found
-from adarank_fast.prediction.disagreement import check_metric
 from adarank_fast.prediction.distributed import Processes
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.padding import remove_padding
+from adarank_fast.prediction.probe import Limits, Probe, ProbeOptions
 from adarank_fast.prediction.prober import Prober
 from adarank_fast.prediction.recording import CleanPasses, record_clean_passes
 from adarank_fast.prediction.replay import Replay
 
 
+class PredictOptions(BudgetOptions, ProbeOptions, total=False):
+    """The options of `predict_ranks` as keywords, for type checkers."""
+
+
 def predict_ranks(
     model: nn.Module,
     batches: Iterable[Batch],
-    average_rank: float | None = None,
-    budget_parameters: int | None = None,
+    budget: Budget | float | None = None,
     target_modules: TargetModules = "attention",
-    output: OutputChoice = "auto",
-    metric: str = "l1",
-    trials: int | AdaptiveTrials = 5,
-    min_rank: int = 0,
-    max_rank: int | None = None,
-    rank_multiple: int = 1,
-    allocation: str = "exact",
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    max_seconds: float | None = None,
-    max_memory: int | None = None,
+    probe: Probe | None = None,
+    limits: Limits | None = None,
     progress: bool = True,
+    **options: Unpack[PredictOptions],
 ) -> RankPlan:
     """Predict a LoRA rank for every target module, before training and without labels.
 
@@ -72,59 +68,56 @@ def predict_ranks(
     Args:
         model: any torch module. It is left exactly as it was, also after an exception.
         batches: dicts of the model's keyword inputs, on its device; labels are ignored.
-        average_rank: budget: this many ranks a module on average (default 8).
-        budget_parameters: budget: this many adapter parameters. At most one of the two.
+        budget: a `Budget`, or a number: the average rank (default 8).
         target_modules: "attention", "all-linear", a regex for the full name, or a list of names or
             suffixes; see `find_targets`.
-        output: what must not move: "auto" (a language model's logits if its head was loaded, else
-            the mean-pooled last hidden state), "pooler", "last_hidden_state", "logits", or a
-            callable that takes the model's outputs and returns a [B, ...] tensor.
-        metric: "l1", "tv", "kl", "js" or "argmax"; see `disagreement_sums`.
-        trials: perturbations of each module, or `AdaptiveTrials`: as many as its rank needs.
-        min_rank, max_rank, rank_multiple, allocation: see `allocate_ranks`.
-        seed: of the noise. The plan depends on it, not on batch sizes or the order of modules.
-        dtype: run the probes in this floating-point type, on a copy of the weights; None: the
-            model's own. The noise keeps the scale of the model's own weights.
-        checkpoint: a file that finished probes are written to and read from: after a kill, the
-            same call goes on where it was.
-        max_seconds: begin no further probes after this time; every module needs one trial.
-        max_memory: bytes of tensors that probing may hold beside the model, its outputs and the
-            activations it resumes from; at least one variant is probed at a time. None: what keeps
-            all within 1.5 times the model and one forward over the largest batch. It changes how
-            fast ranks are found and, beyond rounding, not which.
+        probe: what is perturbed how often, and what must not move; see `Probe`.
+        limits: time, memory, and a file to go on from; see `Limits`.
         progress: show a bar on stderr.
+        options: fields of these three as keywords: average_rank, budget_parameters, min_rank,
+            max_rank, rank_multiple, allocation; output, metric, trials, seed, dtype; checkpoint,
+            max_seconds, max_memory.
 
     Returns:
         A `RankPlan` with the ranks, every trial's disagreement and all settings.
 
     Raises:
-        ValueError, TypeError: one line that names the argument, its value and the remedy.
-        TimeoutError: `max_seconds` was over before every module had a trial.
+        AdarankError: one line that names the argument, its value and the remedy; a TypeError too
+            for a wrong type, a TimeoutError if `max_seconds` was over before every module had a
+            trial.
     """
-    deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
-    check_metric(metric)
-    _check_arguments(trials, seed, dtype, max_seconds, max_memory)
+    flat: dict[str, Any] = {**options}
+    budget, probe = gather(Budget, budget, flat), gather(Probe, probe, flat)
+    limits = gather(Limits, limits, flat)
+    refuse_unknown("predict_ranks", flat, Budget, Probe, Limits)
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
+    return _predict(model, batches, budget, target_modules, probe, limits, progress)
+
+
+def _predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    budget: Budget,
+    target_modules: TargetModules,
+    probe: Probe,
+    limits: Limits,
+    progress: bool,
+) -> RankPlan:
+    max_seconds = limits.max_seconds
+    deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+    dtype = getattr(torch, probe.dtype) if isinstance(probe.dtype, str) else probe.dtype
     inner = unwrap(model)
     _check_whole(inner)
     targets = find_targets(inner, target_modules)
     sizes = {t.name: (t.in_features, t.out_features) for t in targets}
-    options: dict[str, Any] = dict(
-        average_rank=average_rank,
-        budget_parameters=budget_parameters,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        rank_multiple=rank_multiple,
-        allocation=allocation,
-    )
-    budget = Budget(sizes, sizes=sizes, **options)  # says no before the work
+    shared = SharedBudget(budget, sizes, sizes)  # says no before the work
     prepared = prepare_batches(inner, batches)
     processes = Processes.current()
     settings = {
         **describe_model(inner),
-        "metric": metric,
-        "seed": seed,
+        "metric": probe.metric,
+        "seed": probe.seed,
         "dtype": str(dtype or next(inner.parameters()).dtype).removeprefix("torch."),
         "batches": _describe_batches(prepared),
     }
@@ -134,35 +127,36 @@ def predict_ranks(
         if dtype is not None:
             probed, prepared = copy_in_dtype(inner, dtype), in_dtype(prepared, dtype)
             targets = find_targets(probed, target_modules)
-        chosen = choose_output(probed, output, take(prepared[0], 1))
+        chosen = choose_output(probed, probe.output, take(prepared[0], 1))
         settings["output"] = chosen.name
         identity = {**settings, "weights": digest_weights(inner)}
         processes.same("models or batches", identity)
-        parts = prepared if callable(output) else remove_padding(probed, chosen, prepared)
+        parts = prepared if callable(probe.output) else remove_padding(probed, chosen, prepared)
         clean = record_clean_passes(probed, chosen, parts, targets)
-        if max_memory is None:
-            memory = default_memory(probed, parts, clean.live_bytes, prepared)
-        else:
-            memory = Memory(max_memory)
-        replay = Replay(clean, keep_all=callable(output))
-        prober = Prober(probed, replay, seed, metric, stds, memory)
-        sampling = _Sampling(targets, trials, budget, processes, deadline)
-        journal = checkpoint and Checkpoint(checkpoint, identity, processes.rank)
-        with journal or nullcontext() as file:
-            values = sampling.run(prober, file, progress)
-    _check_trials(values, trials, max_seconds)
+        memory = (
+            default_memory(probed, parts, clean.live_bytes, prepared)
+            if limits.max_memory is None
+            else Memory(limits.max_memory)
+        )
+        replay = Replay(clean, keep_all=callable(probe.output))
+        prober = Prober(probed, replay, probe.seed, probe.metric, stds, memory)
+        sampling = _Sampling(targets, probe.trials, shared, processes, deadline)
+        file = limits.checkpoint and Checkpoint(limits.checkpoint, identity, processes.rank)
+        with file or nullcontext() as journal:
+            values = sampling.run(prober, journal, progress)
+    _check_trials(values, probe.trials, max_seconds)
     scores = {name: Score.from_trials(done) for name, done in values.items()}
     _warn_of_unreached(clean, scores)
     settings |= {
         "target_modules": target_modules,
-        "trials": vars(trials) if isinstance(trials, AdaptiveTrials) else trials,
+        "trials": probe.trials if isinstance(probe.trials, int) else vars(probe.trials),
         "routes": prober.routes,
-        **options,
+        **budget.options,
         "versions": {name: version(name) for name in ("adarank-fast", "torch", "transformers")},
     }
     if max_seconds is not None:
         settings["max_seconds"] = max_seconds
-    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, sizes=sizes, **options)
+    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes)
     return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
 
 
@@ -172,7 +166,7 @@ class _Sampling:
 
     targets: Sequence[Target]
     trials: int | AdaptiveTrials
-    budget: Budget
+    budget: SharedBudget
     processes: Processes
     deadline: float
 
@@ -244,7 +238,7 @@ def _check_trials(
     """An error if a module has no trial; a warning if some have fewer than asked for."""
     missing = [name for name, done in values.items() if not done]
     if missing:
-        raise TimeoutError(
+        raise AdarankTimeoutError(
             f"max_seconds={max_seconds:g} was over before {len(missing)} of {len(values)} modules "
             f"had a trial ({missing[0]}, ...); raise it, give fewer batches, or set checkpoint= "
             "and call again"
@@ -270,34 +264,13 @@ def _warn_of_unreached(clean: CleanPasses, scores: Mapping[str, Score]) -> None:
         )
 
 
-def _check_arguments(
-    trials: object,
-    seed: object,
-    dtype: object,
-    max_seconds: float | None,
-    max_memory: int | None,
-) -> None:
-    if not isinstance(trials, AdaptiveTrials) and (
-        isinstance(trials, bool) or not isinstance(trials, int) or trials < 1
-    ):
-        raise ValueError(f"trials must be a positive integer or AdaptiveTrials, got {trials!r}")
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    if max_seconds is not None and not max_seconds > 0:
-        raise ValueError(f"max_seconds must be positive, got {max_seconds!r}")
-    if max_memory is not None and not max_memory > 0:
-        raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
-
-
 def _check_whole(model: nn.Module) -> None:
     """A sharded model would need every process in every forward."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "placements"):  # a DTensor
-            raise ValueError(
+            raise AdarankError(
                 f"the model is sharded ({name} is a DTensor); predict before fully_shard, each "
                 "process with the whole model"
             )
         if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device; load the weights first")
+            raise AdarankError(f"{name} is on the meta device; load the weights first")

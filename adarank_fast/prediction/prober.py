@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from adarank_fast.models.forward_patching import Forward, Patch
+from adarank_fast.errors import AdarankError
+from adarank_fast.models.forward_patching import Patch, TensorForward
 from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import position_mask
 from adarank_fast.models.targets import Target, alternatives
@@ -84,7 +85,7 @@ class Prober:
             progress: show a bar on stderr.
 
         Raises:
-            ValueError: a variant's output is NaN or infinite, or its module never runs.
+            AdarankError: a variant's output is NaN or infinite, or its module never runs.
         """
         groups: dict[int, list[Variant]] = {}
         for variant in variants:
@@ -110,7 +111,7 @@ class Prober:
     def _check(self, variant: Variant, value: float) -> None:
         target, name, trial = variant.target, variant.target.name, variant.trial
         if not math.isfinite(value):
-            raise ValueError(
+            raise AdarankError(
                 f"the output is {value} when {name} is perturbed (trial {trial}); look for NaN in "
                 "the model's weights and outputs, or for overflow (try dtype=torch.float32)"
             )
@@ -118,7 +119,7 @@ class Prober:
             return
         clean, others = self._clean, alternatives(self._model, target.path)
         if not any(t.path in others and clean.is_reached(t.name) for t in clean.targets):
-            raise ValueError(
+            raise AdarankError(
                 f"target_modules: {name} has no effect: its forward is never called and its weight "
                 "never read; leave it out"
             )
@@ -219,7 +220,7 @@ def _perturbed(
 ) -> Patch:
     """Adds the noise's product, [k, in, out], to what the module returns for variants `changed`."""
 
-    def patch(original: Forward) -> Forward:
+    def patch(original: TensorForward) -> TensorForward:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if x.shape[0] != rows:
                 raise _Unfoldable(target)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import Batch, batch_size, fold, take
 from adarank_fast.models.forward_patching import Forward, ForwardPatches
 from adarank_fast.models.memory import LiveBytes, tokens
@@ -94,12 +95,12 @@ def record_clean_passes(
         skip_head: look for a head that need not run (see `OutputReader`).
 
     Raises:
-        ValueError: a target lies outside what the output reads, or the model is not deterministic
+        AdarankError: a target lies outside what the output reads, or the model is not deterministic
             in eval mode.
     """
     for target in targets:
         if output.root and not target.path.startswith(f"{output.root}."):
-            raise ValueError(
+            raise AdarankError(
                 f"target_modules: {target.name} has no influence on output {output.name!r}; "
                 "choose another output= or leave it out"
             )
@@ -319,7 +320,7 @@ class _Folding:
 def _check_folding(watched: _Watched, sample: Batch, order: Sequence[str]) -> _Folding:
     single, again = watched.run(sample, keep=True), watched.run(sample)
     if not is_same(again.output, single.output, 1e-4):
-        raise ValueError(
+        raise AdarankError(
             "the model gives another output when it is run again in eval mode; switch off what "
             "is random in its forward"
         )

@@ -116,7 +116,8 @@ class Replay:
                 self._forget()
                 self.advance(position)
                 return self.run(index, folds, perturbations, parameters)
-        return value.unflatten(0, (folds, -1))
+        unfolded: Tensor = value.unflatten(0, (folds, -1))
+        return unfolded
 
     def _patches(
         self, index: int, folds: int, perturbations: Mapping[nn.Module, Patch], replaced: bool

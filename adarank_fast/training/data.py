@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
+
 TEXT_COLUMNS = (
     *("text", "sentence", "question", "prompt", "content", "document", "review", "query"),
     *("instruction", "input", "body", "utterance", "title"),
@@ -49,8 +51,8 @@ def read_texts(
         label_column: default: the first of `LABEL_COLUMNS` that the file has, if any.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: one line that names the file, the line, the value and the remedy.
+        AdarankFileNotFoundError: there is no such file.
+        AdarankError: one line that names the file, the line, the value and the remedy.
     """
     path = Path(path)
     text = _read(path)
@@ -58,7 +60,7 @@ def read_texts(
     if kind in (".txt", ".text"):
         for argument, column in (("text_column", text_column), ("label_column", label_column)):
             if column is not None:
-                raise ValueError(
+                raise AdarankError(
                     f"{path} is plain text and has no columns; leave out {argument}={column!r} or "
                     "use a .jsonl, .csv or .tsv file"
                 )
@@ -68,26 +70,26 @@ def read_texts(
         lines = _jsonl(path, text) if kind in (".jsonl", ".ndjson") else _csv(path, text)
         texts, labels = _columns(path, list(lines), text_column, label_column)
     else:
-        raise ValueError(f"{path}: unknown suffix {kind!r}; use {SUFFIXES}")
+        raise AdarankError(f"{path}: unknown suffix {kind!r}; use {SUFFIXES}")
     if not texts:
-        raise ValueError(f"{path} holds no texts; give a file with at least one")
+        raise AdarankError(f"{path} holds no texts; give a file with at least one")
     return TextData(texts, labels)
 
 
 def _read(path: Path) -> str:
     if not path.exists():
-        raise FileNotFoundError(f"there is no data file {str(path)!r}")
+        raise AdarankFileNotFoundError(f"there is no data file {str(path)!r}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it ({SUFFIXES})")
+        raise AdarankError(f"{path} is a folder; name a file in it ({SUFFIXES})")
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise AdarankError(f"cannot read {path}: {error.strerror}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
+        raise AdarankError(
             f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the "
             f"file, for example with `iconv -f latin1 -t utf-8`"
         ) from None
@@ -100,11 +102,11 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise AdarankError(
                 f"{path}, line {number}: not JSON ({error}): {quote(line)}; one object a line"
             ) from None
         if not isinstance(row, dict):
-            raise ValueError(
+            raise AdarankError(
                 f'{path}, line {number}: must be a JSON object such as {{"text": ...}}, got '
                 f"{quote(line)}"
             )
@@ -118,13 +120,13 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
     try:
         for row in reader:
             if None in row:
-                raise ValueError(
+                raise AdarankError(
                     f"{path}, line {reader.line_num}: {len(row[None]) + len(row) - 1} fields, the "
                     f"header has {len(row) - 1}; quote texts that contain {delimiter!r}"
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; check the quotes") from None
+        raise AdarankError(f"{path}, line {reader.line_num}: {error}; check the quotes") from None
 
 
 def _columns(
@@ -137,7 +139,7 @@ def _columns(
     if text_column is None and len(columns) == 1:
         text_column = columns[0]
     if text_column is None:
-        raise ValueError(
+        raise AdarankError(
             f"{path} has no column that looks like text; it has {', '.join(columns)}; "
             "say which with text_column"
         )
@@ -146,7 +148,7 @@ def _columns(
     for number, row in rows:
         text = _cell(path, number, row, text_column)
         if not isinstance(text, str):
-            raise ValueError(
+            raise AdarankError(
                 f"{path}, line {number}: {text_column} must be a string, got {quote(text)}; "
                 "choose another text_column"
             )
@@ -164,7 +166,7 @@ def _choose(
         lower = {column.lower().strip(): column for column in reversed(columns)}
         return next((lower[name] for name in usual if name in lower), None)
     if wanted not in columns:
-        raise ValueError(
+        raise AdarankError(
             f"{path} has no column {wanted!r} ({what}_column); it has {', '.join(columns)}"
         )
     return wanted
@@ -173,7 +175,7 @@ def _choose(
 def _cell(path: Path, number: int, row: Mapping[str, Any], column: str) -> Any:
     value = row.get(column)
     if value is None:
-        raise ValueError(
+        raise AdarankError(
             f"{path}, line {number}: no value for {column}; fill it in or drop the line"
         )
     return value
@@ -188,13 +190,13 @@ def hold_out(data: TextData, share: float, seed: int = 0) -> tuple[TextData, Tex
     """Split at random into (the rest, `share` of it); equal texts never end on both sides.
 
     Raises:
-        ValueError: a side would be empty.
+        AdarankError: a side would be empty.
     """
     unique = sorted(set(data.texts))
     random.Random(seed).shuffle(unique)
     chosen = set(unique[: round(share * len(unique))])
     if not 0 < len(chosen) < len(unique):
-        raise ValueError(
+        raise AdarankError(
             f"cannot hold {share:.0%} of {len(unique)} different texts out; give more texts or "
             "held-out data of their own"
         )

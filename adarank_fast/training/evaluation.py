@@ -69,4 +69,5 @@ def evaluate(model: nn.Module, items: Sequence[Item], pad: int, batch_size: int 
 
 
 def _logits(outputs: Any) -> torch.Tensor:
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+    logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+    return logits

@@ -12,9 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from adarank_fast.errors import AdarankError, AdarankImportError
 from adarank_fast.models.outputs import mean_pool
 from adarank_fast.models.text import first_line, loading
-from adarank_fast.training.choices import DTYPES, TASKS, check_choice
+from adarank_fast.options import DTYPES, TASKS, check_choice
 from adarank_fast.training.data import TextData
 from adarank_fast.training.tokens import add_decoder_inputs, make_batches, pad_id
 
@@ -46,7 +47,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or a hub name.
 
     Raises:
-        ValueError: it cannot be loaded.
+        AdarankError: it cannot be loaded.
     """
     with loading("tokenizer of model", name):
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -64,14 +65,16 @@ def load_pretrained(
         threads: CPU threads; None leaves them.
 
     Raises:
-        ValueError: it cannot be loaded.
+        AdarankError: it cannot be loaded.
     """
     if os.path.exists(name) or name.startswith((".", "/", "~")):
         name = os.path.expanduser(name)
         if not os.path.isdir(name):
-            raise ValueError(f"MODEL {name!r} is not a folder; give the folder of a saved model")
+            raise AdarankError(f"MODEL {name!r} is not a folder; give the folder of a saved model")
         if not os.path.exists(os.path.join(name, "config.json")):
-            raise ValueError(f"MODEL folder {name!r} has no config.json; save_pretrained makes one")
+            raise AdarankError(
+                f"MODEL folder {name!r} has no config.json; save_pretrained makes one"
+            )
     if threads:
         torch.set_num_threads(threads)
     config = load_config(name)
@@ -86,7 +89,9 @@ def load_pretrained(
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device!r} cannot be used: {first_line(error)}") from error
+            raise AdarankError(
+                f"--device {device!r} cannot be used: {first_line(error)}"
+            ) from error
     return model.eval(), tokenizer
 
 
@@ -94,7 +99,7 @@ def load_config(name: str) -> Any:
     """The configuration of a folder or a hub name.
 
     Raises:
-        ValueError: it cannot be loaded.
+        AdarankError: it cannot be loaded.
     """
     with loading("config of model", name):
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -148,8 +153,8 @@ def load_model(
         modules that the checkpoint does not have and that PEFT would leave untrained.
 
     Raises:
-        ValueError: the model cannot be loaded.
-        ImportError: `four_bit` without bitsandbytes.
+        AdarankError: the model cannot be loaded.
+        AdarankImportError: `four_bit` without bitsandbytes.
     """
     check_choice("task", task, TASKS)
     check_choice("dtype", dtype, DTYPES)
@@ -207,7 +212,7 @@ def model_factory(
 
 def _four_bit(dtype: torch.dtype) -> Any:
     if find_spec("bitsandbytes") is None:
-        raise ImportError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
+        raise AdarankImportError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -220,7 +225,7 @@ def choose_task(task: str, data: TextData) -> str:
     """What "auto" means: classification where there are labels, else causal-lm.
 
     Raises:
-        ValueError: an unknown task.
+        AdarankError: an unknown task.
     """
     check_choice("task", task, ("auto", *TASKS))
     if task != "auto":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank_fast.errors import AdarankError
 from adarank_fast.training.data import TextData, quote
 
 
@@ -22,14 +23,14 @@ def make_classes(*parts: TextData) -> list[str]:
     """All labels that occur, in order.
 
     Raises:
-        ValueError: there are none, or fewer than two.
+        AdarankError: there are none, or fewer than two.
     """
     for data in parts:
         if data.labels is None:
-            raise ValueError("classification needs labels, the data have none; name their column")
+            raise AdarankError("classification needs labels, the data have none; name their column")
     names = sorted({label for data in parts for label in data.labels or ()})
     if len(names) < 2:
-        raise ValueError(f"classification needs two classes, the data have only {names[0]!r}")
+        raise AdarankError(f"classification needs two classes, the data have only {names[0]!r}")
     return names
 
 
@@ -53,9 +54,9 @@ def make_batches(
     """
     for argument, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
+            raise AdarankError(f"{argument} must be at least 1, got {value}")
     if not texts:
-        raise ValueError("texts is empty; give at least one")
+        raise AdarankError("texts is empty; give at least one")
     limit = min(max_length, tokenizer.model_max_length)
     tokenised = tokenizer(list(texts), truncation=True, max_length=limit)
     items = [
@@ -64,7 +65,7 @@ def make_batches(
     ]
     for text, item in zip(texts, items, strict=True):
         if not item["input_ids"]:
-            raise ValueError(f"the tokenizer makes no tokens of {quote(text)}; leave it out")
+            raise AdarankError(f"the tokenizer makes no tokens of {quote(text)}; leave it out")
     pad = pad_id(tokenizer)
     return [collate(items[i : i + batch_size], pad) for i in range(0, len(items), batch_size)]
 
@@ -101,7 +102,7 @@ def encode_blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[Ite
         length: tokens a block; what is left over at the end is dropped.
 
     Raises:
-        ValueError: there is less than one block of text.
+        AdarankError: there is less than one block of text.
     """
     length = min(length, tokenizer.model_max_length)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -110,7 +111,7 @@ def encode_blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[Ite
         stream += ids + end
     blocks = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
     if not blocks:
-        raise ValueError(
+        raise AdarankError(
             f"the texts make {len(stream):,} tokens, less than one block of {length}; give more "
             "text or a smaller max_length"
         )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
+from adarank_fast.errors import AdarankError, AdarankRuntimeError
 from adarank_fast.files import Name, check_folder, new_folder, note_settings
 from adarank_fast.training.tokens import Item, collate, item_length
 
@@ -50,10 +51,10 @@ class Recipe:
             counts["max_steps"] = self.max_steps
         for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise AdarankError(f"{name} must be a positive integer, got {value!r}")
         rate = self.learning_rate
         if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-            raise ValueError(f"learning_rate must be a number of at least 0, got {rate!r}")
+            raise AdarankError(f"learning_rate must be a number of at least 0, got {rate!r}")
 
     def steps(self, items: int) -> int:
         """Steps that training on so many items takes."""
@@ -98,7 +99,7 @@ class Training:
         return points
 
 
-class LengthGroups(Sampler):
+class LengthGroups(Sampler[int]):
     """Items of like length in one batch, batches in random order.
 
     The order depends on seed and epoch alone, not on what else has drawn from torch's generator, so
@@ -169,13 +170,14 @@ def fit(
                 control.should_training_stop = True
 
     class Loop(Trainer):
-        def get_train_dataloader(self) -> DataLoader:
+        def get_train_dataloader(self) -> DataLoader[Any]:
             size = self.args.train_batch_size
             sampler = LengthGroups(items, size, recipe.seed)
             loader = DataLoader(
                 self.train_dataset, size, sampler=sampler, collate_fn=self.data_collator
             )
-            return self.accelerator.prepare(loader)
+            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+            return prepared
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             if "attention_mask" in inputs:
@@ -259,8 +261,8 @@ def train_adapter(
         description: what else must be as it was for a run to go on: model, data, plan.
 
     Raises:
-        ValueError: the unfinished run beside `folder` is another one.
-        RuntimeError: training diverged; nothing is saved.
+        AdarankError: the unfinished run beside `folder` is another one.
+        AdarankRuntimeError: training diverged; nothing is saved.
     """
     folder = Path(folder)
     check_adapter_folder(folder)
@@ -271,7 +273,9 @@ def train_adapter(
     training = fit(peft_model, items, pad, recipe, unfinished, on_step)
     if training.diverged:
         shutil.rmtree(unfinished)
-        raise RuntimeError(f"{training.diverged}: training diverged; lower the learning rate")
+        raise AdarankRuntimeError(
+            f"{training.diverged}: training diverged; lower the learning rate"
+        )
     with new_folder(folder, replace=True) as temporary:
         peft_model.save_pretrained(temporary)
     shutil.rmtree(unfinished)
@@ -279,7 +283,7 @@ def train_adapter(
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """A ValueError of one line unless `folder` may become, or be replaced by, an adapter's."""
+    """An AdarankError of one line unless `folder` may become, or be replaced by, an adapter's."""
     check_folder(folder, replace=True)
     if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
-        raise ValueError(f"{str(folder)!r} holds something else than an adapter; name another")
+        raise AdarankError(f"{str(folder)!r} holds something else than an adapter; name another")

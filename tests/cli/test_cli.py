@@ -10,7 +10,6 @@ import sys
 import pytest
 
 import adarank_fast as ada
-from adarank_fast.cli import main as cli
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.training.loading import auto_class, load_pretrained
 from tests.tiny_texts import WORDS, save_tiny
@@ -208,7 +207,7 @@ BAD = {
     "trials range": (["predict", BERT, "--data", TEXTS, "--trials", "5-2"], "maximum=2 is below"),
     "probe dtype": (["predict", BERT, "--data", TEXTS, "--probe-dtype", "int3"], "--probe-dtype"),
     "checkpoint": (["predict", BERT, "--data", TEXTS, "--checkpoint", TEXTS], "is no checkpoint"),
-    "seconds": (["predict", BERT, "--data", TEXTS, "--max-seconds", "-1"], "max_seconds must be"),
+    "seconds": (["predict", BERT, "--data", TEXTS, "--max-seconds", "-1"], "--max-seconds must be"),
     "too few seconds": (
         ["predict", BERT, "--data", TEXTS, "--max-seconds", "1e-6"],
         "was over before 8 of 8 modules had a trial",
@@ -229,14 +228,14 @@ BAD = {
     "output is a folder": (["predict", "nowhere", "--data", "no.txt", "-o", "."], "is a folder"),
     "two budgets": (
         ["predict", BERT, "--data", TEXTS, "--average-rank", "2", "--budget-parameters", "9"],
-        "not both",
+        "--average-rank 2.0 and --budget-parameters 9 are both given; keep one of them",
     ),
-    "budget": (["predict", BERT, "--data", TEXTS, "--average-rank", "-1"], "average_rank"),
+    "budget": (["predict", BERT, "--data", TEXTS, "--average-rank", "-1"], "--average-rank"),
     "target modules": (
         ["predict", BERT, "--data", TEXTS, "--target-modules", "qery"],
         "'qery' matches no module; near matches: query",
     ),
-    "metric": (["predict", BERT, "--data", TEXTS, "--metric", "l3"], "metric='l3'"),
+    "metric": (["predict", BERT, "--data", TEXTS, "--metric", "l3"], "--metric 'l3' is unknown"),
     "output": (["predict", BERT, "--data", TEXTS, "--output", "logits"], "no output 'logits'"),
     "dtype": (["predict", BERT, "--data", TEXTS, "--dtype", "int3"], "--dtype 'int3'"),
     "device": (["predict", BERT, "--data", TEXTS, "--device", "abc"], "--device 'abc'"),
@@ -257,6 +256,31 @@ def test_bad_input_is_one_line(adarank, folders, case):
     assert err.count("\n") == 1 and err.endswith("\n")
     assert message in err
     assert not os.path.exists("plan.json")
+
+
+NOT_LOADED = {
+    "average rank": ["--average-rank", "0"],
+    "budgets": ["--average-rank", "1", "--budget-parameters", "9"],
+    "metric": ["--metric", "l3"],
+    "allocation": ["--allocation", "best"],
+    "dtype": ["--dtype", "int3"],
+    "trials": ["--trials", "-1"],
+    "output": ["--output", "hiden"],
+    "misspelt": ["--averge-rank", "1"],
+}
+
+
+def test_bad_options_are_judged_before_torch_is_loaded():
+    code = (
+        "import sys, adarank_fast.cli.main as cli\n"
+        f"for options in {list(NOT_LOADED.values())!r}:\n"
+        "    try: cli.main(['predict', 'x', '--data', 'y', *options])\n"
+        "    except SystemExit as done: print(done.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n" * len(NOT_LOADED)
+    assert done.stderr.count("\n") == len(NOT_LOADED)
+    assert "y" not in [word.strip("'") for word in done.stderr.split()]  # nor is the file read
 
 
 def test_a_report_that_is_a_file_is_noticed_before_anything_is_downloaded(
@@ -281,12 +305,14 @@ def test_bugs_keep_their_traceback(adarank, folders, monkeypatch):
         raise ValueError("a bug outside the package")
 
     monkeypatch.setattr("adarank_fast.prediction.predict.predict_ranks", buggy)
-    with pytest.raises(ValueError, match="a bug"):
-        cli.main(["predict", folders["bert"], "--data", folders["texts"]])
+    status, out, err = adarank("predict", folders["bert"], "--data", folders["texts"])
+    assert (status, out) == (1, "")
+    assert "Traceback" in err and "ValueError: a bug outside the package" in err
+    assert err.splitlines()[-1] == "adarank: this is a bug; please report it with the lines above"
     # a wrong call in our own code
     monkeypatch.setattr("adarank_fast.cli.predict.parse_target_modules", lambda: None)
-    with pytest.raises(TypeError, match="positional argument"):
-        cli.main(["predict", folders["bert"], "--data", folders["texts"]])
+    status, _, err = adarank("predict", folders["bert"], "--data", folders["texts"])
+    assert status == 1 and "TypeError" in err and "positional argument" in err
 
 
 def test_interruption(adarank, folders, monkeypatch):
@@ -308,7 +334,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
         "import adarank_fast.cli.main\n"
         "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
-    folder = os.path.dirname(os.path.dirname(cli.__file__))
+    folder = os.path.dirname(ada.__file__)
     done = subprocess.run(
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )

@@ -45,7 +45,7 @@ def test_compare(adarank, folder):
     arguments += ("--learning-rates", "1e-2", "--batch-size", 8)
     status, out, err = adarank(*arguments)
     assert status == 0
-    assert "eva less uniform: " in out and "Held-out accuracy" in out
+    assert "Difference of eva from uniform: " in out and "Held-out accuracy" in out
     assert err.endswith("wrote report/report.html\n") and err.count("run-") == 4
     assert Path("report/report.html").exists()
     status, again, err = adarank(*arguments)

@@ -79,14 +79,15 @@ def span(mean, low, high, count=3, p_value=0.01):
 )
 def test_reading_is_honest(seeds, items, words):
     claim, figures = findings.verdicts(results_of(seeds, items))[0]
-    assert claim == words and figures.startswith("adarank less uniform: ")
+    assert claim == words and figures.startswith("Difference of adarank from uniform: ")
     assert findings.reading(results_of(seeds, items))[0] == f"{claim} {figures}"
 
 
 def test_figures_behind_a_claim():
     results = results_of(span(0.004, -0.01, 0.018), span(0.004, -0.01, 0.02, 900))
     assert findings.verdicts(results)[0][1] == (
-        "adarank less uniform: +0.40 points, 95% interval -1.00 to +1.80 points over 3 seeds "
+        "Difference of adarank from uniform: +0.40 points, "
+        "95% interval -1.00 to +1.80 points over 3 seeds "
         "(paired t test, p = 0.01); -1.00 to +2.00 points over 900 held-out items."
     )
 
@@ -115,11 +116,12 @@ def test_runs_that_end_worse_than_the_sweep_say_nothing_of_ranks():
     results["runs"] = [*steady, run("uniform", 0, 0.81, 0.4), run("uniform", 2, 0.3, 2.0)]
     assert findings.unsteady(results) == {"uniform": [2]}
     assert findings.verdicts(results)[0][0] == (
-        "Nothing can be said of adarank and uniform: runs of uniform fell apart at the learning "
-        "rate that the sweep chose."
+        "Nothing can be said of adarank and uniform: runs of uniform became unstable at the "
+        "learning rate that the sweep chose."
     )
     assert any(
-        line.startswith("1 of 3 runs of uniform fell apart") for line in findings.remarks(results)
+        line.startswith("1 of 3 runs of uniform became unstable")
+        for line in findings.remarks(results)
     )
 
 

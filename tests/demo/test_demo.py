@@ -29,9 +29,3 @@ def test_report_folder_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         demo.run_demo(tmp_path / "file")
-
-
-def test_missing_package(monkeypatch):
-    monkeypatch.setattr(demo, "NEEDED", ("no_such_package",))
-    with pytest.raises(ImportError, match="the demo needs no_such_package: pip install"):
-        demo.run_demo("nowhere")

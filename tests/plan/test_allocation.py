@@ -170,7 +170,7 @@ SIZES = {"a": (32, 32), "b": (16, 64)}
         ({"a": float("inf"), "b": 1.0}, {}, "scores must be finite.*inf for a"),
         ({"a": -1.0, "b": 1.0}, {}, "not negative.*-1.0 for a"),
         ({"a": 0.0, "b": 0.0}, {}, "scores are all zero"),
-        (None, {"allocation": "best"}, "allocation must be .*'best'"),
+        (None, {"allocation": "best"}, "allocation='best' is unknown; use one of exact, paper"),
         (None, {"average_rank": 0}, "average_rank must be a positive number, got 0"),
         (None, {"average_rank": float("nan")}, "average_rank must be a positive number, got nan"),
         (None, {"average_rank": 0.4}, "average_rank=0.4 .* less than one rank"),

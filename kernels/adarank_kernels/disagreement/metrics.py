@@ -96,7 +96,7 @@ def _kl(f: Tensor, pairs: bool) -> Tensor:
 
 
 def _js(f: Tensor, pairs: bool) -> Tensor:
-    entropy = torch.special.entr
+    entropy: Callable[[Tensor], Tensor] = torch.special.entr
 
     def mixture(p: Tensor, q: Tensor) -> Tensor:
         return entropy((p + q).div_(2)).sum(-1)

@@ -31,9 +31,8 @@ import torch
 from torch import Tensor
 
 from adarank_kernels.disagreement import metrics
-
-METRICS = ("l1", "tv", "kl", "js", "argmax")
-
+from adarank_kernels.disagreement.choices import METRICS
+from adarank_kernels.errors import AdarankError, AdarankTypeError
 
 LOGITS_BYTES = 80 << 20  # of a token chunk's logits
 CACHE_BYTES = 2 << 20  # of an operand of the elementwise passes
@@ -81,9 +80,9 @@ def pairwise_disagreement(
         head: any non-finite value) gives NaN in all its entries and in no others.
 
     Raises:
-        ValueError: shapes that do not fit, tensors on several devices, an unknown name, no token
+        AdarankError: shapes that do not fit, tensors on several devices, an unknown name, no token
             left, too few variants.
-        TypeError: `hidden`, `weight`, `bias` or `reference` of a wrong dtype.
+        AdarankTypeError: `hidden`, `weight`, `bias` or `reference` of a wrong dtype.
     """
     check(hidden, weight, bias, metric, mask, reference, reduction)
     with torch.no_grad():
@@ -127,43 +126,45 @@ def check(
     reduction: str,
 ) -> None:
     if hidden.dim() != 3:
-        raise ValueError(f"hidden must be [K, N, D], got {list(hidden.shape)}")
+        raise AdarankError(f"hidden must be [K, N, D], got {list(hidden.shape)}")
     K, N, D = hidden.shape
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "reference": reference}
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+            raise AdarankTypeError(f"{name} must be floating point, got {tensor.dtype}")
     for name, tensor in (tensors | {"mask": mask}).items():
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
+            raise AdarankError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise AdarankError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        raise AdarankError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction == "none" and reference is None:
-        raise ValueError("reduction='none' gives [K, N] and needs a reference")
+        raise AdarankError("reduction='none' gives [K, N] and needs a reference")
     if weight is not None and (weight.dim() != 2 or weight.shape[1] != D):
-        raise ValueError(f"weight must be [V, {D}] to fit hidden, got {list(weight.shape)}")
+        raise AdarankError(f"weight must be [V, {D}] to fit hidden, got {list(weight.shape)}")
     if bias is not None and (weight is None or bias.shape != weight.shape[:1]):
         fits = "None without a weight" if weight is None else f"[{weight.shape[0]}]"
-        raise ValueError(f"bias must be {fits}, got {list(bias.shape)}")
+        raise AdarankError(f"bias must be {fits}, got {list(bias.shape)}")
     if mask is not None and mask.shape != (N,):
-        raise ValueError(f"mask must be [{N}] to fit hidden, got {list(mask.shape)}")
+        raise AdarankError(f"mask must be [{N}] to fit hidden, got {list(mask.shape)}")
     if reference is not None and reference.shape != (N, D):
-        raise ValueError(f"reference must be {[N, D]} to fit hidden, got {list(reference.shape)}")
+        raise AdarankError(f"reference must be {[N, D]} to fit hidden, got {list(reference.shape)}")
     if reference is not None and reference.dtype != hidden.dtype:
-        raise TypeError(f"reference must be {hidden.dtype} as hidden, got {reference.dtype}")
+        raise AdarankTypeError(f"reference must be {hidden.dtype} as hidden, got {reference.dtype}")
     if K < (2 if reference is None else 1):
-        raise ValueError(f"hidden must hold at least two variants, or one and a reference; K = {K}")
+        raise AdarankError(
+            f"hidden must hold at least two variants, or one and a reference; K = {K}"
+        )
     if 0 in (N, D) or (weight is not None and weight.shape[0] == 0):
-        raise ValueError(f"nothing to compare: hidden is {[K, N, D]}, outputs must not be empty")
+        raise AdarankError(f"nothing to compare: hidden is {[K, N, D]}, outputs must not be empty")
 
 
 def kept_tokens(mask: Tensor) -> Tensor:
     """Indices of the tokens that count; their number is known to the host afterwards."""
     kept = mask.nonzero().flatten()
     if len(kept) == 0:
-        raise ValueError(f"mask leaves none of {len(mask)} tokens; nothing to compare")
+        raise AdarankError(f"mask leaves none of {len(mask)} tokens; nothing to compare")
     return kept
 
 
@@ -266,7 +267,8 @@ def _far(rows: Tensor) -> Tensor:
 
     A difference is rounded, and so is its product; of the row itself only the product is.
     """
-    return (rows[1:] - rows[0]).norm(dim=-1).amax(0) > rows[0].norm(dim=-1) / 2**0.5
+    far: Tensor = (rows[1:] - rows[0]).norm(dim=-1).amax(0) > rows[0].norm(dim=-1) / 2**0.5
+    return far
 
 
 def _few(rows: Tensor) -> int:
@@ -277,7 +279,8 @@ def _few(rows: Tensor) -> int:
 
 def _parts(rows: Tensor) -> tuple[Tensor, ...]:
     """[R, c, V] in pieces [R, few tokens, V] whose elementwise passes stay in the cache."""
-    return rows.split(_few(rows), dim=1)
+    parts: tuple[Tensor, ...] = rows.split(_few(rows), dim=1)
+    return parts
 
 
 def _multiply(rows: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor) -> Iterator[int]:

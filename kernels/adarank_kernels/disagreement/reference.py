@@ -34,7 +34,8 @@ def pairwise_disagreement_ref(
             return torch.where(p == 0, 0, p * (log_p - log_q)).double().sum(-1)
         if metric == "js":
             entropy = torch.special.entr
-            return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).double().sum(-1)
+            found: Tensor = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+            return found.double().sum(-1)
         differ = (f.argmax(-1) != g.argmax(-1)).double()
         return differ.masked_fill(f.isnan().any(-1) | g.isnan().any(-1), torch.nan)
 

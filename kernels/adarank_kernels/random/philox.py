@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adarank_kernels.errors import AdarankError
 from adarank_kernels.random.reference import philox_normal_ref
 from adarank_kernels.random.words import WORD, key_tensor, philox_words, uniform_from_words
 from adarank_kernels.runtime.native import operators
@@ -55,12 +56,12 @@ def philox_normal(
         [*shape] tensor of `dtype`.
 
     Raises:
-        ValueError: `seed` does not fit in 64 bits, or `shape` has a negative size.
+        AdarankError: `seed` does not fit in 64 bits, or `shape` has a negative size.
     """
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        raise AdarankError(f"seed must be in [0, 2**64), got {seed}")
     if any(size < 0 for size in shape):
-        raise ValueError(f"shape must have no negative size, got {tuple(shape)}")
+        raise AdarankError(f"shape must have no negative size, got {tuple(shape)}")
     total = math.prod(shape)
     out = torch.empty((total + 3) // 4, 4, dtype=dtype, device=device)
     # Drawn in float32 whatever `dtype`: the registry's float32 rule is about products.

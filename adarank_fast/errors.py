@@ -1,0 +1,21 @@
+"""The errors of both packages, for all rooms. No torch here."""
+
+from adarank_kernels.errors import (
+    AdarankError,
+    AdarankFileNotFoundError,
+    AdarankImportError,
+    AdarankPermissionError,
+    AdarankRuntimeError,
+    AdarankTimeoutError,
+    AdarankTypeError,
+)
+
+__all__ = [
+    "AdarankError",
+    "AdarankFileNotFoundError",
+    "AdarankImportError",
+    "AdarankPermissionError",
+    "AdarankRuntimeError",
+    "AdarankTimeoutError",
+    "AdarankTypeError",
+]

@@ -1,0 +1,86 @@
+"""Options that are typed once: frozen dataclasses own names, defaults, checks and help texts.
+
+Public functions take such an object, or its fields as flat keywords. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
+from numbers import Integral
+from typing import Any, TypeVar
+
+from adarank_fast.errors import AdarankError, AdarankTypeError
+
+T = TypeVar("T")
+TASKS = ("classification", "causal-lm")
+DTYPES = ("float32", "bfloat16", "float16")
+OUTPUTS = ("auto", "pooler", "last_hidden_state", "logits")
+
+
+def option(
+    default: Any,
+    help: str,
+    least: int | None = None,
+    shown: str | bool = True,
+    flag: str | None = None,
+    kind: object = None,
+    parse: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: its value where it is not given.
+        help: what the command line says of it.
+        least: the lowest value that the command line takes.
+        shown: what the command line shows as the default.
+        flag: its name on the command line, where it is another; with underscores.
+        kind: its type on the command line, where it is another.
+        parse: makes its value of the command line's, where they differ.
+    """
+    said = {"help": help, "min": least, "show_default": shown}
+    return field(
+        default=default, metadata={"flag": flag, "kind": kind, "parse": parse, "said": said}
+    )
+
+
+def gather(cls: type[T], given: T | float | None, options: dict[str, Any]) -> T:
+    """Options as an object: the one that is given, or one made of its flat keywords.
+
+    Args:
+        cls: the dataclass.
+        given: an object of it, or a value of its first field.
+        options: flat keywords; those of `cls` are taken out.
+    """
+    names = [one.name for one in fields(cls)]  # type: ignore[arg-type]
+    mine = {name: options.pop(name) for name in names if name in options}
+    if given is None:
+        return cls(**mine)
+    if isinstance(given, cls) and not mine or names[0] not in mine and not isinstance(given, cls):
+        return given if isinstance(given, cls) else cls(**{names[0]: given}, **mine)
+    raise AdarankTypeError(
+        f"{next(iter(mine))} is given beside a {cls.__name__}; put it into the {cls.__name__}"
+    )
+
+
+def refuse_unknown(function: str, options: dict[str, Any], *classes: type) -> None:
+    """A misspelt keyword is a TypeError, as Python's own is; this one names what was meant."""
+    for name in options:
+        known = [one.name for cls in classes for one in fields(cls)]
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        raise AdarankTypeError(f"{function} has no argument {name!r}; {meant}")
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of `choices`."""
+    if value not in choices:
+        said = f"{argument} {value!r}" if argument.startswith("-") else f"{argument}={value!r}"
+        raise AdarankError(f"{said} is unknown; use one of {', '.join(choices)}")
+
+
+def check_integer(argument: str, value: object, least: int) -> None:
+    """Refuse what is no integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise AdarankError(f"{argument} must be an integer of at least {least}, got {value!r}")

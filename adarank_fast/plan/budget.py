@@ -1,0 +1,85 @@
+"""A rank budget's options: names, defaults, checks and help texts. No torch here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import Any, TypedDict
+
+from adarank_fast.errors import AdarankError
+from adarank_fast.options import check_choice, check_integer, option
+
+ALLOCATIONS = ("exact", "paper")
+DEFAULT_AVERAGE_RANK = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much rank there is to share out, and within which bounds.
+
+    Attributes:
+        average_rank: floor(average_rank * number of modules) ranks. None: 8, unless there is
+            another budget.
+        budget_parameters: this many adapter parameters, rank * (in + out) a module. At most one of
+            the two.
+        min_rank: no module gets less; 0 lets a module go without an adapter.
+        max_rank: no module gets more.
+        rank_multiple: every rank is a multiple of it (min_rank is rounded up, max_rank down).
+        allocation: "exact": after rounding down, steps of `rank_multiple` go to the largest
+            remainders (ties by name) until no step is affordable: an average-rank budget divisible
+            by the multiple is spent exactly, otherwise less than the cheapest step stays unspent.
+            "paper": rounding down only, as published; spends less than the budget.
+
+    Raises:
+        AdarankError: one line that names the option, its value and the remedy.
+    """
+
+    average_rank: float | None = option(
+        None, "Budget: ranks a module on average.", shown=str(DEFAULT_AVERAGE_RANK)
+    )
+    budget_parameters: int | None = option(
+        None, "Budget: adapter parameters, instead of --average-rank."
+    )
+    min_rank: int = option(0, "No rank below it.", least=0)
+    max_rank: int | None = option(None, "No rank above it.", least=1)
+    rank_multiple: int = option(1, "Ranks are multiples of it.", least=1)
+    allocation: str = option("exact", '"exact" spends the whole budget, "paper" rounds down.')
+
+    def __post_init__(self) -> None:
+        if self.average_rank is not None and self.budget_parameters is not None:
+            raise AdarankError(
+                f"average_rank={self.average_rank} and budget_parameters={self.budget_parameters} "
+                "are both given; keep one of them"
+            )
+        if self.budget_parameters is not None:
+            check_integer("budget_parameters", self.budget_parameters, 1)
+        average = DEFAULT_AVERAGE_RANK if self.average_rank is None else self.average_rank
+        number = isinstance(average, Real) and not isinstance(average, bool)
+        if not (number and math.isfinite(average) and average > 0):
+            raise AdarankError(f"average_rank must be a positive number, got {average!r}")
+        check_integer("rank_multiple", self.rank_multiple, 1)
+        check_integer("min_rank", self.min_rank, 0)
+        if self.max_rank is not None:
+            check_integer("max_rank", self.max_rank, 1)
+            if self.max_rank < self.min_rank:
+                raise AdarankError(
+                    f"max_rank={self.max_rank} is below min_rank={self.min_rank}; raise max_rank"
+                )
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name, as `RankPlan.settings` keeps them."""
+        return asdict(self)
+
+
+class BudgetOptions(TypedDict, total=False):
+    """The options of `Budget` as keywords, for type checkers."""
+
+    average_rank: float | None
+    budget_parameters: int | None
+    min_rank: int
+    max_rank: int | None
+    rank_multiple: int
+    allocation: str

@@ -1,0 +1,129 @@
+"""What a probe is and what limits probing: options and their checks. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from adarank_fast.errors import AdarankError, AdarankTypeError
+from adarank_fast.options import DTYPES, OUTPUTS, check_choice, option
+from adarank_fast.plan.uncertainty import AdaptiveTrials
+from adarank_kernels.disagreement.choices import METRICS
+
+
+def parse_trials(text: str) -> int | AdaptiveTrials:
+    """ "5" -> 5; "2-10" -> AdaptiveTrials(2, 10)."""
+    numbers = text.split("-")
+    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) > 2:
+        raise AdarankError(
+            f"--trials {text!r} is neither a positive number nor a range such as 2-10"
+        )
+    return int(text) if len(numbers) == 1 else AdaptiveTrials(int(numbers[0]), int(numbers[1]))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is perturbed how often, and what must not move.
+
+    Attributes:
+        output: what must not move: "auto" (a language model's logits if its head was loaded, else
+            the mean-pooled last hidden state), "pooler", "last_hidden_state", "logits", or a
+            callable that takes the model's outputs and returns a [B, ...] tensor.
+        metric: "l1", "tv", "kl", "js" or "argmax"; see `disagreement_sums`.
+        trials: perturbations of each module, or `AdaptiveTrials`: as many as its rank needs.
+        seed: of the noise. The plan depends on it, not on batch sizes or the order of modules.
+        dtype: run the probes in this floating-point type (a torch.dtype or its name), on a copy of
+            the weights; None: the model's own. The noise keeps the scale of the model's weights.
+    """
+
+    output: str | Callable[[Any], Any] = option(
+        "auto", f"What must not move: {', '.join(OUTPUTS)}.", kind=str
+    )
+    metric: str = option("l1", f"How far it moved: {', '.join(METRICS)}.")
+    trials: int | AdaptiveTrials = option(
+        5,
+        "Perturbations of each module; 2-10: as many as its rank needs.",
+        kind=str,
+        parse=parse_trials,
+    )
+    seed: int = option(0, "Of the noise and of the choice of texts.")
+    dtype: Any = option(
+        None,
+        "Run the probes in this type, such as bfloat16, on a copy.",
+        flag="probe_dtype",
+        kind=str | None,
+    )
+
+    def __post_init__(self) -> None:
+        if not callable(self.output) and self.output not in OUTPUTS:
+            raise AdarankError(
+                f"output={self.output!r} is unknown; use one of {', '.join(OUTPUTS)} or a callable"
+            )
+        check_choice("metric", self.metric, METRICS)
+        trials = self.trials
+        if not isinstance(trials, AdaptiveTrials) and (
+            isinstance(trials, bool) or not isinstance(trials, int) or trials < 1
+        ):
+            raise AdarankError(
+                f"trials must be a positive integer or AdaptiveTrials, got {trials!r}"
+            )
+        if not isinstance(self.seed, int):
+            raise AdarankTypeError(f"seed must be an integer, got {self.seed!r}")
+        if isinstance(self.dtype, str):
+            check_choice("dtype", self.dtype, DTYPES)
+        elif self.dtype is not None and getattr(self.dtype, "is_floating_point", None) is not True:
+            raise AdarankTypeError(
+                f"dtype must be a floating-point torch.dtype, got {self.dtype!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What probing may take, and what survives a kill.
+
+    Attributes:
+        checkpoint: a file that finished probes are written to and read from: after a kill, the
+            same call goes on where it was.
+        max_seconds: begin no further probes after this time; every module needs one trial.
+        max_memory: bytes of tensors that probing may hold beside the model, its outputs and the
+            activations it resumes from; at least one variant is probed at a time. None: what keeps
+            all within 1.5 times the model and one forward over the largest batch. It changes how
+            fast ranks are found and, beyond rounding, not which.
+    """
+
+    checkpoint: str | os.PathLike[str] | None = option(
+        None,
+        "Keep finished probes here; after a kill, go on where it was.",
+        kind=Path | None,
+    )
+    max_seconds: float | None = option(None, "Begin no probes after this time.")
+    max_memory: int | None = option(
+        None,
+        "GB that probing may hold beside the model.",
+        kind=float | None,
+        parse=lambda gigabytes: int(gigabytes * 1e9),
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise AdarankError(f"max_seconds must be positive, got {self.max_seconds!r}")
+        if self.max_memory is not None and not self.max_memory > 0:
+            raise AdarankError(
+                f"max_memory must be a positive number of bytes, got {self.max_memory!r}"
+            )
+
+
+class ProbeOptions(TypedDict, total=False):
+    """The options of `Probe` and `Limits` as keywords, for type checkers."""
+
+    output: str | Callable[[Any], Any]
+    metric: str
+    trials: int | AdaptiveTrials
+    seed: int
+    dtype: Any
+    checkpoint: str | os.PathLike[str] | None
+    max_seconds: float | None
+    max_memory: int | None
