@@ -93,7 +93,17 @@ class LayerState:
 class Waiting:
     """Outputs that a group's first member computed for the others."""
 
-    __slots__ = ("group", "x", "version", "modes", "dropout", "outputs", "versions", "repeating")
+    __slots__ = (
+        "group",
+        "x",
+        "version",
+        "modes",
+        "dropout",
+        "outputs",
+        "versions",
+        "repeating",
+        "left",
+    )
 
     def __init__(
         self,
@@ -107,6 +117,7 @@ class Waiting:
         self.group, self.x, self.version = group, x, x._version
         self.modes, self.dropout = modes, dropout
         self.outputs: list[Tensor | None] = [None, *outputs[1:]]
+        self.left = len(outputs) - 1
         self.versions = [(m.A._version, m.B._version) for m in members]
         self.repeating = torch._C._current_graph_task_id() != -1
 
@@ -116,6 +127,7 @@ class Waiting:
         if state.group is not self.group or member is None:
             return None
         output, self.outputs[position] = self.outputs[position], None
+        self.left -= output is not None
         x = self.x
         if (
             output is None
@@ -130,7 +142,7 @@ class Waiting:
 
     @property
     def empty(self) -> bool:
-        return self.outputs.count(None) == len(self.outputs)
+        return self.left == 0  # counted: a tensor compared with None goes through torch
 
     def discard(self) -> None:
         """Something else was called: note who stayed away, unless a repetition stopped early."""
