@@ -94,16 +94,8 @@ class Waiting:
     """Outputs that a group's first member computed for the others."""
 
     __slots__ = (
-        "group",
-        "x",
-        "version",
-        "modes",
-        "dropout",
-        "outputs",
-        "versions",
-        "repeating",
-        "left",
-    )
+        "group", "x", "version", "modes", "dropout", "outputs", "left", "versions", "repeating",
+    )  # fmt: skip
 
     def __init__(
         self,
