@@ -20,9 +20,10 @@ from typing import Any
 from adarank_fast.files import replacing
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("kernels/adarank_kernels/**/*.py", "kernels/adarank_kernels/**/*.c")
+SOURCES = ("kernels/adarank_kernels/**/*.py", "kernels/adarank_kernels/runtime/cpp/*")
 SOURCES += ("adarank_fast/adapters/*.py", "bench/blocks.py", "bench/slices.py")
 Step = Callable[[], None]
+Clock = Callable[[], float]
 Seconds = dict[str, list[float]]  # of every repetition of every variant
 Row = dict[str, Any]  # "seconds", and whatever else was found out once
 
@@ -32,6 +33,7 @@ def arguments(description: str, repetitions: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repetitions", type=int, default=repetitions, help="a row")
     parser.add_argument("--slices", type=int, default=0, help="stop after so many (0: all rows)")
+    parser.add_argument("--only", default="", help="rows whose name has this; nothing is written")
     parser.add_argument("--seconds", type=float, default=45.0, help="timing a slice, about")
     return parser
 
@@ -84,7 +86,9 @@ class Slices:
         print("   " + describe(row["seconds"]), flush=True)
 
 
-def interleaved(steps: dict[str, Step], repetitions: int, limit: float) -> Seconds:
+def interleaved(
+    steps: dict[str, Step], repetitions: int, limit: float, clock: Clock = time.perf_counter
+) -> Seconds:
     """Seconds of every repetition of every variant, whole repetitions within the limit."""
     seconds: Seconds = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(time.time_ns())
@@ -94,9 +98,9 @@ def interleaved(steps: dict[str, Step], repetitions: int, limit: float) -> Secon
     for _ in range(repetitions):
         shuffle.shuffle(order)
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
         if time.perf_counter() - began > limit:
             break
     return seconds
