@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import adarank_fast as ada
 from adarank_fast.adapters import fused_linear
 from adarank_kernels.lora import dropout as masks
-from adarank_kernels.lora import group, node, op, triton_kernels
+from adarank_kernels.lora import group, op, triton_kernels
 from adarank_kernels.lora.backends import triton
 from adarank_kernels.runtime import native, registry
 from bench.blocks import trained_a_little
@@ -95,17 +95,12 @@ def gpu_path(extension: bool = True) -> Iterator[None]:
         init(self, *args)
         self.device_type = "cuda"
 
-    def whole_forward(group: Any, x: Tensor, seed: Tensor | None) -> Any:
-        return node._whole_on_a_gpu(group, x, seed)
-
     device = torch.device("cpu")
     ready = {(n, device, DTYPE): frozenset(n) for n in (triton.KERNELS, triton.ANY_WIDTH)}
     changes: list[tuple[Any, str, Any]] = [
         (group, "choose_backend", lambda x, factors: triton),
         (group.Group, "__init__", as_on_a_card),
         (group.Group, "_whole_backend", lambda self, x: extension and bool(native.operators())),
-        (node, "whole_forward", whole_forward),
-        (op, "whole_forward", whole_forward),
         (registry, "_settled", ready),
         (registry, "_compiled", {}),
     ]
@@ -158,8 +153,6 @@ def models_of(key: str) -> dict[str, nn.Module]:
     models = {"frozen": frozen, "peft": peft}
     for name in ("ours", "python"):
         models[name] = ada.accelerate(copy.deepcopy(peft))
-    if "4 bit" in adapters:
-        del models["ours"]  # a base product made elsewhere: no pass is one C++ call
     return {name: getattr(m, "base_model", m) for name, m in models.items()} | {"frozen": frozen}
 
 

@@ -22,6 +22,7 @@ from adarank_kernels.runtime.registry import HAS_TRITON
 if HAS_TRITON:
     from adarank_kernels.lora import triton_launch as launch
 
+HOST_BOUND = 1 << 23  # numbers of a group's outputs; a choice by host time, which waits for a card
 # As in F.linear: a reader could not change an output in place (relu_, +=) if it were a view.
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -54,11 +55,21 @@ def whole(
         if torch.is_grad_enabled():
             return _apply_dropped(group, x, seed, *group.inputs)
         return _dropped_forward(group, x, seed)[:-2]
-    add = "lora_expand" not in group.backend.kernels(x)
+    add = _few(group, x) or "lora_expand" not in group.backend.kernels(x)
     outputs = torch.ops.adarank.group_linear(
         x, group.parts, bases, owned, group.scalings, group.dropout, None, launch.PADDING, add
     )
     return outputs if add else _expand(group, x, *outputs)
+
+
+def _few(group: Group, x: Tensor) -> bool:
+    """Whether a Triton launch from Python takes longer than the card: then C++ adds the products.
+
+    Not where a CUDA graph is captured: it runs without Python.
+    """
+    if x.numel() // x.shape[-1] * sum([B.shape[0] for B in group.lora_Bs]) > HOST_BOUND:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _expand(group: Group, x: Tensor, *products: Tensor) -> Sequence[Tensor]:
