@@ -6,8 +6,10 @@ Public functions take such an object, or its fields as flat keywords. No torch h
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
+from importlib import import_module
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -84,3 +86,16 @@ def check_integer(argument: str, value: object, least: int) -> None:
     """Refuse what is no integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise AdarankError(f"{argument} must be an integer of at least {least}, got {value!r}")
+
+
+def load_function(argument: str, name: str) -> Callable[..., Any]:
+    """The function that `module:function` names; modules of the working folder are found too."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), function)
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise AdarankError(f"{argument} {name!r}: {error}; give module:function") from error
+    finally:
+        sys.path.remove("")

@@ -9,6 +9,7 @@ import typer
 
 from adarank_fast.cli import options
 from adarank_fast.cli.console import quiet_transformers, show_report
+from adarank_fast.options import load_function
 from adarank_fast.training.data import read_texts
 
 
@@ -21,7 +22,8 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="adarank, uniform, random, reversed, eva or plan files, separated by commas.",
+            help="adarank, uniform, random, reversed, eva, plan files or module:function, "
+            "separated by commas.",
             show_default="adarank,uniform",
         ),
     ] = None,
@@ -82,7 +84,7 @@ def compare(
         average_rank=average_rank,
         target_modules=options.parse_target_modules(target_modules),
         task=task,
-        metric=None if metric is None else options.parse_function("--metric", metric),
+        metric=None if metric is None else load_function("--metric", metric),
         greater_is_better=not smaller_is_better,
         learning_rates=rates,
         epochs=epochs,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import wraps
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -124,16 +122,3 @@ def parse_numbers(option: str, text: str) -> list[float]:
             f"{option} {text!r}: give numbers separated by commas, such as 1e-3,2e-3"
         )
     return [float(number) for number in numbers]
-
-
-def parse_function(option: str, name: str) -> Callable[..., Any]:
-    """The function that `module:function` names; modules of the working folder are found too."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")
-    try:
-        found: Callable[..., Any] = getattr(import_module(module), function)
-        return found
-    except (ImportError, AttributeError, ValueError) as error:
-        raise AdarankError(f"{option} {name!r}: {error}; give module:function") from error
-    finally:
-        sys.path.remove("")

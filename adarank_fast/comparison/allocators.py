@@ -1,7 +1,8 @@
 """Rank allocators: ways to share one parameter budget out over the same modules.
 
-An allocator is a function of a `Problem` that returns a `RankPlan`; its name is the arm's. To add
-one, write it here under `@allocator`: `adarank compare --arms` and `ada.compare` know it then.
+An allocator is a function of a `Problem` that returns a `RankPlan`; its name is the arm's. Those
+here are known by name. Others are given to `ada.compare(arms=...)` as functions, named as
+`module:function`, or installed as entry points of the group `adarank.allocators`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from adarank_fast.errors import AdarankError
+from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.models.batches import prepare_batches
 from adarank_fast.models.targets import find_targets
+from adarank_fast.options import load_function
 from adarank_fast.plan.allocation import allocate_ranks
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.prediction.predict import predict_ranks
@@ -35,6 +39,8 @@ class Problem:
         uniform: the uniform arm's plan: modules, their sizes, and the budget.
         trials: perturbations of each module.
         seed: of whatever is random.
+        labelled: the same inputs with their labels.
+        progress: show a bar on stderr.
     """
 
     model: nn.Module
@@ -42,6 +48,19 @@ class Problem:
     uniform: RankPlan
     trials: int = 5
     seed: int = 0
+    labelled: Sequence[dict[str, Any]] = ()
+    progress: bool = False
+
+    @property
+    def budget(self) -> int:
+        """Adapter parameters that a plan may spend."""
+        return self.uniform.parameters
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Name in `model.named_modules()` -> name in a plan, of each module that gets a rank."""
+        found = find_targets(self.model, self.uniform.settings["target_modules"])
+        return {target.path: target.name for target in found}
 
     @cached_property
     def adarank(self) -> RankPlan:
@@ -54,7 +73,7 @@ class Problem:
             target_modules=self.uniform.settings["target_modules"],
             trials=self.trials,
             seed=self.seed,
-            progress=False,
+            progress=self.progress,
         )
         plan.settings["seconds"] = time.perf_counter() - started
         return plan
@@ -70,10 +89,12 @@ class Problem:
         return replace(plan, ranks=ranks)
 
 
-ALLOCATORS: dict[str, Callable[[Problem], RankPlan]] = {}
+Allocator = Callable[[Problem], RankPlan]
+ALLOCATORS: dict[str, Allocator] = {}
+GROUP = "adarank.allocators"  # of entry points
 
 
-def allocator(function: Callable[[Problem], RankPlan]) -> Callable[[Problem], RankPlan]:
+def allocator(function: Allocator) -> Allocator:
     ALLOCATORS[function.__name__] = function
     return function
 
@@ -138,36 +159,62 @@ def eva(problem: Problem) -> RankPlan:
             f"eva at rank {rank} needs at least {most} tokens in every calibration batch; give "
             "more or longer texts"
         )
-    found = find_targets(problem.model, problem.uniform.settings["target_modules"])
-    targets = {target.path: target.name for target in found}
+    targets = problem.targets
     config = LoraConfig(
         r=rank,
         target_modules=list(targets),
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=EVA_RHO, use_label_mask=False),
     )
-    vectors = get_eva_state_dict(problem.model, batches, config, show_progress_bar=False)
+    vectors = get_eva_state_dict(problem.model, batches, config, show_progress_bar=problem.progress)
     ranks = {targets[path]: len(mine) for path, mine in vectors.items()}
     weights = {name: ranks.get(name, 0) for name in problem.uniform.ranks}
     return problem.within_budget(weights, allocation="eva", rho=EVA_RHO)
 
 
-def allocate(name: str, problem: Problem) -> RankPlan:
-    """The plan of an arm: an allocator's, with its time in `settings["seconds"]`, or a file's.
+def find_allocator(arm: str | Allocator) -> tuple[str, Allocator]:
+    """The arm's name in the report, and its allocator; a plan file's reads the file.
+
+    Args:
+        arm: a function; a name of `ALLOCATORS` or of an entry point; `module:function`; or a plan
+            file, which is called by its name without .json.
 
     Raises:
-        AdarankError: `name` is neither an allocator nor a plan file; or another model's plan.
+        AdarankError: `arm` is none of these.
     """
-    if name in ALLOCATORS:
-        started = time.perf_counter()
-        plan = ALLOCATORS[name](problem)
-        seconds = time.perf_counter() - started
-        return replace(plan, settings={"seconds": seconds, **plan.settings})
-    if not name.endswith(".json"):
-        raise AdarankError(
-            f"arm {name!r} is unknown; use one of {', '.join(ALLOCATORS)} or a plan file (.json)"
-        )
-    return RankPlan.load(name)
+    if not isinstance(arm, str):
+        return getattr(arm, "__name__", type(arm).__name__), arm
+    if arm in ALLOCATORS:
+        return arm, ALLOCATORS[arm]
+    if arm.endswith(".json"):
+        return Path(arm).stem, lambda problem: RankPlan.load(arm)
+    for entry in entry_points(group=GROUP):
+        if entry.name == arm:
+            return arm, entry.load()
+    if ":" in arm:
+        return arm.partition(":")[2], load_function("arm", arm)
+    raise AdarankError(
+        f"arm {arm!r} is unknown; use {', '.join(ALLOCATORS)}, a plan file (.json) or "
+        "module:function"
+    )
+
+
+def allocate(arm: str | Allocator, problem: Problem) -> RankPlan:
+    """The plan of an arm, with its time in `settings["seconds"]`; a plan file's as it is."""
+    name, function = find_allocator(arm)
+    started = time.perf_counter()
+    plan = function(problem)
+    seconds = time.perf_counter() - started
+    if not isinstance(plan, RankPlan):
+        raise AdarankTypeError(f"arm {name!r} must return a RankPlan, got {type(plan).__name__}")
+    if is_plan_file(arm):
+        return plan
+    return replace(plan, settings={"seconds": seconds, **plan.settings})
+
+
+def is_plan_file(arm: str | Allocator) -> bool:
+    """True if the arm is a file and not a function."""
+    return isinstance(arm, str) and arm not in ALLOCATORS and arm.endswith(".json")
 
 
 def check_budget(plans: Mapping[str, RankPlan], budget: int) -> None:

@@ -22,7 +22,15 @@ from typing import Any
 import numpy
 from torch import nn
 
-from adarank_fast.comparison.allocators import ALLOCATORS, Problem, allocate, check_budget
+from adarank_fast.comparison.allocators import (
+    ALLOCATORS,
+    Allocator,
+    Problem,
+    allocate,
+    check_budget,
+    find_allocator,
+    is_plan_file,
+)
 from adarank_fast.comparison.experiment import (
     Data,
     calibration,
@@ -49,7 +57,7 @@ def compare(
     model: str | os.PathLike[str] | Callable[[], nn.Module],
     train_data: Data,
     eval_data: Data | None = None,
-    arms: Sequence[str] = ("adarank", "uniform"),
+    arms: Sequence[str | Allocator] = ("adarank", "uniform"),
     seeds: int | Sequence[int] = 3,
     *,
     average_rank: int = 8,
@@ -80,7 +88,8 @@ def compare(
         train_data: a file, `TextData`, (text, label) pairs, texts, or tokenised items (dicts of
             lists, labels included).
         eval_data: held-out data, likewise. None: a fifth of the training data is held out.
-        arms: names of `adarank_fast.comparison.allocators`, or plan files.
+        arms: names of `adarank_fast.comparison.allocators`, plan files, or allocators of your own:
+            functions, `module:function`, or entry points; see `find_allocator`.
         seeds: how many, from 0; or the seeds.
         average_rank: of uniform LoRA, whose number of parameters is every arm's budget.
         target_modules: see `find_targets`.
@@ -157,7 +166,14 @@ def compare(
     }
     with _folder(work_dir) as folder:
         settings["date"] = _note_settings(folder, settings)
-        problem = Problem(probe, calibration(experiment), uniform, trials)
+        problem = Problem(
+            probe,
+            calibration(experiment),
+            uniform,
+            trials,
+            labelled=calibration(experiment, labels=True),
+            progress=bool(progress) and sys.stderr.isatty(),
+        )
         plans = {label: _plan(folder, label, arm, problem) for label, arm in labels.items()}
         check_budget(plans, uniform.parameters)
         grid = Grid(folder, experiment, measure, recipe, plans, scaling)
@@ -173,7 +189,7 @@ def compare(
     return Comparison(summarise(settings, plans, swept, runs, evaluations, measure), plans)
 
 
-def _plan(folder: Path, label: str, arm: str, problem: Problem) -> RankPlan:
+def _plan(folder: Path, label: str, arm: str | Allocator, problem: Problem) -> RankPlan:
     """The arm's plan, from the comparison's folder if it is there."""
     path = folder / "plans" / f"{label}.json"
     if not path.exists():
@@ -181,7 +197,7 @@ def _plan(folder: Path, label: str, arm: str, problem: Problem) -> RankPlan:
         path.parent.mkdir(exist_ok=True)
         plan.save(path)
     plan = RankPlan.load(path)
-    if arm not in ALLOCATORS and RankPlan.load(arm).ranks != plan.ranks:
+    if is_plan_file(arm) and RankPlan.load(str(arm)).ranks != plan.ranks:
         raise AdarankError(
             f"plan {arm!r} has changed since its arm was trained in {str(folder)!r}; give the plan "
             "another name or the comparison another folder"
@@ -189,23 +205,21 @@ def _plan(folder: Path, label: str, arm: str, problem: Problem) -> RankPlan:
     return plan
 
 
-def _labels(arms: Sequence[str]) -> dict[str, str]:
-    """Arm's name in the report -> arm; a plan file is called by its name without .json."""
+def _labels(arms: Sequence[str | Allocator]) -> dict[str, str | Allocator]:
+    """Arm's name in the report -> arm."""
     if isinstance(arms, str) or not arms:
         raise AdarankError(f"arms must be a list of at least one name, got {arms!r}")
-    named = [arm if arm in ALLOCATORS else Path(arm).stem for arm in map(str, arms)]
+    arms = [os.fspath(arm) if isinstance(arm, os.PathLike) else arm for arm in arms]
+    named = [find_allocator(arm)[0] for arm in arms]
+    for arm, name in zip(arms, named, strict=True):
+        if arm != name and name in ALLOCATORS:
+            what = "plan file" if is_plan_file(arm) else "allocator"
+            raise AdarankError(f"{what} {arm!r} is called like an allocator; rename it")
+        if is_plan_file(arm):
+            RankPlan.load(str(arm))
     if double := [name for name in named if named.count(name) > 1]:
         raise AdarankError(f"two arms are called {double[0]!r}; name every arm once")
-    for arm, name in zip(arms, named, strict=True):
-        if arm not in ALLOCATORS:
-            if name in ALLOCATORS:
-                raise AdarankError(f"plan file {arm!r} is called like an allocator; rename it")
-            if not str(arm).endswith(".json"):
-                raise AdarankError(
-                    f"arm {arm!r} is unknown; use {', '.join(ALLOCATORS)} or a plan file (.json)"
-                )
-            RankPlan.load(arm)
-    return dict(zip(named, map(str, arms), strict=True))
+    return dict(zip(named, arms, strict=True))
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:

@@ -108,14 +108,14 @@ def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
     return task, names
 
 
-def calibration(experiment: Experiment) -> list[dict[str, Any]]:
-    """The first training items that make `CALIBRATION_TOKENS` tokens, without their labels."""
+def calibration(experiment: Experiment, labels: bool = False) -> list[dict[str, Any]]:
+    """The first training items that make `CALIBRATION_TOKENS` tokens, with `labels` or without."""
     items: list[dict[str, Any]] = []
     tokens = 0
     for item in experiment.train[:CALIBRATION_ITEMS]:
         if tokens >= CALIBRATION_TOKENS:
             break
-        items.append({key: value for key, value in item.items() if key != "labels"})
+        items.append({key: value for key, value in item.items() if labels or key != "labels"})
         tokens += len(item.get("input_ids", ()))
     starts = range(0, len(items), CALIBRATION_BATCH)
     return [collate(items[i : i + CALIBRATION_BATCH], experiment.pad) for i in starts]

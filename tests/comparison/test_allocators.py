@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
 from adarank_fast.comparison import allocators
-from adarank_fast.comparison.allocators import ALLOCATORS, Problem, allocate, check_budget
+from adarank_fast.comparison.allocators import (
+    ALLOCATORS,
+    Problem,
+    allocate,
+    check_budget,
+    find_allocator,
+)
 from adarank_fast.plan.rank_plan import RankPlan
 from tests.comparison.comparisons import run
 from tests.tiny_models import batch, tiny
@@ -82,3 +89,28 @@ def test_adding_an_allocator_touches_one_place(monkeypatch):
     monkeypatch.setitem(allocators.ALLOCATORS, "first_half", first_half)
     made = run(("first_half", "uniform"), 1, learning_rates=(1e-2,))
     assert made.results["arms"]["first_half"]["highest_rank"] == 4
+
+
+def by_size(problem):
+    """An allocator of a user's own."""
+    modules = dict(problem.model.named_modules())
+    assert all(path in modules for path in problem.targets)
+    return problem.within_budget(
+        {name: sum(problem.uniform.sizes[name]) for name in problem.targets.values()}
+    )
+
+
+def test_allocators_from_elsewhere(tmp_path, monkeypatch):
+    asked = problem(tiny("bert"))
+    plan = allocate(by_size, asked)
+    assert find_allocator(by_size)[0] == "by_size" and plan.parameters <= asked.budget
+    (tmp_path / "mine_to_try.py").write_text("def even(problem):\n    return problem.uniform\n")
+    monkeypatch.chdir(tmp_path)
+    assert allocate("mine_to_try:even", asked).ranks == asked.uniform.ranks
+    installed = EntryPoint("even_too", "mine_to_try:even", allocators.GROUP)
+    monkeypatch.setattr(allocators, "entry_points", lambda group: [installed])
+    assert allocate("even_too", asked).ranks == asked.uniform.ranks
+    with pytest.raises(ValueError, match="'mine_to_try:odd': .*; give module:function"):
+        allocate("mine_to_try:odd", asked)
+    with pytest.raises(TypeError, match="arm '<lambda>' must return a RankPlan, got dict"):
+        allocate(lambda problem: {}, asked)
