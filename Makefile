@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test suite test-oldest test-newest lint format kernels-report compatibility wheel clean
-.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step bench-compare
+.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step bench-host bench-compare
 .PHONY: benchmarks-page
 
 demo: $(VENV)/.installed
@@ -59,7 +59,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # Every benchmark renews docs/benchmarks.md, which a test compares with bench/results.
-bench: $(VENV)/.installed bench-lora bench-step bench-compare
+bench: $(VENV)/.installed bench-lora bench-step bench-host bench-compare
 	$(BIN)/python -m pytest bench
 	$(MAKE) benchmarks-page
 
@@ -77,6 +77,11 @@ bench-lora: $(VENV)/.installed
 
 bench-step: $(VENV)/.installed
 	$(BIN)/python -m bench.bench_step
+	$(MAKE) benchmarks-page
+
+# Host time of the GPU path with launches stubbed; no card.
+bench-host: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m bench.bench_host $(ARGS)
 	$(MAKE) benchmarks-page
 
 bench-compare: $(VENV)/.installed

@@ -170,12 +170,14 @@ def summary(rows: dict[str, Row]) -> dict[str, Any]:
 
 def main() -> None:
     options = arguments("Training steps of one transformer block.", repetitions=100).parse_args()
-    if rows := Slices("lora", ROWS, options, __file__).finish(steps_of_row):
+    keys = [key for key in ROWS if options.only in key]
+    if rows := Slices("lora", keys, options, __file__).finish(steps_of_row):
         found = summary(rows)
         for name, value in found.items():
             print(f"{name}: {value}")
         told = {key: figures(row) for key, row in rows.items()}
-        write_results("lora", told | {"summary": found}, keep=False)
+        if not options.only:
+            write_results("lora", told | {"summary": found}, keep=False)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def arguments(description: str, repetitions: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repetitions", type=int, default=repetitions, help="a row")
     parser.add_argument("--slices", type=int, default=0, help="stop after so many (0: all rows)")
-    parser.add_argument("--only", default="", help="rows whose name has this; nothing is written")
+    parser.add_argument("--only", default="", help="rows named so; no file is written")
     parser.add_argument("--seconds", type=float, default=45.0, help="timing a slice, about")
     return parser
 
