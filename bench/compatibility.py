@@ -31,10 +31,10 @@ FAILED = "**no**"
 SHORT = ("route", "fused calls", "groups", "attention / all linear", "plain PEFT")
 
 
-def inductor(subject: steps.Subject) -> str:
+def inductor(case: steps.Case) -> str:
     """Dropout draws the numbers that it draws in eager mode; sums are added in other orders."""
     with torch._inductor.config.patch(fallback_random=True):
-        return steps.compiled(subject, backend="inductor", tolerance=1e-4)
+        return steps.compiled(case, backend="inductor", tolerance=1e-4)
 
 
 STEPS = {**steps.STEPS, "inductor": inductor}
@@ -46,7 +46,7 @@ def run(names: Sequence[str]) -> dict[str, dict[str, str]]:
     for name in names:
         print(name, file=sys.stderr)
         try:
-            subject = steps.Subject(ROWS[name])
+            case = steps.Case(ROWS[name])
         except AssetError as error:
             print(f"{name}: {error}", file=sys.stderr)
             found[name] = dict.fromkeys(STEPS, "not run")
@@ -56,7 +56,7 @@ def run(names: Sequence[str]) -> dict[str, dict[str, str]]:
             try:
                 with steps.slow_path(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    cells[step] = function(subject)
+                    cells[step] = function(case)
             except Exception:  # a cell of the table, whatever went wrong
                 cells[step] = FAILED
                 print(f"{name}, {step}:", file=sys.stderr)

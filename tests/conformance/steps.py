@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ from adarank_fast.models.outputs import choose_output, position_mask
 from adarank_fast.models.targets import find_blocks, find_candidates
 from adarank_fast.prediction.cost import estimate_cost
 from adarank_fast.prediction.recording import FOLDED
-from tests.conformance.architectures import Architecture
+from tests.conformance.case import YES, Case
 from tests.conformance.numbers import (
     TOLERANCE,
     assert_same,
@@ -37,70 +37,6 @@ from tests.conformance.numbers import (
     gradients,
     output,
 )
-from tests.tiny_models import spread
-
-RANKS = (3, 1, 5, 2, 8)
-YES = "yes"
-
-
-class Subject:
-    """An architecture's model, with what several steps need of it, made once.
-
-    Attributes:
-        base: the model without adapters; steps leave it alone.
-        inputs: its batch.
-        targets: every linear module and expert parameter that gets an adapter.
-    """
-
-    def __init__(self, architecture: Architecture) -> None:
-        torch.manual_seed(0)
-        self.row = architecture
-        model = architecture.build()
-        self.base = model.eval() if architecture.pretrained else spread(model)
-        self.inputs = architecture.batch()
-        self.names = [target.name for target in ada.find_targets(self.base, "all-linear")]
-        parts = architecture.experts.split()
-        self.experts = [t.name for t in ada.find_targets(self.base, parts)] if parts else []
-        sizes = {
-            t.name: (t.in_features, t.out_features)
-            for t in ada.find_targets(self.base, self.names + self.experts)
-        }
-        ranks = {name: RANKS[i % len(RANKS)] for i, name in enumerate(sizes)}
-        self.plan = ada.RankPlan(ranks, sizes)
-
-    @cached_property
-    def predicted(self) -> ada.RankPlan:
-        """Two trials on every target."""
-        return ada.predict_ranks(
-            self.base,
-            [self.inputs],
-            average_rank=3,
-            target_modules=self.names + self.experts,
-            output=self.row.output,
-            trials=2,
-            progress=False,
-        )
-
-    def fused(self) -> PeftModel:
-        """A fresh copy with fused adapters of mixed ranks, B not zero."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.nn.TransformerEncoderLayer passes by")
-            model = ada.inject(copy.deepcopy(self.base), self.plan, example=self.inputs)
-        generator = torch.Generator().manual_seed(2)
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.data.copy_(noise, non_blocking=False).mul_(0.05)
-        return model
-
-    def plain(self, fused: PeftModel) -> PeftModel:
-        """PEFT's own model with the same adapters."""
-        config = copy.deepcopy(fused.peft_config["default"])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            model = get_peft_model(copy.deepcopy(self.base), config)
-        model.load_state_dict(fused.state_dict())
-        return model
 
 
 @contextmanager
@@ -114,53 +50,51 @@ def slow_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def targets(subject: Subject) -> str:
+def targets(case: Case) -> str:
     for choice, expected in (
-        ("attention", subject.row.attention),
-        ("all-linear", subject.row.linear),
+        ("attention", case.row.attention),
+        ("all-linear", case.row.linear),
     ):
         parts, count = expected
         if not count:
             with pytest.raises(ValueError, match="attention"):
-                ada.find_targets(subject.base, choice)
+                ada.find_targets(case.base, choice)
             continue
-        found = ada.find_targets(subject.base, choice)
+        found = ada.find_targets(case.base, choice)
         assert {t.name.rpartition(".")[-1] for t in found} == set(parts.split()), choice
         assert len(found) == count, choice
         assert not any(t.parameter for t in found)
-    return f"{subject.row.attention[1]} / {subject.row.linear[1]}"
+    return f"{case.row.attention[1]} / {case.row.linear[1]}"
 
 
-def groups(subject: Subject) -> str:
+def groups(case: Case) -> str:
     """What a dry run announces is what training fuses."""
-    cost = estimate_cost(subject.base, [subject.inputs], subject.names, 1, subject.row.output)
+    cost = estimate_cost(case.base, [case.inputs], case.names, 1, case.row.output)
     kinds = {"+".join(name.rpartition(".")[-1] for name in group) for group in cost.groups}
-    assert kinds == set(subject.row.groups.split())
-    paths = {t.name: t.path for t in ada.find_targets(subject.base, subject.names)}
+    assert kinds == set(case.row.groups.split())
+    paths = {t.name: t.path for t in ada.find_targets(case.base, case.names)}
     announced = {tuple(f"base_model.model.{paths[n]}" for n in group) for group in cost.groups}
-    report = ada.fusion_report(subject.fused())
+    report = ada.fusion_report(case.fused())
     assert {layer.group for layer in report.values() if len(layer.group) > 1} == announced
     return ", ".join(sorted(kinds)) or "none"
 
 
-def predict(subject: Subject) -> str:
+def predict(case: Case) -> str:
     """Scores are those of full forwards with perturbed weights, on one module of each kind."""
-    plan, model = subject.predicted, subject.base
-    assert plan.ranks.keys() == {*subject.names, *subject.experts}
+    plan, model = case.predicted, case.base
+    assert plan.ranks.keys() == {*case.names, *case.experts}
     assert all(len(score.trials) == 2 for score in plan.scores.values())
-    kinds = {
-        (t.name.rpartition(".")[-1], plan.settings["routes"][t.name]): t for t in _all(subject)
-    }
+    kinds = {(t.name.rpartition(".")[-1], plan.settings["routes"][t.name]): t for t in _all(case)}
     with undisturbed(model):
-        chosen = choose_output(model, subject.row.output, subject.inputs)
+        chosen = choose_output(model, case.row.output, case.inputs)
         root = model.get_submodule(chosen.root)
-        inputs = {**subject.inputs, **({"use_cache": False} if hasattr(model, "config") else {})}
+        inputs = {**case.inputs, **({"use_cache": False} if hasattr(model, "config") else {})}
 
         def value(**parameters: Tensor) -> Tensor:
             inside = f"{chosen.root}." if chosen.root else ""
             local = {name.removeprefix(inside): p for name, p in parameters.items()}
-            found = chosen.read(functional_call(root, local, kwargs=inputs), subject.inputs)
-            mask = position_mask(model, subject.inputs)
+            found = chosen.read(functional_call(root, local, kwargs=inputs), case.inputs)
+            mask = position_mask(model, case.inputs)
             return found[mask.bool()] if mask is not None and found.dim() > 2 else found
 
         clean = value()
@@ -174,32 +108,32 @@ def predict(subject: Subject) -> str:
     return YES
 
 
-def routes(subject: Subject) -> str:
+def routes(case: Case) -> str:
     """All folded but those that the row names, so that none is slow without a reason."""
-    routes = subject.predicted.settings["routes"]
+    routes = case.predicted.settings["routes"]
     slow = {name.rpartition(".")[-1] for name, route in routes.items() if route != FOLDED}
-    assert slow == {*subject.row.one_by_one.split(), *subject.row.experts.split()}
+    assert slow == {*case.row.one_by_one.split(), *case.row.experts.split()}
     counts = Counter("folded" if route == FOLDED else "one by one" for route in routes.values())
     return ", ".join(f"{counts[kind]} {kind}" for kind in ("folded", "one by one") if counts[kind])
 
 
-def inject(subject: Subject) -> str:
+def inject(case: Case) -> str:
     """The planned ranks, counted in parameters; and nothing changes while B is zero."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.nn.TransformerEncoderLayer passes by")
-        model = ada.inject(copy.deepcopy(subject.base), subject.plan)
+        model = ada.inject(copy.deepcopy(case.base), case.plan)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == subject.plan.parameters
-    assert_same(output(model, subject.inputs), output(subject.base, subject.inputs))
-    return f"{len(subject.names)} + {len(subject.experts)} experts" if subject.experts else YES
+    assert trained == case.plan.parameters
+    assert_same(output(model, case.inputs), output(case.base, case.inputs))
+    return f"{len(case.names)} + {len(case.experts)} experts" if case.experts else YES
 
 
-def train(subject: Subject) -> str:
+def train(case: Case) -> str:
     """Two steps, gradients equal to plain PEFT's."""
-    fused = subject.fused()
-    plain = subject.plain(fused)
+    fused = case.fused()
+    plain = case.plain(fused)
     for _ in range(2):
-        found, expected = (gradients(model, subject.inputs) for model in (fused, plain))
+        found, expected = (gradients(model, case.inputs) for model in (fused, plain))
         assert_same_gradients(found, expected)
         scale = max(gradient.abs().max().item() for gradient in expected.values())
         for model in (fused, plain):
@@ -209,120 +143,120 @@ def train(subject: Subject) -> str:
     return YES
 
 
-def fused_share(subject: Subject) -> str:
+def fused_share(case: Case) -> str:
     """Training and inference; PEFT made no `lora.Linear` that is not fused or never called."""
-    model = subject.fused()
-    gradients(model, subject.inputs)
-    output(model, subject.inputs)
+    model = case.fused()
+    gradients(model, case.inputs)
+    output(model, case.inputs)
     report = ada.fusion_report(model)
     assert not any(type(module) is lora.Linear for module in model.modules())
     calls = {path: layer.fused_calls + layer.fallback_calls for path, layer in report.items()}
-    for target in _all(subject):
-        if not target.parameter and subject.predicted.scores[target.name].mean:
+    for target in _all(case):
+        if not target.parameter and case.predicted.scores[target.name].mean:
             assert calls[f"base_model.model.{target.path}"] >= 2, target.path
     assert report.fused_share >= 0.95, str(report)
     return f"{100 * report.fused_share:.0f}%"
 
 
-def save(subject: Subject) -> str:
-    model = subject.fused()
+def save(case: Case) -> str:
+    model = case.fused()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(subject.base), folder)
-    expected = output(model, subject.inputs)
-    assert (expected - output(subject.base, subject.inputs)).abs().max() > 1e-3
-    assert_same(output(loaded, subject.inputs), expected)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(case.base), folder)
+    expected = output(model, case.inputs)
+    assert (expected - output(case.base, case.inputs)).abs().max() > 1e-3
+    assert_same(output(loaded, case.inputs), expected)
     return YES
 
 
-def disable(subject: Subject) -> str:
-    model = subject.fused()
+def disable(case: Case) -> str:
+    model = case.fused()
     with model.disable_adapter():
-        assert_same(output(model, subject.inputs), output(subject.base, subject.inputs))
+        assert_same(output(model, case.inputs), output(case.base, case.inputs))
     return YES
 
 
-def merge(subject: Subject) -> str:
-    model = subject.fused()
-    before = output(model, subject.inputs)
+def merge(case: Case) -> str:
+    model = case.fused()
+    before = output(model, case.inputs)
     model.merge_adapter()
-    assert_same(output(model, subject.inputs), before, 1e-4)
+    assert_same(output(model, case.inputs), before, 1e-4)
     model.unmerge_adapter()
-    assert_same(output(model, subject.inputs), before, 1e-4)
+    assert_same(output(model, case.inputs), before, 1e-4)
     return YES
 
 
-def merge_and_unload(subject: Subject) -> str:
-    model = subject.fused()
-    before = output(model, subject.inputs)
+def merge_and_unload(case: Case) -> str:
+    model = case.fused()
+    before = output(model, case.inputs)
     merged = model.merge_and_unload()
     assert not any(isinstance(module, LoraLayer) for module in merged.modules())
-    assert_same(output(merged, subject.inputs), before, 1e-4)
+    assert_same(output(merged, case.inputs), before, 1e-4)
     return YES
 
 
-def deepcopy(subject: Subject) -> str:
-    model = subject.fused()
-    before = output(model, subject.inputs)
+def deepcopy(case: Case) -> str:
+    model = case.fused()
+    before = output(model, case.inputs)
     twin = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data.zero_()
-    assert_same(output(twin, subject.inputs), before)
+    assert_same(output(twin, case.inputs), before)
     return YES
 
 
-def state_dict(subject: Subject) -> str:
+def state_dict(case: Case) -> str:
     """PEFT's keys; another model that loads them gives the same."""
-    model, other = subject.fused(), subject.fused()
+    model, other = case.fused(), case.fused()
     for parameter in other.parameters():
         if parameter.requires_grad:
             parameter.data.zero_()
-    assert model.state_dict().keys() == subject.plain(model).state_dict().keys()
+    assert model.state_dict().keys() == case.plain(model).state_dict().keys()
     other.load_state_dict(model.state_dict())
-    assert torch.equal(output(other, subject.inputs), output(model, subject.inputs))
+    assert torch.equal(output(other, case.inputs), output(model, case.inputs))
     return YES
 
 
-def export(subject: Subject) -> str:
+def export(case: Case) -> str:
     """One rank for all, scales folded in: plain PEFT gives the same outputs with it."""
-    model = subject.fused()
+    model = case.fused()
     with tempfile.TemporaryDirectory() as folder:
-        if subject.experts:
+        if case.experts:
             with pytest.raises(ValueError, match="parameters that belong to no module"):
                 ada.export_uniform(model, folder)
             return "refused: experts"
         ada.export_uniform(model, folder)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(subject.base), folder)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(case.base), folder)
     assert {layer.r["default"] for layer in _layers(loaded)} == {8}
     assert {layer.scaling["default"] for layer in _layers(loaded)} == {1.0}
-    assert_same(output(loaded, subject.inputs), output(model, subject.inputs))
+    assert_same(output(loaded, case.inputs), output(model, case.inputs))
     return YES
 
 
-def compiled(subject: Subject, backend: str = "aot_eager", tolerance: float = TOLERANCE) -> str:
+def compiled(case: Case, backend: str = "aot_eager", tolerance: float = TOLERANCE) -> str:
     """The first block of every tower, or the model where it has none."""
-    model = subject.fused()
-    expected = gradients(model, subject.inputs)
+    model = case.fused()
+    expected = gradients(model, case.inputs)
     base = model.get_base_model()
     first = {path.rpartition(".")[0]: path for path in reversed(find_blocks(base))}
     torch._dynamo.reset()
     for path in first.values():
         base.get_submodule(path).compile(backend=backend)
     try:
-        assert_same_gradients(gradients(model, subject.inputs), expected, tolerance)
+        assert_same_gradients(gradients(model, case.inputs), expected, tolerance)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     finally:
         torch._dynamo.reset()
     return YES
 
 
-def checkpointing(subject: Subject) -> str:
+def checkpointing(case: Case) -> str:
     """Of both kinds; around each block by hand where the model does not offer it."""
-    offered = getattr(subject.base, "supports_gradient_checkpointing", False)
+    offered = getattr(case.base, "supports_gradient_checkpointing", False)
     for reentrant in (False, True):
-        model = subject.fused()
+        model = case.fused()
         before = _calls(model)
-        expected = gradients(model, subject.inputs)
+        expected = gradients(model, case.inputs)
         after = _calls(model)
         if offered:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -330,7 +264,7 @@ def checkpointing(subject: Subject) -> str:
         else:
             _checkpoint_blocks(model.get_base_model(), reentrant)
         for _ in range(2):  # the second forward may run in groups
-            assert_same_gradients(gradients(model, subject.inputs), expected)
+            assert_same_gradients(gradients(model, case.inputs), expected)
         assert _calls(model) - after > 2 * 1.4 * (after - before)  # 2 * 2, or it stopped early
         assert ada.fusion_report(model).fused_share >= 0.95
     return YES if offered else "by hand"
@@ -354,14 +288,14 @@ def _calls(model: PeftModel) -> int:
     return sum(layer.fused_calls for layer in ada.fusion_report(model).values())
 
 
-def others(subject: Subject) -> str:
+def others(case: Case) -> str:
     """Embeddings of tokens and convolutions get PEFT's own adapters, and the report says why."""
     found = []
-    linear = next(t.path for t in _all(subject) if not t.parameter)
+    linear = next(t.path for t in _all(case) if not t.parameter)
     for kind in (nn.Embedding, nn.Conv1d, nn.Conv2d):
         paths = [
             path
-            for path, module in subject.base.named_modules()
+            for path, module in case.base.named_modules()
             if isinstance(module, kind)
             and getattr(module, "groups", 1) == 1
             and "position" not in path  # read by index or as a whole, as PEFT's layers are not
@@ -371,18 +305,18 @@ def others(subject: Subject) -> str:
         config = LoraConfig(r=2, target_modules=[*paths, linear], init_lora_weights=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plain = get_peft_model(copy.deepcopy(subject.base), config)
+            plain = get_peft_model(copy.deepcopy(case.base), config)
             model = ada.accelerate(copy.deepcopy(plain))
         report = ada.fusion_report(model)
         for path in paths:
             layer = report[f"base_model.model.{path}"]
             assert not layer.fused and f"lora.{kind.__name__}" in next(iter(layer.reasons))
         try:
-            expected = output(plain, subject.inputs)
+            expected = output(plain, case.inputs)
         except AttributeError:  # a model that reads attributes of its convolution
             found.append(f"{kind.__name__} (fails in PEFT itself)")
             continue
-        assert_same(output(model, subject.inputs), expected, 1e-4)  # large random adapters
+        assert_same(output(model, case.inputs), expected, 1e-4)  # large random adapters
         found.append(kind.__name__)
     return ", ".join(found) or "none"
 
@@ -391,16 +325,16 @@ def _layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def _all(subject: Subject) -> list[ada.Target]:
-    wanted = {*subject.names, *subject.experts}
-    return [target for target in find_candidates(subject.base) if target.name in wanted]
+def _all(case: Case) -> list[ada.Target]:
+    wanted = {*case.names, *case.experts}
+    return [target for target in find_candidates(case.base) if target.name in wanted]
 
 
 def _noise(target: ada.Target) -> tuple[Tensor, Tensor | None]:
     return ada.perturbation(target.module, target.name, 0)
 
 
-STEPS: dict[str, Callable[[Subject], str]] = {
+STEPS: dict[str, Callable[[Case], str]] = {
     "attention / all linear": targets,
     "groups": groups,
     "predict": predict,
