@@ -34,7 +34,7 @@ OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w")
 TIMEOUT = 300  # seconds for the compiler, and for another process that builds
 OPERATORS = (
     *("drop", "shrink", "expand_", "grad_s_", "grad_b", "grad_a", "grad_x_"),
-    *("group_forward", "group_backward", "philox", "knows"),
+    *("group_linear", "group_forward", "group_backward", "philox", "knows"),
 )
 
 SOURCES = [Path(__file__).with_name("cpp") / name for name in ("adarank.cpp", "products.h")]
