@@ -124,6 +124,21 @@ kernels-report: $(VENV)/.installed
 compatibility: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python bench/compatibility.py
 
+# PEFT's own tests, plain and accelerated; its source is fetched, or PEFT_TESTS names a folder. The
+# tests' other packages go into an environment of their own, on top of $(VENV). Options:
+# make peft-suite ARGS="--only mixed -n 2"
+.PHONY: peft-suite
+peft-suite: $(VENV)-peft-suite/.installed
+	$(VENV)-peft-suite/bin/python -m bench.peft_suite $(if $(PEFT_TESTS),--tests $(PEFT_TESTS)) $(ARGS)
+
+$(VENV)-peft-suite/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --without-pip $(VENV)-peft-suite
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> $$($(VENV)-peft-suite/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	$(VENV)-peft-suite/bin/python -m pip install --quiet attrs diffusers parameterized protobuf \
+		scikit-learn sentencepiece
+	touch $@
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel
 

@@ -82,6 +82,9 @@ class _Fused:
             _thread.clear()
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         state.fused += 1
+        run = _thread.run
+        if run is not None and not run.goes_on(x, self):
+            _thread.clear()  # which may make this layer a member: known before it is computed
         if state.candidates is not None:
             form_group(self)
         if state.group is not None:

@@ -60,9 +60,11 @@ class FusionReport(dict[str, LayerReport]):
                     reasons[reason] += count
                 else:
                     others[reason] += 1
+        called = any(layer.fused_calls or layer.fallback_calls for layer in self.values())
+        share = f"{100 * self.fused_share:.1f}% of calls fused" if called else "no forward yet"
         lines = [
             f"{sum(layer.fused for layer in self.values())} of {len(self)} LoRA layers fused, "
-            f"{len(groups)} groups, {100 * self.fused_share:.1f}% of calls fused"
+            f"{len(groups)} groups, {share}"
         ]
         lines += [f"  {count} calls through PEFT: {why}" for why, count in reasons.most_common()]
         lines += [f"  {count} layers left to PEFT: {why}" for why, count in others.most_common()]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import adarank_fast as ada
 from adarank_fast.adapters import fused_linear as fused_layers
@@ -68,6 +69,30 @@ def test_checkpointing_replays_dropout():
     assert gradients(fused, "llama", seed=8)[0] != expected[0]
     fused.eval()
     assert loss_of(fused, "llama").item() == loss_of(fused, "llama").item()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "no_grad", "inference", "train"])
+def test_a_group_is_known_before_its_first_layer_is_computed(reentrant, before):
+    """A forward and its repetition draw the same dropout masks, whatever was called before."""
+    config = LoraConfig(
+        r=2, target_modules=["a", "b", "c"], lora_dropout=0.5, init_lora_weights=False
+    )
+    fused = ada.accelerate(get_peft_model(Odd(), config)).train()
+    x = torch.randn(4, 6, requires_grad=True)
+    if before in ("no_grad", "inference"):
+        with torch.no_grad() if before == "no_grad" else torch.inference_mode():
+            fused(torch.randn(4, 6))
+    elif before == "train":
+        fused(torch.randn(4, 6)).sum().backward()
+    found = []
+    for call in (lambda x: checkpoint(fused, x, use_reentrant=reentrant), fused, fused):
+        fused.zero_grad()
+        torch.manual_seed(5)
+        call(x).square().sum().backward()
+        found.append({n: p.grad for n, p in fused.named_parameters() if p.grad is not None})
+    for gradient in found[1:]:
+        assert_equal((1.0, gradient), (1.0, found[0]))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

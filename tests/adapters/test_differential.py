@@ -1,0 +1,247 @@
+"""Random models, settings and orders of operations: a fused model does what plain PEFT does.
+
+Every case is a function of its number: `pytest tests/adapters/test_differential.py -k "[17]"`.
+ADARANK_DIFFERENTIAL=5000 runs more of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import random
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import adarank_fast as ada
+from tests.adapters.steps import STEPS, Steps, randomise
+from tests.tiny_models import batch, tiny
+
+CASES = int(os.environ.get("ADARANK_DIFFERENTIAL", "500"))
+CASES_IN_A_TEST = 20
+TARGETS = {
+    "mlp": ["a", "b", "c", "d"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "bert": ["query", "key", "value", "dense"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+}
+# of outputs, of gradients; SHARE of the norm of all of them counts beside each one's own norm
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-8),
+    torch.float32: (2e-5, 2e-4),
+    torch.bfloat16: (0.05, 0.15),  # against float64, PEFT's own gradients of T5 are off by 0.28
+}
+SHARE = {torch.float64: 0.02, torch.float32: 0.02, torch.bfloat16: 0.1}
+BASES: dict[str, nn.Module] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_quickly():
+    """Graphs in circles are collected between steps; what other modules made is left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Mlp(nn.Module):
+    """a and b read one tensor, d another than c."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(12, 10), nn.Linear(12, 10, bias=False)
+        self.c, self.d = nn.Linear(10, 12), nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.d(torch.tanh(self.c(torch.sin(self.a(x)) * self.b(x))))
+
+
+class Case:
+    """One model, its settings and its steps."""
+
+    def __init__(self, number):
+        rng = self.rng = random.Random(number)
+        self.kind = rng.choice(["mlp", "mlp", "mlp", "llama", "bert", "gpt2", "t5"])
+        names = TARGETS[self.kind]
+        self.targets = rng.sample(names, rng.randint(2, len(names)))
+        self.dtype, self.adapter_dtype = rng.choice(
+            [(torch.float32, torch.float32)] * 3
+            + [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+            + [(torch.float64, torch.float64)]
+        )
+        self.settings = {
+            "r": rng.randint(1, 8),
+            "lora_alpha": rng.randint(1, 9),
+            "rank_pattern": {n: rng.randint(1, 9) for n in self.targets}
+            if rng.random() < 0.7
+            else {},
+            "use_rslora": rng.random() < 0.2,
+            "use_dora": rng.random() < 0.1,
+            "lora_bias": rng.random() < 0.05,
+            "lora_dropout": 0.0,
+        }
+        self.init = rng.choice([True, True, "gaussian", "pissa"])
+        if self.settings["use_dora"]:
+            self.settings["lora_bias"] = False
+        special = self.settings["lora_bias"] or self.settings["use_dora"]
+        if special or self.dtype in (torch.bfloat16, torch.float64):
+            self.init = True
+        self.trained_from_start = rng.random() < 0.8 or self.init == "pissa"
+        self.saves = self.init != "pissa"  # which changes the base
+        self.steps = rng.choices(STEPS, k=rng.randint(3, 6))
+
+    def base(self):
+        if self.kind not in BASES:
+            BASES[self.kind] = Mlp() if self.kind == "mlp" else tiny(self.kind, layers=1)
+        return copy.deepcopy(BASES[self.kind]).to(self.dtype)
+
+    def config(self, targets=None, **changes):
+        return LoraConfig(
+            target_modules=targets or self.targets,
+            fan_in_fan_out=self.kind == "gpt2",
+            init_lora_weights=self.init,
+            **{**self.settings, **changes},
+        )
+
+    def pair(self):
+        torch.manual_seed(1)
+        plain = get_peft_model(
+            self.base(), self.config(), autocast_adapter_dtype=self.adapter_dtype == torch.float32
+        )
+        if self.init != "pissa" and self.trained_from_start:
+            randomise(plain, 2)
+        fused = ada.accelerate(copy.deepcopy(plain))
+        fused.accelerated = True
+        return plain.train(), fused.train()
+
+    def inputs(self, seed):
+        if self.kind != "mlp":
+            return batch(self.kind, lengths=(6, 6) if seed == 5 else (6, 4), seed=seed)
+        x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+        return {"x": x}
+
+    def output(self, model, seed, reseed=True):
+        if reseed:
+            torch.manual_seed(seed)  # dropout of the base model
+        found = model(**self.inputs(seed))
+        if self.kind == "mlp":
+            return found
+        return found.logits if "logits" in found else found.last_hidden_state
+
+    def loss(self, model, seed):
+        output = self.output(model, seed).double()
+        weights = torch.linspace(-1, 1, output.shape[-1], dtype=torch.float64)
+        return (output * weights).tanh().mean()
+
+    def gradients(self, model):
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return [found[name] for name in sorted(found)]
+
+    def probe(self, model):
+        """An output and its gradients."""
+        model.zero_grad()
+        output = self.output(model, 20)
+        weights = torch.linspace(-1, 1, output.shape[-1], dtype=torch.float64)
+        loss = (output.double() * weights).tanh().mean()
+        if loss.requires_grad:
+            loss.backward()
+        return [output.detach()], self.gradients(model)
+
+
+def assert_near(found, wanted, dtype, kind, where):
+    tolerance = TOLERANCES[dtype][kind]
+    assert len(found) == len(wanted), where
+    whole = sum(float(t.double().square().sum()) for t in wanted) ** 0.5
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, where
+        error = (ours.double() - theirs.double()).norm()
+        bound = tolerance * (float(theirs.double().norm()) + SHARE[dtype] * whole) + 1e-12
+        assert error <= bound, f"{where}: {error:.2e} > {bound:.2e}"
+
+
+def check(number):
+    case = Case(number)
+    plain, fused = case.pair()
+    steps = Steps(case)
+    done = []
+    for place, step in enumerate(["train", *case.steps]):
+        done.append(step)
+        where = f"case {number}, {case.kind}, {case.dtype}, {case.settings}, {done}"
+        seed = 1000 * number + place
+        saves = case.saves
+        plain, wanted = getattr(steps, step)(plain, random.Random(seed))
+        case.saves = saves
+        fused, found = getattr(steps, step)(fused, random.Random(seed))
+        low = torch.bfloat16 if step == "autocast" else case.dtype
+        assert_near(found, wanted, low, 1, where)
+        wanted, found, again = case.probe(plain), case.probe(fused), case.probe(fused)
+        for i in range(2):
+            assert_near(found[i], wanted[i], case.dtype, i, where)
+            assert_near(again[i], wanted[i], case.dtype, i, where)
+    for i, tensors in enumerate(case.probe(fused)):  # its groups are known by now
+        for first, second in zip(again[i], tensors, strict=True):
+            assert torch.equal(first, second), f"{where}: differs when repeated"
+    assert sum(layer.fused_calls for layer in ada.fusion_report(fused).values()) or (
+        case.settings["use_dora"] or case.settings["lora_bias"]
+    )
+
+
+@pytest.mark.parametrize("first", range(0, CASES, CASES_IN_A_TEST))
+def test_orders_of_operations(first):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(first, min(first + CASES_IN_A_TEST, CASES)):
+            check(number)
+
+
+def check_dropout(number):
+    """The mask is another one than PEFT's: what must hold for any mask."""
+    case = Case(number)
+    case.settings.update(lora_dropout=0.3, use_dora=False, lora_bias=False)
+    plain, fused = case.pair()
+    steps = Steps(case)
+    where = f"case {number}, {case.kind}, {case.dtype}, {case.settings}"
+    wanted = case.probe(fused)
+    for i in range(2):  # computed layer by layer, in groups
+        assert_near(case.probe(fused)[i], wanted[i], case.dtype, i, where)
+    first, second = case.probe(fused), case.probe(fused)
+    for ours, again in zip(first[0] + first[1], second[0] + second[1], strict=True):
+        assert torch.equal(ours, again), where
+    case.loss(fused.zero_grad() or fused, 11).backward()
+    wanted = case.gradients(fused)
+    for kind in ("checkpointing", "reentrant_checkpointing", "selective_checkpointing"):
+        _, found = getattr(steps, kind)(fused, None)
+        assert_near(found, wanted, case.dtype, 1, f"{where}, {kind}")
+    if case.init != "pissa" and case.trained_from_start:
+        torch.manual_seed(99)
+        other = fused(**case.inputs(20))
+        other = other if case.kind == "mlp" else other[0]
+        assert other.requires_grad and not torch.equal(other.reshape(-1), first[0][0].reshape(-1))
+    for model in (plain, fused):
+        model.eval()
+    for ours, theirs in zip(case.probe(fused), case.probe(plain), strict=True):
+        assert_near(ours, theirs, case.dtype, 1, f"{where}, eval")
+    if case.kind not in ("mlp", "llama"):
+        return  # dropout of their own
+    with torch.no_grad():
+        for name, parameter in [*plain.named_parameters(), *fused.named_parameters()]:
+            if "lora_B" in name:
+                parameter.zero_()
+    fused.train()
+    with plain.disable_adapter():
+        wanted = case.output(plain.train(), 21)
+    assert_near([case.output(fused, 21)], [wanted], case.dtype, 0, f"{where}, B = 0")
+
+
+@pytest.mark.parametrize("first", range(0, CASES // 4, CASES_IN_A_TEST))
+def test_dropout(first):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(first, min(first + CASES_IN_A_TEST, CASES // 4)):
+            check_dropout(number)
