@@ -29,6 +29,7 @@ INTERNAL = {
     "AttributeError": ("__init__.py", "outputs.py"),
     "FileNotFoundError": ("native.py",),
     "RuntimeError": ("native.py",),
+    "TimeoutError": ("native.py",),
     "ValueError": ("checkpoint.py",),
 }
 
