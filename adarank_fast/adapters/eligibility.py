@@ -122,7 +122,7 @@ class Member:
 
     __slots__ = (
         "active", "name", "base", "lora_A", "lora_B", "drop", "foreign", "base_class", "own_weight",
-        "own_bias", "weight", "bias", "A", "B", "scaling", "trained", "inner",
+        "own_bias", "weight", "bias", "A", "B", "scaling", "trained", "bias_trained", "inner",
     )  # fmt: skip
 
     def __init__(self, layer: Layer) -> None:
@@ -139,7 +139,9 @@ class Member:
             self.weight = self.own_weight.t() if transposed else self.own_weight
             self.bias = self.own_bias
         self.A, self.B, self.scaling = self.lora_A.weight, self.lora_B.weight, layer.scaling[name]
-        self.trained = self.own_weight.requires_grad
+        # a foreign base computes its own gradients
+        self.trained = not self.foreign and self.own_weight.requires_grad
+        self.bias_trained = self.bias is not None and self.bias.requires_grad
         self.inner = (self.base.__dict__, self.lora_A.__dict__, self.lora_B.__dict__)
 
     @property
@@ -200,7 +202,8 @@ class Member:
             and of_A["_parameters"].get("weight") is self.A
             and of_B["_parameters"].get("weight") is self.B
             and of_B["_parameters"].get("bias") is None
-            and weight.requires_grad is self.trained
+            and (self.foreign or weight.requires_grad is self.trained)
+            and (self.bias is None or self.bias.requires_grad is self.bias_trained)
         )
 
 

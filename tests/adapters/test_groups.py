@@ -304,3 +304,21 @@ def test_dropout_follows_the_mode():
     for _ in range(2):
         assert torch.equal(fused.eval()(x), fused(x))
         assert not torch.equal(fused.train()(x), fused(x))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_base_that_is_unfrozen_later_gets_its_gradient(name):
+    torch.manual_seed(0)
+    plain = get_peft_model(Odd(), LoraConfig(r=2, target_modules=["a", "b", "c"]))
+    x = torch.randn(4, 6)
+    fused = ada.accelerate(copy.deepcopy(plain), example={"x": x})
+    fused(x).sum().backward()
+    for model in (plain, fused):
+        for layer in (model.base_model.model.a, model.base_model.model.b):
+            getattr(layer.base_layer, name).requires_grad_()
+        model.zero_grad()
+        model(x).square().sum().backward()
+    for ours, exact in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (exact.grad is None)
+        if exact.grad is not None:
+            torch.testing.assert_close(ours.grad, exact.grad)
