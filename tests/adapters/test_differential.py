@@ -34,7 +34,7 @@ TARGETS = {
 TOLERANCES = {
     torch.float64: (1e-9, 1e-8),
     torch.float32: (2e-5, 2e-4),
-    torch.bfloat16: (0.05, 0.15),  # against float64, PEFT's own gradients of T5 are off by 0.28
+    torch.bfloat16: (0.05, 0.3),  # against float64, PEFT's own gradients of T5 are off by 0.28
 }
 SHARE = {torch.float64: 0.02, torch.float32: 0.02, torch.bfloat16: 0.1}
 BASES: dict[str, nn.Module] = {}
