@@ -13,7 +13,12 @@ from torch.func import functional_call
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import Batch, batch_size
-from adarank_fast.models.forward_patching import Forward, ForwardPatches, StopForward
+from adarank_fast.models.forward_patching import (
+    Forward,
+    ForwardPatches,
+    StopForward,
+    flags_restored,
+)
 from adarank_fast.models.targets import base_model_prefix, is_adapter
 from adarank_fast.models.text import first_line
 from adarank_fast.models.transformers_private import came_from_checkpoint
@@ -235,21 +240,14 @@ def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[
     if not fresh:
         output.read(_run(model, output.root, sample), sample)  # AttributeError if it is not there
         return []
-    before = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for p in before:
-            p.requires_grad_(False)
-        for p in fresh.values():
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            value = output.read(_run(model, output.root, sample), sample)
-            if not value.requires_grad:
-                return []
-            grads = torch.autograd.grad(value.sum(), list(fresh.values()), allow_unused=True)
-        return [name for name, grad in zip(fresh, grads, strict=True) if grad is not None]
-    finally:
-        for p, flag in before.items():
-            p.requires_grad_(flag)
+    with flags_restored(model), torch.enable_grad():
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in fresh)
+        value = output.read(_run(model, output.root, sample), sample)
+        if not value.requires_grad:
+            return []
+        grads = torch.autograd.grad(value.sum(), list(fresh.values()), allow_unused=True)
+    return [name for name, grad in zip(fresh, grads, strict=True) if grad is not None]
 
 
 def _run(model: nn.Module, root: str, inputs: Batch) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import Batch, prepare_batches, take
-from adarank_fast.models.forward_patching import undisturbed
+from adarank_fast.models.forward_patching import flags_restored, undisturbed
 from adarank_fast.models.outputs import (
     Output,
     OutputChoice,
@@ -154,10 +154,9 @@ def _adapter_outputs(
 def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
     """As for a prediction, but with logits first: these models were trained."""
     if output in ("auto", "logits"):
-        logits = Output("logits", "", lambda outputs, inputs: outputs.logits)
         outputs = model(**accepted(model, sample))
         if isinstance(getattr(outputs, "logits", None), Tensor):
-            return logits
+            return Output("logits", "", lambda outputs, inputs: outputs.logits)
     return choose_output(model, output, sample)
 
 
@@ -165,10 +164,8 @@ def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
 def _switching(peft_model: Any) -> Iterator[None]:
     """The active adapter and what requires gradients, as before at the end."""
     active = peft_model.active_adapter
-    flags = {p: p.requires_grad for p in peft_model.parameters()}
-    try:
-        yield
-    finally:
-        peft_model.set_adapter(active)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with flags_restored(peft_model):
+        try:
+            yield
+        finally:
+            peft_model.set_adapter(active)
