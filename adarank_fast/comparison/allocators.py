@@ -83,9 +83,9 @@ class Problem:
         plan = replace(self.uniform, settings={**self.uniform.settings, **settings})
         ranks = {name: int(weight) for name, weight in weights.items()}
         asked = replace(plan, ranks=ranks)
-        if ranks == dict(weights) and asked.parameters == self.uniform.parameters:
+        if ranks == dict(weights) and asked.parameters == self.budget:
             return asked
-        ranks = allocate_ranks(weights, sizes=plan.sizes, budget_parameters=self.uniform.parameters)
+        ranks = allocate_ranks(weights, sizes=plan.sizes, budget_parameters=self.budget)
         return replace(plan, ranks=ranks)
 
 

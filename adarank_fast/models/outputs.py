@@ -13,12 +13,7 @@ from torch.func import functional_call
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import Batch, batch_size
-from adarank_fast.models.forward_patching import (
-    Forward,
-    ForwardPatches,
-    StopForward,
-    flags_restored,
-)
+from adarank_fast.models.forward_patching import ForwardPatches, StopForward, flags_restored
 from adarank_fast.models.targets import base_model_prefix, is_adapter
 from adarank_fast.models.text import first_line
 from adarank_fast.models.transformers_private import came_from_checkpoint
@@ -76,14 +71,11 @@ class OutputReader:
         """
         hidden: list[Tensor] = []
 
-        def read_input(_: Forward) -> Forward:
-            def forward(x: Tensor) -> Tensor:
-                hidden.append(x)
-                raise StopForward
+        def keep(x: Tensor) -> Tensor:
+            hidden.append(x)
+            raise StopForward
 
-            return forward
-
-        last = ForwardPatches({self.head: read_input} if self.head else {})
+        last = ForwardPatches({self.head: lambda _: keep} if self.head else {})
         arguments = accepted(self.root, batch)
         try:
             with (patches or ForwardPatches()).applied(), last.applied():

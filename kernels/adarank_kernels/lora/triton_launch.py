@@ -73,10 +73,8 @@ def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As they are if their dtypes agree (a launch has one pointer type), else all in `dtype`."""
-    first = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype != first:
-            return [t.to(dtype) for t in tensors]
+    if len({t.dtype for t in tensors}) > 1:
+        return [t.to(dtype) for t in tensors]
     return list(tensors)
 
 
