@@ -89,3 +89,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def flags_restored(model: nn.Module) -> Iterator[None]:
+    """Which parameters require gradients may change meanwhile; it is as before at the end."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -22,9 +22,11 @@ def is_packed(module: nn.Module) -> bool:
     """True if a linear's weight is quantised: it cannot be computed with as it is."""
     weight, shape = module.weight, linear_shape(module)
     assert isinstance(weight, Tensor) and shape is not None
-    if type(weight).__module__.startswith("torchao."):  # a subclass that says it is float
-        return True
-    return not weight.is_floating_point() or weight.numel() != shape[0] * shape[1]
+    return (
+        is_of_torchao(weight)
+        or not weight.is_floating_point()
+        or weight.numel() != shape[0] * shape[1]
+    )
 
 
 def plain_weight(module: nn.Module, parameter: str = "") -> Tensor:
@@ -51,8 +53,12 @@ def plain_weight(module: nn.Module, parameter: str = "") -> Tensor:
 def stored(parameter: Tensor) -> Tensor:
     """A parameter as an ordinary tensor; torchao's own class takes few operations."""
     parameter = parameter.detach()
-    of_torchao = type(parameter).__module__.startswith("torchao.")
-    return parameter.dequantize() if of_torchao else parameter
+    return parameter.dequantize() if is_of_torchao(parameter) else parameter
+
+
+def is_of_torchao(tensor: Tensor) -> bool:
+    """True for torchao's subclasses, which say that they are floating point."""
+    return type(tensor).__module__.startswith("torchao.")
 
 
 def keep_unpacked(model: nn.Module) -> None:

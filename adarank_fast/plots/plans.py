@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.plan.rank_plan import RankPlan
+from adarank_fast.plan.rank_plan import RankPlan, Score
 from adarank_fast.plots.style import clean, line_style, new_figure, write
 
 CELL = 0.34  # inches: a heat map cell with a three-digit number
@@ -133,17 +134,12 @@ def _draw_disagreement(axes: Any, plan: RankPlan, positions: Mapping[str, Positi
     types = _types(positions)
     for index, label in enumerate(types):
         style = line_style(index)
-        mine = sorted(
-            (
-                (column[layer], plan.scores[name])
-                for name, (layer, kind) in positions.items()
-                if kind == label and name in plan.scores
-            ),
-            key=lambda point: point[0],
-        )
-        outside = column.get(None, -1)
-        line = [point for point in mine if point[0] != outside]
-        alone = [point for point in mine if point[0] == outside]
+        line: list[tuple[int, Score]] = []
+        alone: list[tuple[int, Score]] = []
+        for name, (layer, kind) in positions.items():
+            if kind == label and name in plan.scores:
+                (alone if layer is None else line).append((column[layer], plan.scores[name]))
+        line.sort(key=itemgetter(0))
         for points, options in ((line, style), (alone, {**style, "linestyle": "none"})):
             if points:
                 axes.errorbar(
@@ -203,8 +199,7 @@ def _draw_ranks(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) ->
     axes.set_yticks([y - 0.5 for y in range(1, len(types))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     title = f"Rank of each module, {plan.parameters:,} adapter parameters in all"
     if unsure:
         title += f"\n~: another seed gives another rank with a chance above {UNSURE:.0%}"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.plots.style import GRID, clean, line_style, new_figure, write
+from adarank_fast.plots.style import clean, line_style, new_figure, write
 
 
 def plot_training(
@@ -73,7 +73,5 @@ def plot_intervals(
     axes.set_yticks(range(len(rows)), labels=list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(xlabel)
-    axes.grid(axis="x", **GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes, "x")
     write(figure, path)

@@ -24,8 +24,8 @@ def line_style(index: int, marker: bool = True) -> dict[str, Any]:
     }
 
 
-def clean(axes: Any) -> None:
-    axes.grid(axis="y", **GRID)
+def clean(axes: Any, grid: str = "y") -> None:
+    axes.grid(axis=grid, **GRID)
     axes.set_axisbelow(True)
     axes.tick_params(axis="x", which="minor", length=0)
     axes.spines[["top", "right"]].set_visible(False)

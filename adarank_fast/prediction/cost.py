@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -106,9 +107,8 @@ def estimate_cost(
     flops = int((suffixes * trials + forward) * scale)
     slow = sum(clean.routes[t.name] != FOLDED for t in targets) / len(targets)
     rate = forward * folds / elapsed
-    in_blocks: dict[str | None, int] = {}
+    in_blocks: Counter[str | None] = Counter()
     for target in targets:
-        in_blocks.setdefault(target.block, 0)
         in_blocks[target.block] += trials * noise_bytes(target)
     probing = min(max(in_blocks.values()), memory.noise) + folds * clean.live_bytes[0] * 5 // 4
     return CostEstimate(

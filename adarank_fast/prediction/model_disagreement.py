@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.batches import Batch, prepare_batches, take
-from adarank_fast.models.forward_patching import undisturbed
+from adarank_fast.models.forward_patching import flags_restored, undisturbed
 from adarank_fast.models.outputs import (
     Output,
     OutputChoice,
@@ -26,7 +26,7 @@ from adarank_fast.models.outputs import (
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import find_block, unwrap
 from adarank_fast.options import check_choice
-from adarank_fast.prediction.disagreement import applies, positions
+from adarank_fast.prediction.disagreement import as_head, flat_mask, positions
 from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 from adarank_kernels import pairwise_disagreement
@@ -65,16 +65,13 @@ def model_disagreement(
     total: Tensor | None = None
     count = 0
     for outputs, mask, head in runs:
+        flat = flat_mask(mask, outputs[0])
         counted = positions(outputs[0], mask)
-        flat = None
-        if applies(mask, outputs[0]):
-            shape = *outputs.shape[1:3], *[1] * (outputs.dim() - 4)
-            flat = (cast(Tensor, mask) != 0).view(shape).expand(outputs.shape[1:-1]).flatten()
         if counted:
+            rows = outputs.flatten(1, -2)
             sums = pairwise_disagreement(
-                outputs.flatten(1, -2).double() if head is None else outputs.flatten(1, -2),
-                weight=None if head is None else cast(Tensor, head.weight),
-                bias=None if head is None else cast("Tensor | None", head.bias),
+                rows.double() if head is None else rows,
+                **as_head(head),
                 metric=metric,
                 mask=flat,
                 reduction="sum",
@@ -157,10 +154,9 @@ def _adapter_outputs(
 def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
     """As for a prediction, but with logits first: these models were trained."""
     if output in ("auto", "logits"):
-        logits = Output("logits", "", lambda outputs, inputs: outputs.logits)
         outputs = model(**accepted(model, sample))
         if isinstance(getattr(outputs, "logits", None), Tensor):
-            return logits
+            return Output("logits", "", lambda outputs, inputs: outputs.logits)
     return choose_output(model, output, sample)
 
 
@@ -168,10 +164,8 @@ def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
 def _switching(peft_model: Any) -> Iterator[None]:
     """The active adapter and what requires gradients, as before at the end."""
     active = peft_model.active_adapter
-    flags = {p: p.requires_grad for p in peft_model.parameters()}
-    try:
-        yield
-    finally:
-        peft_model.set_adapter(active)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with flags_restored(peft_model):
+        try:
+            yield
+        finally:
+            peft_model.set_adapter(active)
