@@ -202,11 +202,11 @@ def page(folder: Path | None = None) -> str:
         lead,
         table(("model, data: claim", *over, "command"), lines),
         table(asked, [question(title, found) for title in QUESTIONS]),
-        f"## Training\n\n{words['Training']}",
+        f"## Training\n\n{wrapped(words['Training'])}",
         *(detail(one, name, trained.get(name)) for name, one in TRAINING.items()),
-        f"## Plans\n\n{words['Plans']}",
+        f"## Plans\n\n{wrapped(words['Plans'])}",
         plan_table(found),
-        f"## Cost\n\n{words['Cost']}",
+        f"## Cost\n\n{wrapped(words['Cost'])}",
         cost(trained, plans),
     ]
     if trained or plans:

@@ -21,7 +21,7 @@ CHECKED_TOKENS = 250  # no multiple of a tile; in float64, so not many
 
 
 def block_row(context: Context, row: str) -> list[Row]:
-    """Every variant of a row, checked on fewer tokens, then timed; also over the frozen base."""
+    """Every variant of a row, checked on fewer tokens, then timed."""
     kind, targets, dropout = BLOCKS[row]
     models = block_models(context, kind, targets, dropout)
     labels = context.sets(LORA_SETS)
@@ -57,8 +57,9 @@ def block_row(context: Context, row: str) -> list[Row]:
         if not refused.get(name)
     }
     rows = context.measure(row, steps, memory=True)
-    rows += [{"row": row, "variant": name, "status": why} for name, why in refused.items() if why]
-    return overheads(rows, "frozen")
+    return rows + [
+        {"row": row, "variant": name, "status": why} for name, why in refused.items() if why
+    ]
 
 
 def block_models(context: Context, kind: str, targets: str, dropout: float) -> dict[str, nn.Module]:
@@ -128,13 +129,3 @@ def _refusal(
         release()
         return said_of_check(error)
     return None
-
-
-def overheads(rows: list[Row], base: str) -> list[Row]:
-    """Each row with its time over the base's, a share, for each timer that has both."""
-    frozen = next((row for row in rows if row["variant"] == base), {})
-    for row in rows:
-        for key in ("eager_seconds", "graph_seconds"):
-            if row is not frozen and key in row and key in frozen:
-                row[key.replace("seconds", "overhead")] = row[key] / frozen[key] - 1
-    return rows

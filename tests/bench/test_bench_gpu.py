@@ -109,8 +109,7 @@ def test_everything_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "ours, float32 adapters, vendor GEMMs",
     }
     for name, row in blocks.items():
-        assert row["repetitions"] == 3 and row["eager_seconds"] > 0
-        assert ("eager_overhead" in row) == (name != "frozen")
+        assert row["repetitions"] == 3 and row["eager_seconds"] > 0, name
     for row in found["sections"]["kernels"]:
         timed = row["variant"] != "kernel"  # no card, no interpreter
         assert ("eager_seconds" in row) == timed == (row["status"] == "ok")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench.counts import Cost
-from bench.gpu import steps, timing
-from bench.gpu.context import Row, summary
+from bench.gpu import timing
+from bench.gpu.context import summary
 from bench.gpu.timing import Graphs, Step, interleaved, rotating
 from tests.bench.gpu_benchmark import cpu_context, out_of_memory
 
@@ -29,16 +29,6 @@ def test_shares_of_the_cards_own_rates_prefer_the_graph() -> None:
     row = context.shares({"eager_seconds": 9.0, "graph_seconds": 2.0}, Cost(500.0, 1000.0))
     assert row["bandwidth_share"] == 0.25 and row["matmul_share"] == 0.1
     assert "bandwidth_share" not in context.shares({"status": "out of memory"}, Cost(1.0, 1.0))
-
-
-def test_overheads_over_the_frozen_base() -> None:
-    rows: list[Row] = [
-        {"variant": "frozen", "eager_seconds": 2.0, "graph_seconds": 1.0},
-        {"variant": "peft", "eager_seconds": 3.0},
-    ]
-    steps.overheads(rows, "frozen")
-    assert rows[1]["eager_overhead"] == 0.5 and "graph_overhead" not in rows[1]
-    assert "eager_overhead" not in rows[0]
 
 
 class Scripted:
