@@ -35,7 +35,7 @@ from adarank_kernels.lora.backends import triton
 from adarank_kernels.runtime import native, registry
 from bench.blocks import trained_a_little
 from bench.results_file import write_results
-from bench.slices import Row, Step, arguments, interleaved, medians, overhead_ratio
+from bench.slices import Row, Step, arguments, medians, overhead_ratio, timed
 
 CHARGE = 5e-6  # seconds a Triton launch, beyond the Python of `registry.launch`
 CALLS = 5  # steps a measurement
@@ -219,11 +219,11 @@ def measured(key: str, repetitions: int) -> Row:
         launches = {name: launches_of(step) for name, step in steps.items()}
 
         def several(step: Step) -> Step:
-            return lambda: [step() for _ in range(CALLS)] and None
+            return lambda: [step() for _ in range(CALLS)]
 
         gc.disable()
         several_steps = {name: several(step) for name, step in steps.items()}
-        seconds = interleaved(several_steps, repetitions, 60.0, time.thread_time)
+        seconds = timed(several_steps, repetitions, 60.0, time.thread_time)
         gc.enable()
     charged = {n: [v / CALLS + CHARGE * launches[n] for v in vs] for n, vs in seconds.items()}
     row = {"seconds": charged}

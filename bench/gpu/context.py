@@ -11,7 +11,7 @@ import torch
 
 from bench.counts import Cost, product
 from bench.gpu.checks import DTYPES, OWN, Check, usable_sets
-from bench.gpu.timing import Step, Timer, copies, interleaved, peak_bytes, reason, release, rotating
+from bench.gpu.timing import Step, Timer, copies, peak_bytes, reason, release, rotating, timed
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ class Context:
             alive = {name: step for name, step in steps.items() if rows[name]["status"] == "ok"}
             if timer.name == "graph":
                 alive = {name: step for name, step in alive.items() if step.captured}
-            seconds, failed = interleaved(alive, self.repetitions, timer)
+            seconds, failed = timed(alive, self.repetitions, timer)
             for name, values in seconds.items():
                 rows[name] |= summary(timer.name, values)
             for name, why in failed.items():

@@ -12,7 +12,7 @@ import torch
 from bench.counts import Cost
 from bench.gpu import timing
 from bench.gpu.context import summary
-from bench.gpu.timing import Graphs, Step, interleaved, rotating
+from bench.gpu.timing import Graphs, Step, rotating
 from tests.bench.gpu_benchmark import cpu_context, out_of_memory
 
 
@@ -48,13 +48,13 @@ class Scripted:
 
 def test_interleaving_counts_calls_and_goes_on_without_what_fails() -> None:
     before: list[int] = []
-    timed = {
+    steps = {
         "three at once": rotating(lambda t: t + 1, [(torch.ones(1),)] * 3),
         "one": Step(lambda: None, before=lambda: before.append(1)),
         "large": Step(out_of_memory),
     }
     timer = Scripted()
-    seconds, failed = interleaved(timed, 4, timer)
+    seconds, failed = timing.timed(steps, 4, timer)
     assert seconds == {"three at once": [2.0] * 4, "one": [6.0] * 4}
     assert failed == {"large": "out of memory"} and timer.asked == 8 and len(before) == 4
 
