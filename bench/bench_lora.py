@@ -12,17 +12,14 @@ bootstrap interval over repetitions.
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import adarank_fast as ada
-from bench.blocks import ADAPTERS32, DTYPES, TARGETS, Block, adapted, cast_base, check, variants
+from bench.blocks import ADAPTERS32, DTYPES, TARGETS, Block, block_variants, check, step_of
 from bench.counts import SHAPES
 from bench.slices import Row, Slices, Step, arguments, medians, overhead_ratio
 
@@ -42,24 +39,12 @@ def steps_of_row(key: str) -> tuple[dict[str, Step], Row]:
     kind, targets, rank, dtype = ROWS[key]
     torch.manual_seed(0)
     block = Block(kind).requires_grad_(False)
-
-    def make(adapters: torch.dtype, mixed: bool) -> nn.Module:
-        model = adapted(block, targets, rank, mixed)
-        return model.to(dtype) if adapters == dtype else cast_base(model, dtype)
-
-    def fused(model: nn.Module) -> nn.Module:
-        return ada.accelerate(copy.deepcopy(model))
-
-    models = variants(copy.deepcopy(block).to(dtype), make, fused, dtype)
+    models = block_variants(block, targets, rank, dtype)
     x = torch.randn(*TOKENS, SHAPES[kind].width, dtype=dtype, requires_grad=True)
     dy = torch.randn_like(x)
 
-    def gradients(model: nn.Module) -> list[Tensor]:
-        step_of(model, x, dy)()
-        leaves = (x, *model.parameters())
-        return [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
-
-    check(models, gradients, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    check(models, lambda model: step_of(model, x, dy)(), tolerance)
     steps = {name: step_of(model, x, dy) for name, model in models.items()}
     once = {
         "arithmetic": arithmetic_overhead(models["ours"]),
@@ -69,25 +54,11 @@ def steps_of_row(key: str) -> tuple[dict[str, Step], Row]:
     return steps, once
 
 
-def step_of(model: nn.Module, x: Tensor, dy: Tensor) -> Step:
-    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-
-    def step() -> None:
-        clear(leaves)
-        model(x).backward(dy)
-
-    return step
-
-
-def clear(leaves: Iterable[Tensor]) -> None:
-    for leaf in leaves:
-        leaf.grad = None
-
-
 def peak_bytes(step: Step, model: nn.Module, x: Tensor) -> int:
     """Largest sum of live tensors that a step allocates, by the profiler's memory events."""
     step()
-    clear([x, *model.parameters()])  # or they are freed in the step, sometimes before it is watched
+    for leaf in (x, *model.parameters()):  # or they are freed in the step, or before it is watched
+        leaf.grad = None
     gc.collect()
     with torch.profiler.profile(profile_memory=True) as profile:
         step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +49,15 @@ class Context:
                     return f"check failed ({check['case']})"
         return None
 
-    def measure(self, row: str, steps: dict[str, Step], memory: bool = False) -> list[Row]:
-        """Medians of each step by each timer, one row a step; what fails says why."""
+    def measure(
+        self,
+        row: str,
+        steps: dict[str, Step],
+        memory: bool = False,
+        refused: Mapping[str, str | None] = {},
+    ) -> list[Row]:
+        """Medians of each step by each timer, one row a step; what fails or is refused says why."""
+        steps = {name: step for name, step in steps.items() if not refused.get(name)}
         rows: dict[str, Row] = {
             name: {"row": row, "variant": name, "status": "ok"} for name in steps
         }
@@ -69,7 +76,8 @@ class Context:
                 rows[name] |= summary(timer.name, values)
             for name, why in failed.items():
                 rows[name]["graph" if timer.name == "graph" else "status"] = why
-        return list(rows.values())
+        whys = [(name, why) for name, why in refused.items() if why]
+        return [*rows.values(), *({"row": row, "variant": n, "status": why} for n, why in whys)]
 
     def shares(self, row: Row, cost: Cost) -> Row:
         """The row with what it moves and computes, and its shares of the card's own rates."""

@@ -42,15 +42,12 @@ def in_pairs(
     elif kernel.startswith("lora") and context.dtype == torch.float32:
         refused = "not used in float32"
     operands = [make() for _ in range(context.copies(cost))]
-    steps = {"plain torch": rotating(plain, operands, before=lambda: choose(context.device, ()))}
-    if refused is None:
-        steps["kernel"] = rotating(ours, operands)
-    rows = context.measure(row, steps)
-    for found in rows:
-        context.shares(found, cost)
-    if refused:
-        rows.append({"row": row, "variant": "kernel", "status": refused})
-    return rows
+    steps = {
+        "plain torch": rotating(plain, operands, before=lambda: choose(context.device, ())),
+        "kernel": rotating(ours, operands),
+    }
+    rows = context.measure(row, steps, refused={"kernel": refused})
+    return [context.shares(found, cost) for found in rows]
 
 
 def lora_kernels(context: Context, row: str) -> list[Row]:

@@ -17,7 +17,7 @@ from bench.counts import SHAPES, Shape
 from bench.gpu.checks import choose
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import PREDICTIONS
-from bench.gpu.timing import Step, release, said_of_check
+from bench.gpu.timing import Step, refusal, release
 from bench.naive import across, naive_disagreements
 
 # items, tokens an item: short questions of an encoder, text of a language model
@@ -41,7 +41,7 @@ def prediction_row(context: Context, row: str) -> list[Row]:
         model = model_of(shape).eval()
     modules = {t.name: t.path for t in ada.find_targets(model, targets)}
     metric = "tv" if shape.gated else "l1"
-    why = _refusal(context, model, shape, modules, targets, metric)
+    why = refusal(lambda: _check(context, model, shape, modules, targets, metric))
     model.to(context.dtype)
     release()
 
@@ -65,12 +65,10 @@ def prediction_row(context: Context, row: str) -> list[Row]:
     steps = {
         "one forward": Step(forward, captured=False),
         f"naive loop, {probes} probes": Step(naive, calls=len(sample) / probes, captured=False),
+        "ours": Step(ours, captured=False),
     }
-    if not why:
-        steps["ours"] = Step(ours, captured=False)
     fewer = replace(context, repetitions=min(context.repetitions, REPETITIONS))
-    rows = fewer.measure(row, steps, memory=True)
-    return rows + ([{"row": row, "variant": "ours", "status": why}] if why else [])
+    return fewer.measure(row, steps, memory=True, refused={"ours": why})
 
 
 def model_of(shape: Shape) -> nn.Module:
@@ -109,15 +107,15 @@ def _read(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     return mean_pool(outputs.last_hidden_state, batch["attention_mask"])
 
 
-def _refusal(
+def _check(
     context: Context,
     model: nn.Module,
     shape: Shape,
     modules: Mapping[str, str],
     targets: str,
     metric: str,
-) -> str | None:
-    """Why its prediction must not be timed."""
+) -> None:
+    """Whether its scores are those of the naive loop."""
     batch = tokens(context, shape, CHECKED)
     sample = across(modules, CHECKS)
     mask = "attention_mask" if shape.gated else None
@@ -128,13 +126,8 @@ def _refusal(
 
     exact, torchs = naive(copy.deepcopy(model).double()), naive(model)
     rounding = max(abs(torchs[name] - value) for name, value in exact.items())
-    try:
-        scores = predict(model, batch, targets, metric, 1).scores
-        for name, value in exact.items():
-            error, allowed = abs(scores[name].trials[0] - value), 1e-5 * value + 2 * rounding
-            if not error <= allowed:
-                raise ArithmeticError(f"{name}: error {error:.3g} above {allowed:.3g}")
-    except Exception as failure:
-        release()
-        return said_of_check(failure)
-    return None
+    scores = predict(model, batch, targets, metric, 1).scores
+    for name, value in exact.items():
+        error, allowed = abs(scores[name].trials[0] - value), 1e-5 * value + 2 * rounding
+        if not error <= allowed:
+            raise ArithmeticError(f"{name}: error {error:.3g} above {allowed:.3g}")

@@ -164,10 +164,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
-def said_of_check(error: BaseException) -> str:
-    """The status of what cannot be timed because its check raised."""
-    why = reason(error)
-    return why if why == OUT_OF_MEMORY else f"check failed: {why}"
+def refusal(check: Callable[[], object]) -> str | None:
+    """The status of what must not be timed because its check raised."""
+    try:
+        check()
+    except Exception as error:
+        release()
+        why = reason(error)
+        return why if why == OUT_OF_MEMORY else f"check failed: {why}"
+    return None
 
 
 def release() -> None:

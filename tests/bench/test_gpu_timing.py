@@ -155,7 +155,16 @@ def test_a_capture_that_breaks_off_leaves_the_stream_and_the_generator(
     assert graphs.stream is not used and graphs.graphs == []
 
 
-def test_what_ran_out_of_memory_is_no_failed_check() -> None:
-    assert timing.said_of_check(torch.OutOfMemoryError("x")) == "out of memory"
-    assert timing.said_of_check(RuntimeError("CUDA error: out of memory\n...")) == "out of memory"
-    assert timing.said_of_check(ValueError("a\nb")) == "check failed: ValueError: a"
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("x"), "out of memory"),
+        (RuntimeError("CUDA error: out of memory\n..."), "out of memory"),
+        (ValueError("a\nb"), "check failed: ValueError: a"),
+    ],
+)
+def test_what_ran_out_of_memory_is_no_failed_check(error: Exception, said: str) -> None:
+    def check() -> None:
+        raise error
+
+    assert timing.refusal(check) == said and timing.refusal(lambda: None) is None
