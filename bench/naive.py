@@ -1,7 +1,4 @@
-"""The yardstick: AdaRank as anybody would write it. Perturb in place, full forward, restore.
-
-One full forward per (module, trial, batch), one module at a time, from a clean copy each time.
-"""
+"""What the fast ways are compared with: prediction and disagreement as anybody would write them."""
 
 from __future__ import annotations
 
@@ -33,6 +30,8 @@ def naive_disagreements(
     precise: bool = True,
 ) -> dict[str, list[float]]:
     """Mean |f_perturbed(x) - f(x)|, or total variation, of every module and trial.
+
+    Perturbed in place, restored after a full forward for each (module, trial, batch).
 
     Args:
         model: in eval mode; its weights are overwritten and restored.
@@ -77,4 +76,19 @@ def naive_disagreements(
             for key, p in module.named_parameters(recurse=False):
                 p.copy_(before[key])
     torch.backends.mha.set_fastpath_enabled(fast_path)
+    return found
+
+
+def materialised(hidden: Tensor, weight: Tensor, metric: str) -> Tensor:
+    """The disagreement [K, K] by way of all outputs, [K, N, V] in hidden's dtype; "l1" or "tv"."""
+    outputs = torch.nn.functional.linear(hidden, weight)
+    if metric == "tv":
+        for rows in outputs:  # in place: a second [K, N, V] would be unfair
+            torch.softmax(rows, -1, out=rows)
+    found = torch.zeros(len(hidden), len(hidden), device=hidden.device)
+    for i in range(len(hidden)):
+        for j in range(i):
+            sums = (outputs[i] - outputs[j]).abs_().sum(-1, dtype=torch.float32)
+            value = sums.mean() / (len(weight) if metric == "l1" else 2)
+            found[i, j] = found[j, i] = value
     return found

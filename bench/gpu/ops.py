@@ -13,7 +13,7 @@ from bench.gpu.checks import DISAGREEMENT_SETS, choose, compare
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import DISAGREEMENTS
 from bench.gpu.timing import Step, refusal, release
-from bench.materialised import materialised
+from bench.naive import materialised
 
 K = 8
 HEAD_TOKENS = 2048  # a variant
