@@ -34,9 +34,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, mr, smollm2, trec
-from adarank_fast.models.outputs import mean_pool
 from adarank_fast.prediction.noise import Noise
-from bench.naive import across, naive_disagreements
+from bench.naive import Problem, across
 from bench.results_file import peak_resident, write_results
 
 TOKENS = 2048  # of a folded batch in the floor
@@ -44,39 +43,21 @@ SAMPLE = 24  # probes of the naive loop that are timed
 
 
 @dataclass
-class Case:
-    """A model, its batch and how it is predicted.
+class Case(Problem):
+    """What is predicted, and its floor.
 
     Attributes:
         floored: the model in the dtype of the probes, whose blocks give the floor.
         blocks: where they are in it.
-        read: the outputs that are compared.
-        options: of `predict_ranks`.
     """
 
-    model: Any
     floored: Any
     blocks: str
-    batch: dict[str, Tensor]
-    read: Callable[[Any, dict[str, Tensor]], Tensor]
-    options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.targets = ada.find_targets(self.model, self.options["target_modules"])
-        self.modules = {target.name: target.path for target in self.targets}
-        self.metric, self.trials = self.options["metric"], self.options["trials"]
+        super().__post_init__()
         self.tokens = int(self.batch["attention_mask"].sum())
         self.head = self.floored.get_output_embeddings() if self.metric == "tv" else None
-
-    def predict(self, **options: Any) -> ada.RankPlan:
-        options = {"budget": 8, "progress": False, **self.options, **options}
-        return ada.predict_ranks(self.model, [self.batch], **options)
-
-    def naive(self, modules: dict[str, str], precise: bool = True) -> dict[str, list[float]]:
-        mask = "attention_mask" if self.head is not None else None
-        return naive_disagreements(
-            self.model, [self.batch], modules, self.read, 1, 0, mask, self.metric, precise
-        )
 
     def naive_seconds(self) -> float:
         """Of all probes, extrapolated from a stratified sample."""
@@ -111,11 +92,8 @@ def encoder(folder: Callable[[], Any], dtype: torch.dtype | None = None) -> Case
     tokenizer = AutoTokenizer.from_pretrained(folder())
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
 
-    def pooled(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        return mean_pool(outputs.last_hidden_state, batch["attention_mask"])
-
     options = {"target_modules": "attention", "metric": "l1", "trials": 5, "dtype": dtype}
-    return Case(model, floored, "encoder.layer", batch, pooled, options)
+    return Case(model, batch, options, floored, "encoder.layer")
 
 
 def language_model(tokens: int, length: int) -> Case:
@@ -126,7 +104,7 @@ def language_model(tokens: int, length: int) -> Case:
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0, :tokens].view(-1, length)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     options = {"target_modules": "all-linear", "metric": "tv", "trials": 1}
-    return Case(model, model, "model.layers", batch, lambda outputs, _: outputs.logits, options)
+    return Case(model, batch, options, model, "model.layers")
 
 
 @torch.no_grad()
@@ -205,8 +183,7 @@ def noise_clock() -> Iterator[list[float]]:
 
 def check_float32(case: Case) -> dict[str, Any]:
     """All modules, the first trial: the naive loop's numbers and ranks."""
-    exact, plan = case.naive(case.modules), case.predict(trials=1)
-    means = {module: value for module, (value,) in exact.items()}
+    means, plan = case.naive(case.modules), case.predict(trials=1)
     found = {module: score.trials[0] for module, score in plan.scores.items()}
     assert found == pytest.approx(means, rel=1e-5)
     assert plan.ranks == ada.allocate_ranks(means, 8, sizes=plan.sizes)

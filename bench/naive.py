@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import adarank_fast as ada
 from adarank_fast import perturbation
+from adarank_fast.models.outputs import mean_pool
 
 
 def across(modules: Mapping[str, str], count: int) -> dict[str, str]:
     """At most `count` of the modules, evenly through their order: all depths and kinds."""
     names = list(modules)
     return {name: modules[name] for name in names[:: max(len(names) // count, 1)][:count]}
+
+
+@dataclass
+class Problem:
+    """A model, a batch, and the options of `predict_ranks` (targets, metric, trials at least).
+
+    Logits are compared token by token by "tv", the mean-pooled last hidden state by "l1".
+    """
+
+    model: Any
+    batch: dict[str, Tensor]
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.targets = ada.find_targets(self.model, self.options["target_modules"])
+        self.modules = {target.name: target.path for target in self.targets}
+        self.metric, self.trials = self.options["metric"], self.options["trials"]
+
+    def predict(self, **options: Any) -> ada.RankPlan:
+        options = {"budget": 8, "progress": False, **self.options, **options}
+        return ada.predict_ranks(self.model, [self.batch], **options)
+
+    def naive(self, modules: Mapping[str, str], precise: bool = True) -> dict[str, float]:
+        """The first trial's disagreements, by the naive loop."""
+        mask = "attention_mask" if self.metric == "tv" else None
+        found = naive_disagreements(
+            self.model, [self.batch], modules, _compared, 1, 0, mask, self.metric, precise
+        )
+        return {name: value for name, (value,) in found.items()}
+
+
+def _compared(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    if "logits" in outputs:
+        return outputs.logits
+    return mean_pool(outputs.last_hidden_state, batch["attention_mask"])
 
 
 @torch.no_grad()

@@ -173,13 +173,12 @@ def test_a_block_that_computes_something_else_is_not_timed(
 def test_a_prediction_of_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny(monkeypatch)
     monkeypatch.setattr(run, "check_ops", lambda *args: iter(()))
-    loop = predictions.naive_disagreements
+    loop = predictions.Problem.naive
 
-    def other(*args: Any, **kwargs: Any) -> dict[str, list[float]]:
-        found = loop(*args, **kwargs)
-        return {name: [1.001 * value for value in values] for name, values in found.items()}
+    def other(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return {name: 1.001 * value for name, value in loop(*args, **kwargs).items()}
 
-    monkeypatch.setattr(predictions, "naive_disagreements", other)
+    monkeypatch.setattr(predictions.Problem, "naive", other)
     status, found = saved(cpu_context(), ["predictions: tiny writer"])
     *others, ours = found["sections"]["predictions"]
     assert status == 1 and all("eager_seconds" in row for row in others)
