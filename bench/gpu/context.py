@@ -11,7 +11,7 @@ import torch
 
 from bench.counts import Cost, product
 from bench.gpu.checks import DTYPES, OWN, Check, usable_sets
-from bench.gpu.timing import Step, Timer, copies, peak_bytes, reason, release, rotating, timed
+from bench.gpu.timing import Step, Timer, peak_bytes, reason, release, rotating, timed
 
 Row = dict[str, Any]
 
@@ -87,10 +87,6 @@ class Context:
             row["bandwidth_share"] = cost.bytes / seconds / self.bandwidth
             row["matmul_share"] = cost.flops / seconds / self.rate
         return row
-
-    def copies(self, cost: Cost) -> int:
-        """How many sets of operands of a kernel outlast the card's cache."""
-        return copies(int(cost.bytes), self.device)
 
 
 def best_seconds(row: Row) -> float | None:

@@ -20,7 +20,7 @@ from bench.counts import SHAPES, Cost, drop, expand, pairs, product
 from bench.gpu.checks import choose, runs_kernels
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import GROUPS, PAIRS, PHILOX
-from bench.gpu.timing import Step, rotating
+from bench.gpu.timing import Step, copies, rotating
 
 if HAS_TRITON:
     from adarank_kernels.disagreement.triton import compare
@@ -41,7 +41,7 @@ def in_pairs(
         refused = "no Triton here"
     elif kernel.startswith("lora") and context.dtype == torch.float32:
         refused = "not used in float32"
-    operands = [make() for _ in range(context.copies(cost))]
+    operands = [make() for _ in range(copies(int(cost.bytes), context.device))]
     steps = {
         "plain torch": rotating(plain, operands, before=lambda: choose(context.device, ())),
         "kernel": rotating(ours, operands),

@@ -49,11 +49,10 @@ def driver() -> str | None:
         return path.read_text().strip() if path.is_file() else None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    lines = found.stdout.strip().splitlines()
-    return lines[0].strip() if found.returncode == 0 and lines else None
+    return next(iter(found.stdout.split()), None)
 
 
 def default_path(card: str, date: str) -> Path:
@@ -88,19 +87,15 @@ def failures(checks: Sequence[Check], sections: dict[str, list[Row]]) -> list[st
         for c in checks
         if c["status"] != "passed"
     ]
-    return lines + [
-        f"{row['row']}, {row['variant']}: {row['status']}"
-        for rows in sections.values()
-        for row in rows
-        if row["status"] not in NO_FAILURE
-    ]
+    rows = [row for some in sections.values() for row in some if row["status"] not in NO_FAILURE]
+    return lines + [f"{row['row']}, {row['variant']}: {row['status']}" for row in rows]
 
 
-def notes(found: dict[str, Any]) -> list[str]:
+def notes(sections: dict[str, list[Row]]) -> list[str]:
     """One line for each row that was not timed, or not as a graph."""
     return [
         f"{row['row']}, {row['variant']}: {why}"
-        for rows in found["sections"].values()
+        for rows in sections.values()
         for row in rows
         for why in (row["status"], f"no graph: {row.get('graph', 'ok')}")
         if not why.endswith("ok")

@@ -96,6 +96,6 @@ def benchmark(options: argparse.Namespace) -> int:
         return run(context, options.jobs, save, say)
     finally:  # also after Ctrl-C
         if found:
-            print(page.card(found), *report.notes(found), sep="\n")
+            print(page.card(found), *report.notes(found["sections"]), sep="\n")
             state = "written to" if found["finished"] else "not finished; what there is is in"
             print(f"{state} {path}")

@@ -31,7 +31,7 @@ def test_file_of_made_up_measurements(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == found
     assert found["machine"]["versions"]["torch"] and found["machine"]["card"] == facts["card"]
     assert found["failures"] == [f"lora_linear, rank 6, + drop, bfloat16: {CHECKS[1]['status']}"]
-    assert report.notes(found) == [
+    assert report.notes(found["sections"]) == [
         "block, ours: no graph: RuntimeError: broke off",
         "large, all: out of memory",
     ]
