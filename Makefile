@@ -114,7 +114,7 @@ gpu-page: $(VENV)/.installed
 
 # Projected times on GPUs that need not be here, counted from bytes and FLOPs; nothing is timed.
 roofline: $(VENV)/.installed
-	$(BIN)/python bench/roofline.py $(ARGS)
+	$(BIN)/python -m bench.roofline
 
 # Compiles the Triton kernels for GPUs that need not be here; nothing is timed.
 kernels-report: $(VENV)/.installed
