@@ -29,6 +29,7 @@ from adarank_fast.adapters.eligibility import (
     why_not,
     why_not_here,
 )
+from adarank_fast.adapters.gated_mlp import recompute_gated_mlps, restore_gated_mlps
 from adarank_fast.adapters.groups import (
     LayerState,
     Owner,
@@ -286,7 +287,11 @@ def _warn_compiled_early() -> bool:
     return True
 
 
-def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) -> nn.Module:
+def accelerate(
+    peft_model: nn.Module,
+    example: Mapping[str, Any] | None = None,
+    recompute_mlp: bool = False,
+) -> nn.Module:
     """Fuse the LoRA layers of a PEFT model, in place; a second call changes nothing.
 
     Layers that share an input are found in the first eager forward, or now from `example`.
@@ -294,6 +299,10 @@ def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) 
     Args:
         peft_model: a `peft.PeftModel`, of uniform or mixed ranks, or any module with PEFT layers.
         example: keyword inputs for one forward in eval mode without gradients.
+        recompute_mlp: keep only gate(x) and up(x) of gated MLPs, down(act(gate(x)) * up(x)), for
+            the backward pass, which computes the other two again: about a third of what a layer of
+            Llama keeps goes, two elementwise operations come. Not under checkpointing, which
+            keeps less, nor in compiled code.
 
     Returns:
         `peft_model`.
@@ -322,6 +331,12 @@ def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) 
         raise AdarankError(
             f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
             "adarank_fast.inject or peft.get_peft_model first"
+        )
+    if recompute_mlp and not recompute_gated_mlps(peft_model):
+        warnings.warn(
+            f"recompute_mlp: {type(peft_model).__name__} has no MLP of the form "
+            "down(act(gate(x)) * up(x))",
+            stacklevel=2,
         )
     if example is not None:
         _watch(peft_model, example)
@@ -367,6 +382,7 @@ def restore(peft_model: nn.Module) -> nn.Module:
     for _, layer in layers:
         layer.__class__ = plain[type(layer)]
         del layer._adarank
+    restore_gated_mlps(peft_model)
     return peft_model
 
 
