@@ -23,6 +23,7 @@ from adarank_fast.files import (
     new_folder,
     note_settings,
     own_folder,
+    remove_folder,
     replacing,
     write_text,
 )
@@ -206,8 +207,7 @@ def test_one_run_at_a_time(tmp_path):
                 enter(take())
         enter(take())
     with own_folder(tmp_path / "folder", "x") as folder:
-        (folder / MARK).unlink()
-        folder.rmdir()
+        remove_folder(folder)
     assert names(tmp_path) == ["c"]
 
 
