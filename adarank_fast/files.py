@@ -118,8 +118,8 @@ def own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Iterator[P
     inputs = list(inputs)
     while True:
         try:
-            folder = check_own_folder(path, kind, inputs)
-            with writing(path):
+            with alone_in(Path(os.path.realpath(path)).parent), writing(path):
+                folder = check_own_folder(path, kind, inputs)
                 folder.mkdir(parents=True, exist_ok=True)
                 opened = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except (FileNotFoundError, FileExistsError):  # removed in between
@@ -143,7 +143,7 @@ def own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Iterator[P
 def remove_folder(path: Path) -> None:
     """Remove a folder that `own_folder` opened, at once: no other run finds a part of it."""
     gone = _beside(path, ".tmp")
-    with writing(path):
+    with writing(path), alone_in(path.parent):
         os.replace(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
