@@ -24,6 +24,7 @@ from adarank_fast.adapters.peft_private import BaseTunerLayer, is_target, patter
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
+from adarank_fast.options import check_number
 
 RANKS = (8, 16, 32, 64)  # what every engine's kernels take
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -85,6 +86,7 @@ def export_uniform(
         AdarankError: `rank` is too small or none of those, `folder` is not empty, there is no such
             adapter, or it is of a kind that engines do not load (DoRA, biases, parameters).
     """
+    check_rank(rank)
     with new_folder(folder) as temporary:
         return _write(from_model(peft_model, adapter_name), peft_model, temporary, rank)
 
@@ -106,9 +108,20 @@ def export_saved(
     Raises:
         AdarankError: as `export_uniform`; or the adapter does not fit `base_model`.
     """
+    check_rank(rank)
     with new_folder(folder) as temporary:
         check_fits(adapter, base_model)
         return _write(adapter, base_model, temporary, rank)
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse what engines do not take.
+
+    Raises:
+        AdarankError: none of `RANKS`.
+    """
+    if rank is not None and check_number("rank", rank) not in RANKS:
+        raise AdarankError(f"rank={rank} is none of {', '.join(map(str, RANKS))}")
 
 
 def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
@@ -269,8 +282,6 @@ def _common_rank(adapter: Adapter, rank: int | None) -> int:
         )
     if rank is None:
         return fitting[0]
-    if rank not in RANKS:
-        raise AdarankError(f"rank={rank} is none of {', '.join(map(str, RANKS))}")
     if rank < ranks[widest]:
         raise AdarankError(
             f"rank={rank} is too small: {widest} has rank {ranks[widest]}; use {fitting[0]}"

@@ -13,11 +13,13 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from adarank_fast.adapters.export import PREFIX, Adapter, check_fits, read_adapter
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
+from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, loading
 
 TASK_CLASSES = {
@@ -98,18 +100,13 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
         raise AdarankError(f"the adapter does not say what its base model is; give {argument}")
     name = os.path.expanduser(name)
     with loading("configuration of the base model", name, f"; give {argument}"):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
     if labels := _label_count(adapter):
         config.num_labels = labels
     wanted = {path.replace(".base_layer", "") for path in adapter.factors}  # of experts
     for class_name in _class_names(adapter, config):
-        model_class = getattr(transformers, class_name, None)
-        if model_class is None:
-            continue
-        try:
-            with torch.device("meta"):
-                skeleton = getattr(model_class, "from_config", model_class)(config)
-        except (ValueError, RuntimeError):  # no model of that kind for this task, or none on meta
+        skeleton = _without_weights(getattr(transformers, class_name, None), config)
+        if skeleton is None:
             continue
         if wanted <= {path for path, _ in skeleton.named_modules()}:
             return skeleton, config
@@ -117,6 +114,19 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
         f"the adapter does not fit {name!r} ({config.model_type}): no model of it has a module "
         f"{min(wanted)}"
     )
+
+
+def _without_weights(model_class: Any, config: Any) -> Any:
+    """A model on the meta device; None where the class is no model's, or the model is not of it."""
+    try:
+        with torch.device("meta"):
+            if hasattr(model_class, "from_config"):  # of the Auto classes
+                return model_class.from_config(config, trust_remote_code=is_trusted())
+            if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+                return model_class(config)
+    except Exception:  # whatever a configuration of somebody else's makes of a model's own code
+        return None
+    return None
 
 
 def _class_names(adapter: Adapter, config: Any) -> Iterator[str]:
@@ -127,7 +137,7 @@ def _class_names(adapter: Adapter, config: Any) -> Iterator[str]:
     if task in TASK_CLASSES:
         yield TASK_CLASSES[task]
     yield "AutoModel"
-    yield from getattr(config, "architectures", None) or []
+    yield from map(str, getattr(config, "architectures", None) or [])
 
 
 def _label_count(adapter: Adapter) -> int | None:
@@ -211,7 +221,9 @@ def _save_tokenizer(folders: list[str], target: Path) -> None:
         if os.path.isdir(folder) and not any(Path(folder).glob("*token*")):
             continue
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=is_trusted()
+            )
             tokenizer.save_pretrained(target)
             return
         except (OSError, ValueError, KeyError):

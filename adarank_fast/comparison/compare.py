@@ -45,7 +45,7 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import note_settings
 from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.targets import TargetModules
-from adarank_fast.options import DTYPES, TASKS, check_choice, check_integer
+from adarank_fast.options import DTYPES, RANGES, TASKS, check_choice, check_integer, check_number
 from adarank_fast.plan.lora_config import alpha_rule
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.training.trainer import Recipe
@@ -126,6 +126,8 @@ def compare(
     if learning_rates is not None and not 0 < len(learning_rates) == len(set(learning_rates)):
         raise AdarankError(f"learning_rates must be different numbers, got {list(learning_rates)}")
     check_integer("average_rank", average_rank, 1)
+    check_number("max_length", max_length)
+    check_number("trials", trials)
     check_choice("task", task, ("auto", *TASKS))
     check_choice("dtype", dtype, DTYPES)
     alpha_rule(scaling)
@@ -223,8 +225,10 @@ def _labels(arms: Sequence[str | Allocator]) -> dict[str, str | Allocator]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    good = all(isinstance(seed, int) and seed >= 0 for seed in numbers)
+    if isinstance(seeds, int) and seeds in RANGES["seeds"]:
+        return list(range(seeds))
+    numbers = [] if isinstance(seeds, int) else list(seeds)
+    good = all(seed in RANGES["seed"] for seed in numbers)
     if not numbers or not good or len(set(numbers)) < len(numbers):
         raise AdarankError(
             f"seeds must be a positive number or different numbers of at least 0, got {seeds!r}"

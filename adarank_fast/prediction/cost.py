@@ -16,6 +16,7 @@ from adarank_fast.models.memory import default_memory, tokens
 from adarank_fast.models.outputs import OutputChoice, accepted, choose_output
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import TargetModules, find_targets, unwrap
+from adarank_fast.options import check_number
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.prediction.disagreement import disagreement_sums
 from adarank_fast.prediction.noise import noise_bytes
@@ -71,7 +72,8 @@ def estimate_cost(
     Raises:
         AdarankError: as `predict_ranks`.
     """
-    trials = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
+    counted = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
+    trials = check_number("trials", counted)
     inner = unwrap(model)
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)

@@ -6,7 +6,13 @@ ValueError is usual, the error is that one too.
 
 
 class AdarankError(ValueError):
-    """Something that the caller can put right; everything else that is raised is a bug."""
+    """Something that the caller can put right; everything else that is raised is a bug.
+
+    The message stays one line that can be printed, whatever names and values are in it.
+    """
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        super().__init__(_one_line(str(message)), *more)
 
 
 class AdarankTypeError(AdarankError, TypeError):
@@ -31,3 +37,11 @@ class AdarankImportError(AdarankError, ImportError):
 
 class AdarankRuntimeError(AdarankError, RuntimeError):
     """Work that was begun and cannot be finished as asked."""
+
+
+def _one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text.strip()
+    )
