@@ -15,7 +15,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from adarank_fast.adapters.export import PREFIX, Adapter, check_fits, read_adapter
+from adarank_fast.adapters.adapter_files import PREFIX, Adapter, read_adapter
+from adarank_fast.adapters.export import check_fits
+from adarank_fast.adapters.patterns import check_patterns
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
@@ -67,7 +69,9 @@ def merge_adapter(
     with new_folder(folder) as temporary:
         found = read_adapter(adapter, only_plain=False)
         skeleton, config = base_skeleton(found, model, "MODEL")
-        if not found.config.target_parameters:
+        if found.config.target_parameters:
+            check_patterns(found.config, [path for path, _ in skeleton.named_modules() if path])
+        else:
             check_fits(found, skeleton)
         if getattr(config, "quantization_config", None) is not None:
             raise AdarankError(
@@ -165,6 +169,7 @@ def _merge(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head of other size: the adapter has its own
         )
+        _resize_vocabulary(base, adapter)
         peft_model = PeftModel.from_pretrained(base, folder)
     except Exception as error:
         raise AdarankError(f"{failed}: {first_line(error)}") from error
@@ -178,6 +183,15 @@ def _merge(
         _say_untied(merged)
     fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     return merged, fresh - {key.removeprefix(PREFIX) for key in adapter.others}
+
+
+def _resize_vocabulary(base: Any, adapter: Adapter) -> None:
+    """Make room for the tokens that were added before training: the adapter has their embedding."""
+    end = base.get_input_embeddings()
+    path = next((path for path, module in base.named_modules() if module is end), "")
+    for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
+        if name in adapter.others and len(adapter.others[name]) != len(end.weight):
+            base.resize_token_embeddings(len(adapter.others[name]), mean_resizing=False)
 
 
 def _tied_ends(model: Any) -> tuple[Any, Any] | None:
