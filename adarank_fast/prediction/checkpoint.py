@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from adarank_fast.errors import AdarankError
+from adarank_fast.json_values import Value, parse
 
 FORMAT = "adarank-fast checkpoint"
 START = json.dumps({"format": FORMAT})[:-1]
@@ -50,8 +52,9 @@ class Checkpoint:
         self._file = self._open(own)
 
     def add(self, found: Mapping[tuple[str, int], float]) -> None:
-        """Write finished probes; they are on the disk when this returns."""
-        lines = (json.dumps([name, trial, value]) for (name, trial), value in found.items())
+        """Write finished probes; they are on the disk when this returns. NaN is no result."""
+        finite = {key: value for key, value in found.items() if math.isfinite(value)}
+        lines = (json.dumps([name, trial, value]) for (name, trial), value in finite.items())
         self._file.write("".join(f"{line}\n" for line in lines))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -76,11 +79,10 @@ class Checkpoint:
                 if not (START.startswith(begun) or begun.startswith(START)):
                     raise ValueError("another first line")
                 return
-            header = json.loads(lines[0])
-            if header["format"] != FORMAT:
+            header = parse(lines[0])
+            if header["format"] != FORMAT or not isinstance(header["identity"], dict):
                 raise ValueError("another format")
-            probes = [json.loads(line) for line in lines[1:]]
-            found = {(str(name), int(trial)): float(value) for name, trial, value in probes}
+            found = dict(_probe(line) for line in lines[1:])
         except (ValueError, TypeError, KeyError):
             raise AdarankError(
                 f"checkpoint={str(file)!r} is no checkpoint of a prediction; {remedy}"
@@ -107,6 +109,11 @@ class Checkpoint:
         if not kept:
             handle.write(json.dumps({"format": FORMAT, "identity": self._identity}) + "\n")
         return handle
+
+
+def _probe(line: str) -> tuple[tuple[str, int], float]:
+    name, trial, value = Value(parse(line), "line", "").list()
+    return (name.text(), trial.integer()), value.number()
 
 
 def _whole_lines(file: Path) -> list[str]:
