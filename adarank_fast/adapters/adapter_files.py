@@ -177,12 +177,14 @@ def _check_config(content: Value) -> None:
         dropout.number(0, 1)
     if bias := content.get("bias"):
         bias.one_of(BIASES)
-    if ranks := content.get("rank_pattern"):
-        for _, rank in ranks.items():
+    if "rank_pattern" in content.mapping():
+        for _, rank in content["rank_pattern"].items():
             rank.integer(1)
-    if alphas := content.get("alpha_pattern"):
-        for _, alpha in alphas.items():
+    if "alpha_pattern" in content.mapping():
+        for _, alpha in content["alpha_pattern"].items():
             alpha.number(-MOST, MOST)
+    if not (content.get("target_modules") or content.get("target_parameters")):
+        raise content["target_modules"].damaged("null, no names")
     if (init := content.get("init_lora_weights")) and not isinstance(init.value, bool):
         init.text()
     if layers := content.get("layers_to_transform"):

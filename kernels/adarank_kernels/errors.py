@@ -39,7 +39,12 @@ class AdarankRuntimeError(AdarankError, RuntimeError):
     """Work that was begun and cannot be finished as asked."""
 
 
+LONGEST = 2000  # of a message: a stranger's file may have names of any length
+
+
 def _one_line(text: str) -> str:
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
     if text.isprintable():
         return text
     return "".join(
