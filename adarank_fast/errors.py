@@ -8,6 +8,7 @@ from adarank_kernels.errors import (
     AdarankRuntimeError,
     AdarankTimeoutError,
     AdarankTypeError,
+    printable,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "AdarankRuntimeError",
     "AdarankTimeoutError",
     "AdarankTypeError",
+    "printable",
 ]

@@ -98,9 +98,8 @@ class Range:
     whole: bool = True
     above: bool = False
 
-    def __contains__(self, value: object) -> bool:
-        kind = Integral if self.whole else Real
-        if isinstance(value, bool) or not isinstance(value, kind):
+    def __contains__(self, value: Any) -> bool:
+        if not _is_number(value) or self.whole and not isinstance(value, Integral):
             return False
         # NaN is in no range
         return self.least <= value <= self.most and not (self.above and value == self.least)
@@ -158,7 +157,7 @@ def check_number(argument: str, value: Any, within: Range | None = None) -> Any:
     """
     within = within or RANGES[argument.lstrip("-").replace("-", "_")]
     if value not in within:
-        bound = f" and at most {within.most:g}" if _is_larger(value, within) else ""
+        bound = f" and at most {within.most:g}" if _is_number(value) and value > within.most else ""
         raise AdarankError(f"{argument} must be {within}{bound}, got {_shown(value)}")
     return int(value) if within.whole else float(value) if not isinstance(value, int) else value
 
@@ -168,8 +167,8 @@ def check_integer(argument: str, value: object, least: int) -> None:
     check_number(argument, value, Range(least, MOST))
 
 
-def _is_larger(value: Any, within: Range) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value > within.most
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _shown(value: object) -> str:

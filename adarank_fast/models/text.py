@@ -19,13 +19,6 @@ def first_line(error: Exception) -> str:
     return said if len(said) <= 600 else f"{said[:596]} ..."
 
 
-def printable(name: str) -> str:
-    """A name with escapes for what would break a line or a file, such as a newline in it."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
-
-
 def list_names(names: Sequence[str], most: int = 8) -> str:
     """The first names, and how many there are if that is more."""
     shown = ", ".join(names[:most])

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from adarank_fast.errors import AdarankError
+from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import write_text
 from adarank_fast.json_values import MOST, Value, said
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
-from adarank_fast.models.text import plain_text, printable
+from adarank_fast.models.text import plain_text
 from adarank_fast.options import check_number, gather, refuse_unknown
 from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
 from adarank_fast.plan.budget import ALLOCATIONS, Budget, BudgetOptions
@@ -281,8 +281,8 @@ def read_plan(path: str | os.PathLike[str]) -> RankPlan:
         if (text := settings.get(key)) is not None:
             text.text()
     if (experts := settings.get("expert_parameters")) is not None:
-        for name in experts.list():
-            name.text()
+        for expert in experts.list():
+            expert.text()
     try:
         plan = RankPlan(ranks, sizes, scores, settings.mapping())
         plan._budget()

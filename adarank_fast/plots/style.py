@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from adarank_fast.errors import AdarankError
+from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import replacing
-from adarank_fast.models.text import printable
 
 MARKERS = "osD^vPX*<>"
 DPI = 130

@@ -72,8 +72,8 @@ def estimate_cost(
     Raises:
         AdarankError: as `predict_ranks`.
     """
-    counted = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
-    trials = check_number("trials", counted)
+    most = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
+    count: int = check_number("trials", most)
     inner = unwrap(model)
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)
@@ -105,19 +105,19 @@ def estimate_cost(
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
     noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
-    flops = int((suffixes * trials + forward) * scale)
+    flops = int((suffixes * count + forward) * scale)
     slow = sum(clean.routes[t.name] != FOLDED for t in targets) / len(targets)
     rate = forward * folds / elapsed
     in_blocks: dict[str | None, int] = {}
     for target in targets:
         in_blocks.setdefault(target.block, 0)
-        in_blocks[target.block] += trials * noise_bytes(target)
+        in_blocks[target.block] += count * noise_bytes(target)
     probing = min(max(in_blocks.values()), memory.noise) + folds * clean.live_bytes[0] * 5 // 4
     return CostEstimate(
         modules=len(targets),
-        probes=len(targets) * trials * len(prepared),
+        probes=len(targets) * count * len(prepared),
         flops=flops,
-        naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * trials,
+        naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * count,
         seconds=flops / rate * (1 + slow),
         memory_bytes=probing + int(clean.outputs[0].nbytes * scale),
         blocks=len(clean.blocks),

@@ -45,8 +45,9 @@ LONGEST = 2000  # of a message: a stranger's file may have names of any length
 def _one_line(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text.strip()
-    )
+    return text if text.isprintable() else printable(" ".join(text.splitlines()))
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what would break a line or a file, such as a newline in a name."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -110,13 +110,10 @@ def test_patterns_that_take_for_ever(adarank, folders, tmp_path, field, pattern,
     ],
 )
 def test_a_configuration_of_other_types(adarank, folders, tmp_path, change, message):
-    shutil.copytree(folders / "adapter", "odd")
-    file = tmp_path / "odd" / "adapter_config.json"
+    shutil.copytree(folders / "adapter", "changed")
+    file = tmp_path / "changed" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    for command in (
-        ["export", "odd", "--uniform", "-o", "x"],
-        ["merge", "llama", "odd", "-o", "x"],
-    ):
+    for command in (["export", "changed", "--uniform"], ["merge", "llama", "changed"]):
         status, out, err = adarank(*at(folders, command), "-o", "x")
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert message in err and "save_pretrained" in err
@@ -124,26 +121,26 @@ def test_a_configuration_of_other_types(adarank, folders, tmp_path, change, mess
 
 @pytest.mark.parametrize("mapped", ["pipeline", "utils", "AutoTokenizer", "TrainingArguments"])
 def test_a_configuration_names_what_is_no_model(adarank, folders, tmp_path, mapped):
-    shutil.copytree(folders / "adapter", "odd")
-    file = tmp_path / "odd" / "adapter_config.json"
+    shutil.copytree(folders / "adapter", "changed")
+    file = tmp_path / "changed" / "adapter_config.json"
     mapping = {"base_model_class": mapped, "parent_library": "transformers.models"}
     config = {**json.loads(file.read_text()), "auto_mapping": mapping, "task_type": None}
     file.write_text(json.dumps(config))
     status, _, err = adarank(
-        *("export", "odd", "--uniform", "-o", "served", "--base", folders / "llama")
+        *("export", "changed", "--uniform", "-o", "served", "--base", folders / "llama")
     )
     assert (status, err) == (0, "wrote served\n")  # by the checkpoint's own class
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_tensors_that_are_not_finite(adarank, folders, tmp_path, value):
-    shutil.copytree(folders / "adapter", "odd")
-    file = tmp_path / "odd" / "adapter_model.safetensors"
+    shutil.copytree(folders / "adapter", "changed")
+    file = tmp_path / "changed" / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(iter(tensors))
     tensors[name][0, 0] = value
     save_file(tensors, file)
-    status, _, err = adarank(*at(folders, ["merge", "llama"]), "odd", "-o", "merged")
+    status, _, err = adarank(*at(folders, ["merge", "llama"]), "changed", "-o", "merged")
     assert status == 2 and err.count("\n") == 1 and "has NaN or infinite values" in err
 
 
