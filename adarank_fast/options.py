@@ -158,7 +158,7 @@ def check_number(argument: str, value: Any, within: Range | None = None) -> Any:
     within = within or RANGES[argument.lstrip("-").replace("-", "_")]
     if value not in within:
         bound = f" and at most {within.most:g}" if _is_number(value) and value > within.most else ""
-        raise AdarankError(f"{argument} must be {within}{bound}, got {_shown(value)}")
+        raise AdarankError(f"{argument} must be {within}{bound}, got {shown(value)}")
     return int(value) if within.whole else float(value) if not isinstance(value, int) else value
 
 
@@ -171,7 +171,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a message shows it: cut where it is long."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints

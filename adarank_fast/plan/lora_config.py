@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import RANGES
+from adarank_fast.options import RANGES, shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -99,9 +99,9 @@ def alpha_rule(scaling: str | float) -> Callable[[int], float]:
     constant: Any = CONSTANT_SCALING if scaling == "constant" else scaling
     if constant not in RANGES["scaling"]:
         raise AdarankError(
-            f'scaling must be "constant", "paper", "rslora" or a positive number, got {scaling!r}'
+            'scaling must be "constant", "paper", "rslora" or a positive number, got '
+            f"{shown(scaling)}"
         )
-
     constant = float(constant)
 
     def proportional(rank: int) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -77,7 +78,7 @@ def _change_tree(random: Random, tree: Any) -> Any:
     elif kind == 3 and isinstance(tree, dict):
         return list(tree.values())
     elif kind == 4 and isinstance(tree, list):
-        tree.insert(key, random.choice(ODD))
+        tree.insert(key, deepcopy(random.choice(ODD)))
     else:
         other = random.choice(keys)
         tree[key], tree[other] = tree[other], tree[key]
@@ -96,7 +97,7 @@ def _change_leaf(random: Random, leaf: Any) -> Any:
         return leaf + random.choice(ODD_TEXTS)
     if kind == 3 and isinstance(leaf, (int, float)):
         return leaf * random.choice((-1, 0.5, 2, 10**6))
-    return random.choice(ODD)
+    return deepcopy(random.choice(ODD))
 
 
 def change_lines(random: Random, content: bytes) -> bytes:
