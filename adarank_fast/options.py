@@ -122,7 +122,7 @@ RANGES = {
     "budget_parameters": Range(1, 2**63 - 1),
     "epochs": COUNT,
     "items": COUNT,
-    "learning_rate": Range(0.0, 1e3, whole=False),
+    "learning_rate": Range(0.0, 1e30, whole=False),
     "max_length": COUNT,
     "max_memory": Range(1, 2**63 - 1, whole=False),
     "max_rank": COUNT,

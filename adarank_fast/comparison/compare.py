@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 from torch import nn
@@ -45,7 +45,15 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import note_settings
 from adarank_fast.models.identity import digest_data, digest_weights
 from adarank_fast.models.targets import TargetModules
-from adarank_fast.options import DTYPES, RANGES, TASKS, check_choice, check_integer, check_number
+from adarank_fast.options import (
+    DTYPES,
+    RANGES,
+    TASKS,
+    check_choice,
+    check_integer,
+    check_number,
+    shown,
+)
 from adarank_fast.plan.lora_config import alpha_rule
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.training.trainer import Recipe
@@ -225,13 +233,14 @@ def _labels(arms: Sequence[str | Allocator]) -> dict[str, str | Allocator]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, int) and seeds in RANGES["seeds"]:
-        return list(range(seeds))
-    numbers = [] if isinstance(seeds, int) else list(seeds)
+    if seeds in RANGES["seeds"]:
+        return list(range(cast(int, seeds)))
+    numbers = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else []
     good = all(seed in RANGES["seed"] for seed in numbers)
     if not numbers or not good or len(set(numbers)) < len(numbers):
         raise AdarankError(
-            f"seeds must be a positive number or different numbers of at least 0, got {seeds!r}"
+            "seeds must be a positive number or different numbers of at least 0, got "
+            f"{shown(seeds)}"
         )
     return numbers
 

@@ -230,7 +230,7 @@ BAD = {
     "seeds": (dict(seeds=0), "seeds must be a positive number .* got 0"),
     "same seeds": (dict(seeds=[1, 1]), "seeds must be"),
     "rates": (dict(learning_rates=()), "learning_rates must be different numbers"),
-    "rank": (dict(average_rank=0), "average_rank must be an integer of at least 1, got 0"),
+    "rank": (dict(average_rank=0), "average_rank must be a positive integer, got 0"),
     "task": (dict(task="parsing"), "task='parsing' is unknown"),
     "tokenizer": (dict(tokenizer=None), "need tokenizer="),
     "epochs": (dict(epochs=0), "epochs must be a positive integer"),
