@@ -95,7 +95,7 @@ def _change_leaf(random: Random, leaf: Any) -> Any:
         return str(leaf)
     if kind == 3 and isinstance(leaf, str):
         return leaf + random.choice(ODD_TEXTS)
-    if kind == 3 and isinstance(leaf, (int, float)):
+    if kind == 3 and isinstance(leaf, (int, float)) and abs(leaf) < 1e300:
         return leaf * random.choice((-1, 0.5, 2, 10**6))
     return deepcopy(random.choice(ODD))
 
