@@ -177,7 +177,7 @@ def _merge(
     _untie(base)
     try:
         merged = peft_model.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # NaN, say
+    except (ValueError, RuntimeError) as error:  # NaN, say, or an adapter that cannot be merged
         raise AdarankError(f"{failed}: {first_line(error)}") from error
     if tied:
         _say_untied(merged)
@@ -242,3 +242,8 @@ def _save_tokenizer(folders: list[str], target: Path) -> None:
             return
         except (OSError, ValueError, KeyError):
             continue
+        except Exception as error:  # of the library in Rust
+            raise AdarankError(
+                f"the tokenizer of {folder!r} cannot be loaded: {first_line(error)}; replace its "
+                "files or remove them"
+            ) from error
