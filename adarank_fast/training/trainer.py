@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from adarank_fast.errors import AdarankError, AdarankRuntimeError
+from adarank_fast.errors import AdarankRuntimeError
 from adarank_fast.files import Name, check_folder, new_folder, note_settings
 from adarank_fast.options import check_number
 from adarank_fast.training.tokens import Item, collate, item_length
@@ -271,7 +271,7 @@ def train_adapter(
         raise AdarankRuntimeError(
             f"{training.diverged}: training diverged; lower the learning rate"
         )
-    with new_folder(folder, replace=True) as temporary:
+    with new_folder(folder, replace="adapter") as temporary:
         peft_model.save_pretrained(temporary)
     shutil.rmtree(unfinished)
     return training
@@ -279,6 +279,4 @@ def train_adapter(
 
 def check_adapter_folder(folder: Path) -> None:
     """An AdarankError of one line unless `folder` may become, or be replaced by, an adapter's."""
-    check_folder(folder, replace=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
-        raise AdarankError(f"{str(folder)!r} holds something else than an adapter; name another")
+    check_folder(folder, replace="adapter")
