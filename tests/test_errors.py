@@ -30,7 +30,7 @@ INTERNAL = {
     "FileNotFoundError": ("native.py",),
     "RuntimeError": ("native.py",),
     "TimeoutError": ("native.py",),
-    "ValueError": ("checkpoint.py",),
+    "ValueError": ("checkpoint.py", "grid.py", "json_values.py"),
 }
 
 

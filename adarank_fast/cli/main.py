@@ -16,6 +16,7 @@ from adarank_fast.cli.compare import compare
 from adarank_fast.cli.demo import demo
 from adarank_fast.cli.export import export
 from adarank_fast.cli.merge import merge
+from adarank_fast.cli.options import checked
 from adarank_fast.cli.plot import plot
 from adarank_fast.cli.predict import predict
 from adarank_fast.cli.train import train
@@ -95,4 +96,4 @@ def _options(
 
 
 for command in (predict, train, compare, plot, export, merge, demo):
-    app.command()(command)
+    app.command()(checked(command))

@@ -17,6 +17,7 @@ from adarank_fast.models.memory import default_memory, tokens
 from adarank_fast.models.outputs import OutputChoice, accepted, choose_output
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import TargetModules, find_targets, unwrap
+from adarank_fast.options import check_number
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.prediction.disagreement import disagreement_sums
 from adarank_fast.prediction.noise import noise_bytes
@@ -72,7 +73,8 @@ def estimate_cost(
     Raises:
         AdarankError: as `predict_ranks`.
     """
-    trials = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
+    most = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
+    count: int = check_number("trials", most)
     inner = unwrap(model)
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)
@@ -104,18 +106,18 @@ def estimate_cost(
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
     noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
-    flops = int((suffixes * trials + forward) * scale)
+    flops = int((suffixes * count + forward) * scale)
     slow = sum(clean.routes[t.name] != FOLDED for t in targets) / len(targets)
     rate = forward * folds / elapsed
     in_blocks: Counter[str | None] = Counter()
     for target in targets:
-        in_blocks[target.block] += trials * noise_bytes(target)
+        in_blocks[target.block] += count * noise_bytes(target)
     probing = min(max(in_blocks.values()), memory.noise) + folds * clean.live_bytes[0] * 5 // 4
     return CostEstimate(
         modules=len(targets),
-        probes=len(targets) * trials * len(prepared),
+        probes=len(targets) * count * len(prepared),
         flops=flops,
-        naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * trials,
+        naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * count,
         seconds=flops / rate * (1 + slow),
         memory_bytes=probing + int(clean.outputs[0].nbytes * scale),
         blocks=len(clean.blocks),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import is_packed, plain_weight
 from adarank_fast.models.targets import Target, linear_shape
+from adarank_fast.options import check_number
 from adarank_kernels import philox_normal
 
 Stds = Mapping[str, tuple[float, float]]  # target name -> of its weight, of its bias
@@ -127,6 +128,8 @@ def perturbation(
         (weight noise in the weight's own layout, bias noise or None), float32. Their standard
         deviation is that of the parameter: the population's, in float64.
     """
+
+    trial, seed = check_number("trial", trial), check_number("seed", seed)
 
     def draw(parameter: Tensor, part: str) -> Tensor:
         key = noise_key(seed, name, part, trial)

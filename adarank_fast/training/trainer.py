@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from adarank_fast.errors import AdarankError, AdarankRuntimeError
+from adarank_fast.errors import AdarankRuntimeError
 from adarank_fast.files import Name, check_folder, new_folder, note_settings
+from adarank_fast.options import check_number
 from adarank_fast.training.tokens import Item, collate, item_length
 
 CURVE_POINTS = 40  # of a training curve, at most about
@@ -46,15 +47,9 @@ class Recipe:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        counts = {"epochs": self.epochs, "batch_size": self.batch_size}
-        if self.max_steps is not None:
-            counts["max_steps"] = self.max_steps
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise AdarankError(f"{name} must be a positive integer, got {value!r}")
-        rate = self.learning_rate
-        if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-            raise AdarankError(f"learning_rate must be a number of at least 0, got {rate!r}")
+        for one in fields(self):
+            if (value := getattr(self, one.name)) is not None:
+                object.__setattr__(self, one.name, check_number(one.name, value))
 
     def steps(self, items: int) -> int:
         """Steps that training on so many items takes."""
