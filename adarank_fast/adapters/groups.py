@@ -162,8 +162,10 @@ class Run:
         )
 
     def close(self) -> None:
-        """It is over: its layers are candidates for a group."""
-        first: LayerState = self.layers[0]._adarank
+        """It is over: its layers are candidates for a group, unless they were restored since."""
+        first: LayerState | None = self.layers[0].__dict__.get("_adarank")
+        if first is None or not all("_adarank" in layer.__dict__ for layer in self.layers):
+            return
         if len(self.layers) > 1:
             first.candidates = self.layers
             form_group(self.layers[0])
