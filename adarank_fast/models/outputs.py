@@ -17,6 +17,7 @@ from adarank_fast.models.forward_patching import Forward, ForwardPatches, StopFo
 from adarank_fast.models.targets import base_model_prefix
 from adarank_fast.models.transformers_private import came_from_checkpoint
 from adarank_fast.options import OUTPUTS
+from adarank_fast.undo import undone
 
 OutputChoice = str | Callable[[Any], Tensor]
 
@@ -237,7 +238,12 @@ def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[
         output.read(_run(model, output.root, sample), sample)  # AttributeError if it is not there
         return []
     before = {p: p.requires_grad for p in model.parameters()}
-    try:
+
+    def undo() -> None:
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+
+    with undone(undo):
         for p in before:
             p.requires_grad_(False)
         for p in fresh.values():
@@ -248,9 +254,6 @@ def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[
                 return []
             grads = torch.autograd.grad(value.sum(), list(fresh.values()), allow_unused=True)
         return [name for name, grad in zip(fresh, grads, strict=True) if grad is not None]
-    finally:
-        for p, flag in before.items():
-            p.requires_grad_(flag)
 
 
 def _is_adapter_name(name: str) -> bool:

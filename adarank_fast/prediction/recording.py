@@ -241,12 +241,14 @@ class _Pass:
         return forward
 
     def watch_target(self, name: str, original: Forward) -> Forward:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.rows.setdefault(name, []).append(x.shape[0])
-            self.tokens = max(self.tokens, x.numel() // max(x.shape[-1], 1))
-            if self._keep:
-                self.inputs.setdefault(name, []).append(x.clone())
-            return original(x, *args, **kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = (x for x in leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim())
+            if (x := next(given, None)) is not None:  # experts may take other things first
+                self.rows.setdefault(name, []).append(x.shape[0])
+                self.tokens = max(self.tokens, x.numel() // max(x.shape[-1], 1))
+                if self._keep:
+                    self.inputs.setdefault(name, []).append(x.clone())
+            return original(*args, **kwargs)
 
         return forward
 
