@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.models.batches import Batch, batch_size
+from adarank_fast.models.batches import Batch, batch_size, take
 from adarank_fast.models.forward_patching import Forward, ForwardPatches, StopForward
 from adarank_fast.models.targets import base_model_prefix
 from adarank_fast.models.transformers_private import came_from_checkpoint
@@ -178,16 +179,35 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
     return _checked(model, Output("mean_pooled_hidden_state", base, pooled), sample)
 
 
+def small_sample(model: nn.Module, batch: Batch) -> Batch:
+    """The first item of a batch; the whole batch for a model that rejects a part of it."""
+    return accepted_part(partial(_run, model, ""), batch, 1)
+
+
+def accepted_part(run: Callable[[Batch], object], batch: Batch, items: int) -> Batch:
+    """The first `items` items of a batch; all if `run` rejects those, as if its size were fixed."""
+    part = take(batch, items)
+    if batch_size(batch) > items:
+        try:
+            run(part)
+        except Exception:  # whatever a model says to inputs that it cannot take
+            return batch
+    return part
+
+
+def rejection(what: str, batch: Batch, error: Exception) -> AdarankError:
+    """The refusal of a batch that a model cannot take, in one line: its shapes and the reason."""
+    tensors = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
+    shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return AdarankError(f"the model rejects {what} ({shapes}): {reason}")
+
+
 def _try(model: nn.Module, sample: Batch) -> None:
     try:
         _run(model, "", sample)
-    except Exception as error:  # whatever a model says to inputs that it cannot take
-        tensors = {key: list(v.shape) for key, v in sample.items() if isinstance(v, Tensor)}
-        shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AdarankError(
-            f"the model rejects the first item of batches ({shapes}): {reason}"
-        ) from error
+    except Exception as error:
+        raise rejection("the first item of batches", sample, error) from error
 
 
 def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.models.batches import Batch, prepare_batches, take
+from adarank_fast.models.batches import Batch, prepare_batches
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.outputs import (
     Output,
@@ -22,6 +22,7 @@ from adarank_fast.models.outputs import (
     accepted,
     choose_output,
     position_mask,
+    small_sample,
 )
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import find_block, unwrap
@@ -110,7 +111,7 @@ def _model_outputs(
         stack.enter_context(undisturbed(*inners))
         for inner in dict.fromkeys(inners):
             stack.enter_context(unpacked(inner))
-        chosen = [_choose(inner, output, take(prepared[0], 1)) for inner in inners]
+        chosen = [_choose(inner, output, small_sample(inner, prepared[0])) for inner in inners]
         passes = [
             record_clean_passes(inner, how, prepared, (), skip_head=False)
             for inner, how in zip(inners, chosen, strict=True)
@@ -144,7 +145,7 @@ def _adapter_outputs(
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner), unpacked(inner), _switching(peft_model):
         peft_model.set_adapter(adapters[0])
-        chosen = _choose(inner, output, take(prepared[0], 1))
+        chosen = _choose(inner, output, small_sample(inner, prepared[0]))
         clean = record_clean_passes(inner, chosen, prepared, ())
         replay = Replay(clean)
         adapted = [

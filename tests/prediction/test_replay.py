@@ -12,9 +12,10 @@ from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import choose_output
 from adarank_fast.models.targets import find_targets
+from adarank_fast.prediction.folding import FOLDED
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.prober import Prober
-from adarank_fast.prediction.recording import FOLDED, record_clean_passes
+from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 from bench.naive import naive_disagreements
 from tests.tiny_models import spread
