@@ -21,7 +21,7 @@ from adarank_fast.models.forward_patching import Forward, ForwardPatches
 from adarank_fast.models.memory import LiveBytes, tokens
 from adarank_fast.models.outputs import Output, OutputReader, accepted_part, rejection
 from adarank_fast.models.targets import Target, find_blocks
-from adarank_fast.prediction.dead_rows import Rows, find_needed_rows
+from adarank_fast.prediction.dead_rows import Rows, decides, find_needed_rows
 from adarank_fast.prediction.folding import check_folding, find_routes
 from adarank_fast.prediction.linear_cache import plain_linears
 from adarank_fast.prediction.watching import Pass, Watched
@@ -125,7 +125,10 @@ def record_clean_passes(
     folding = check_folding(watched, sample, order)
     needed_rows: list[dict[nn.Module, Rows]] = [{} for _ in batches]
     if targets and order and reader.head is None:
-        needed_rows = _find_needed_rows(reader, blocks[order[-1]], sample, batches, outputs)
+        modules = {target.module for target in targets}
+        needed_rows = _find_needed_rows(
+            reader, blocks[order[-1]], modules, sample, batches, outputs
+        )
     return CleanPasses(
         reader=reader,
         batches=batches,
@@ -185,6 +188,7 @@ def _find_embeddings(root: nn.Module, perturbed: set[nn.Module]) -> Iterator[nn.
 def _find_needed_rows(
     reader: OutputReader,
     last: nn.Module,
+    perturbed: set[nn.Module],
     sample: Batch,
     batches: Sequence[Batch],
     outputs: Sequence[Tensor],
@@ -198,5 +202,7 @@ def _find_needed_rows(
         return find_needed_rows(partial(reader.read, batch), last, linears, output)
 
     linears = list(find(sample, plain_linears(last), reader.read(sample)))
+    if linears and decides(partial(reader.read, sample), perturbed):
+        linears = []
     pairs = zip(batches, outputs, strict=True)
     return [find(batch, linears, output) if linears else {} for batch, output in pairs]
