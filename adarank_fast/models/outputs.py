@@ -195,11 +195,16 @@ def accepted_part(run: Callable[[Batch], object], batch: Batch, items: int) -> B
     return part
 
 
-def rejection(what: str, batch: Batch, error: Exception) -> AdarankError:
+def rejection(model: nn.Module, what: str, batch: Batch, error: Exception) -> AdarankError:
     """The refusal of a batch that a model cannot take, in one line: its shapes and the reason."""
     tensors = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
     shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    ids = batch.get("input_ids")
+    if isinstance(longest, int) and isinstance(ids, Tensor) and ids.dim() == 2:
+        if ids.shape[1] > longest:
+            reason += f" (max_position_embeddings of its config is {longest}; use shorter items)"
     return AdarankError(f"the model rejects {what} ({shapes}): {reason}")
 
 
@@ -207,7 +212,7 @@ def _try(model: nn.Module, sample: Batch) -> None:
     try:
         _run(model, "", sample)
     except Exception as error:
-        raise rejection("the first item of batches", sample, error) from error
+        raise rejection(model, "the first item of batches", sample, error) from error
 
 
 def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:

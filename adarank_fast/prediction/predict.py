@@ -26,6 +26,7 @@ from adarank_fast.errors import AdarankError, AdarankTimeoutError
 from adarank_fast.models.batches import Batch, batch_size, in_dtype, prepare_batches
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.identity import digest_data, digest_weights
+from adarank_fast.models.lookups import checked_lookups
 from adarank_fast.models.memory import Memory, default_memory
 from adarank_fast.models.outputs import Output, choose_output, small_sample
 from adarank_fast.models.precision import copy_in_dtype
@@ -127,11 +128,14 @@ def _predict(
         if dtype is not None:
             probed, prepared = copy_in_dtype(inner, dtype), in_dtype(prepared, dtype)
             targets = find_targets(probed, target_modules)
-        chosen = choose_output(probed, probe.output, small_sample(probed, prepared[0]))
+        with checked_lookups(probed):
+            sample = small_sample(probed, prepared[0])
+            chosen = choose_output(probed, probe.output, sample)
         settings["output"] = chosen.name
         identity = {**settings, "weights": digest_weights(inner)}
         processes.same("models or batches", identity)
-        clean = _clean_passes(probed, chosen, prepared, targets)
+        with checked_lookups(probed):
+            clean = _clean_passes(probed, chosen, prepared, targets)
         memory = (
             default_memory(probed, clean.batches, clean.live_bytes, prepared)
             if limits.max_memory is None

@@ -117,7 +117,7 @@ def record_clean_passes(
         except AdarankError:
             raise
         except Exception as error:  # whatever a model says to inputs that it cannot take
-            raise rejection("a batch", batch, error) from error
+            raise rejection(model, "a batch", batch, error) from error
     order = passes[0].order
     if len(set(order)) < len(order) or any(other.order != order for other in passes):
         order = []
