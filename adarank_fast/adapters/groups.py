@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank_fast.adapters.eligibility import Member
+from adarank_fast.undo import undone
 from adarank_kernels.lora.group import Group
 
 Layer = Any  # a fused PEFT layer
@@ -281,7 +282,7 @@ def find_groups(
     modules = {name: model.get_submodule(path) for name, path in paths.items()}
     runs: list[tuple[Any, int, str, list[str]]] = []
 
-    def watch(name: str, module: nn.Module) -> Any:
+    def watch(name: str, module: nn.Module) -> None:
         owner = owner_path(model, paths[name])
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -293,12 +294,17 @@ def find_groups(
             else:
                 runs.append((ref(x), version_of(x), owner, [name]))
 
-        return module.register_forward_pre_hook(hook)
+        module.register_forward_pre_hook(hook)
 
-    hooks = [watch(name, module) for name, module in modules.items()]
-    try:
+    before = [(m._forward_pre_hooks, dict(m._forward_pre_hooks)) for m in modules.values()]
+
+    def undo() -> None:
+        for hooks, others in before:
+            hooks.clear()
+            hooks.update(others)
+
+    with undone(undo):
+        for name, module in modules.items():
+            watch(name, module)
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [tuple(names) for *_, names in runs if len(names) > 1]

@@ -175,11 +175,16 @@ def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
 @contextmanager
 def _switching(peft_model: Any) -> Iterator[None]:
     """The active adapter and what requires gradients, as before at the end."""
-    active = peft_model.active_adapter
+    names = ("active_adapter", "_active_adapter")
+    active = [
+        (module, {name: vars(module)[name] for name in names if name in vars(module)})
+        for module in peft_model.modules()
+    ]
     flags = {p: p.requires_grad for p in peft_model.parameters()}
 
     def undo() -> None:
-        peft_model.set_adapter(active)
+        for module, attributes in active:
+            vars(module).update(attributes)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 
