@@ -136,7 +136,10 @@ def check(
             with Calls(at, error(f"call {at}")):
                 result = call(model)
         except BaseException as caught:
-            assert caught.args == (f"call {at}",) or issubclass(error, Exception), caught
+            assert caught.args == (f"call {at}",) or not issubclass(error, KeyboardInterrupt), (
+                caught
+            )
+            assert not isinstance(caught, AssertionError), caught
             # while it is handled: its traceback keeps every frame that it went through
             odd = differences(before, state_of(model))
             assert not odd, (at, calls.count, odd[:3])

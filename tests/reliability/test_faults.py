@@ -5,13 +5,19 @@ FAULTS=all fails at every call, FAULTS=100 at a hundred of them, evenly spread.
 
 import copy
 import math
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 import adarank_fast as ada
+from adarank_fast.adapters.merge import merge_adapter
 from tests.reliability.faults import check
 from tests.tiny_models import batch, tiny
 
@@ -113,6 +119,35 @@ def cost(model):
     return ada.estimate_cost(model, [INPUTS["bert"]])
 
 
+def written(write):
+    """The tensors that `write` leaves in a folder; nothing at all if it ends early."""
+    with tempfile.TemporaryDirectory() as parent:
+        try:
+            write(f"{parent}/out")
+        except BaseException:
+            assert not os.listdir(parent)
+            raise
+        assert os.listdir(parent) == ["out"]
+        (file,) = Path(parent, "out").glob("*.safetensors")
+        return {name: x.flatten().tolist() for name, x in load_file(file).items()}
+
+
+def export(model):
+    return written(lambda folder: ada.export_uniform(model, folder))
+
+
+@cache
+def saved(model):
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)
+    return folder  # which goes with the process
+
+
+def merge(_):
+    base, adapter = saved(LLAMA).name, saved(PLAIN).name
+    return written(lambda folder: merge_adapter(base, adapter, folder))
+
+
 def run(model):
     with torch.no_grad():
         if isinstance(model, Encoder):
@@ -146,6 +181,9 @@ CASES = {
     "accelerate": (fresh(PLAIN), accelerate, fused_layers),
     "restore": (fused, ada.restore, classes),
     "compile_blocks": (fused, compile_blocks, compiled),
+    "export_uniform": (fresh(PLAIN), export, lambda tensors: list(tensors.values())),
+    "export_uniform of fused layers": (fused, export, lambda tensors: list(tensors.values())),
+    "merge_adapter": (fresh(LLAMA), merge, lambda tensors: list(tensors.values())),
     "model_disagreement": (fresh(LLAMA), models, torch.Tensor.tolist),
     "model_disagreement of adapters": (fresh(TWO), adapters, torch.Tensor.tolist),
 }
