@@ -9,16 +9,13 @@ row is computed.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.forward_patching import Forward, ForwardPatches, TensorForward
-from adarank_fast.models.torch_private import TorchDispatchMode, leaves
+from adarank_fast.models.forward_patching import ForwardPatches, TensorForward
 
 WORTH = 0.75  # rows are picked out if at most this share of them is read
 
@@ -136,71 +133,3 @@ def _are_enough(read: Read, found: Mapping[nn.Module, Rows], value: Tensor) -> b
         return torch.equal(read(patches), value)
     except Exception:  # whatever a model says to NaN
         return False
-
-
-def decides(read: Read, perturbed: Iterable[nn.Module]) -> bool:
-    """Whether a pass turns values that follow from these modules into anything but numbers.
-
-    Such are truth values, indices, counts and Python's own numbers: what is computed next, or with
-    what, may hang on them. Functions that pass over NaN count as well.
-    """
-    watch = _Decisions()
-
-    def mark(original: Forward) -> Forward:
-        def forward(*args: object, **kwargs: object) -> object:
-            output = original(*args, **kwargs)
-            watch.mark(output)
-            return output
-
-        return forward
-
-    with watch:
-        read(ForwardPatches(dict.fromkeys(perturbed, mark)))
-    return watch.found
-
-
-# Their results hold numbers about the random state beside the output.
-NO_DECISIONS = ("attention", "dropout")
-PASS_OVER_NAN = ("nan", "fmax", "fmin")
-
-
-class _Decisions(TorchDispatchMode):
-    """Follows marked tensors through every operation.
-
-    Attributes:
-        found: whether one of them went into a decision.
-    """
-
-    def __init__(self) -> None:
-        TorchDispatchMode.__init__(self)
-        self.found = False
-        self._marked: dict[int, weakref.ref[Any]] = {}  # storages by id, as long as they live
-
-    def mark(self, tree: object) -> None:
-        for leaf in leaves(tree):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key = id(storage)
-                self._marked[key] = weakref.ref(storage, partial(self._forget, key))
-
-    def _forget(self, key: int, _: object) -> None:
-        self._marked.pop(key, None)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = leaves((args, kwargs or {}))
-        follows = any(
-            isinstance(x, Tensor) and id(x.untyped_storage()) in self._marked for x in given
-        )
-        output = func(*args, **(kwargs or {}))
-        if follows:
-            name = str(func)
-            numbers = all(
-                isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-                for x in leaves(output)
-            )
-            if not numbers and not any(part in name for part in NO_DECISIONS):
-                self.found = True
-            if any(part in name for part in PASS_OVER_NAN):
-                self.found = True
-            self.mark(output)
-        return output

@@ -21,7 +21,8 @@ from adarank_fast.models.forward_patching import Forward, ForwardPatches
 from adarank_fast.models.memory import LiveBytes, tokens
 from adarank_fast.models.outputs import Output, OutputReader, accepted_part, rejection
 from adarank_fast.models.targets import Target, find_blocks
-from adarank_fast.prediction.dead_rows import Rows, decides, find_needed_rows
+from adarank_fast.prediction.dead_rows import Rows, find_needed_rows
+from adarank_fast.prediction.decisions import decides, decides_late
 from adarank_fast.prediction.folding import check_folding, find_routes
 from adarank_fast.prediction.linear_cache import plain_linears
 from adarank_fast.prediction.watching import Pass, Watched
@@ -45,6 +46,7 @@ class CleanPasses:
         repeated: path of a block -> for each tensor that it returns, whether that has a row per
             item and so is repeated in a folded batch.
         embeddings: modules before everything that is perturbed -> the same of what they return.
+        decides_late: whether the model decides on what an earlier block returned.
         needed_rows: per batch, linear layers of the last block -> the rows that the output reads.
         routes: target name -> "folded", or why its variants must run one by one.
     """
@@ -60,6 +62,7 @@ class CleanPasses:
     read_later: set[str]
     repeated: dict[str, list[bool]]
     embeddings: dict[nn.Module, list[bool]]
+    decides_late: bool
     needed_rows: list[dict[nn.Module, Rows]]
     routes: dict[str, str]
 
@@ -145,6 +148,8 @@ def record_clean_passes(
             for module, repeated in folding.embeddings.items()
             if all(module in seen.fixed for seen in passes)
         },
+        decides_late=len(order) > 2
+        and decides_late(partial(reader.read, sample), [blocks[path] for path in order]),
         needed_rows=needed_rows,
         routes=find_routes(watched, folding, sample, rows),
     )
