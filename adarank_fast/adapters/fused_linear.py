@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copyreg import _reconstructor  # type: ignore[attr-defined]
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from adarank_fast.adapters.groups import (
 from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
 from adarank_fast.adapters.torch_private import constant_result, is_compiled
 from adarank_fast.errors import AdarankError
+from adarank_fast.undo import undone, undone_on_error
 from adarank_kernels import grouped_lora_linear
 from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
@@ -314,13 +316,6 @@ def accelerate(
     found = {path: m for path, m in peft_model.named_modules() if type(m) in classes}
     if found:
         _check_not_compiled(peft_model)
-    owners: dict[str, Owner] = {}
-    for path, layer in found.items():
-        where = owner_path(peft_model, path)
-        if where not in owners:
-            owners[where] = Owner()
-        layer._adarank = LayerState(owners[where])
-        layer.__class__ = classes[type(layer)]
     if not found and not any(fused_layers(peft_model)):
         for module in peft_model.modules():
             if isinstance(module, tuple(classes)):
@@ -332,15 +327,30 @@ def accelerate(
             f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
             "adarank_fast.inject or peft.get_peft_model first"
         )
-    if recompute_mlp and not recompute_gated_mlps(peft_model):
-        warnings.warn(
-            f"recompute_mlp: {type(peft_model).__name__} has no MLP of the form "
-            "down(act(gate(x)) * up(x))",
-            stacklevel=2,
-        )
-    if example is not None:
-        _watch(peft_model, example)
+    owners: dict[str, Owner] = {}
+    with undone_on_error(partial(_put_back, [(m, type(m), {}) for m in found.values()])):
+        for path, layer in found.items():
+            owner = owners.setdefault(owner_path(peft_model, path), Owner())
+            layer._adarank = LayerState(owner)
+            layer.__class__ = classes[type(layer)]
+        if recompute_mlp and not recompute_gated_mlps(peft_model):
+            warnings.warn(
+                f"recompute_mlp: {type(peft_model).__name__} has no MLP of the form "
+                "down(act(gate(x)) * up(x))",
+                stacklevel=2,
+            )
+        if example is not None:
+            _watch(peft_model, example)
     return peft_model
+
+
+def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) -> None:
+    """Each layer's class, and its `_adarank` or none, as before; nothing waits in this thread."""
+    _thread.waiting = _thread.run = None
+    for layer, plain, state in layers:
+        layer.__class__ = plain
+        layer.__dict__.pop("_adarank", None)
+        layer.__dict__.update(state)
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -353,13 +363,14 @@ def _check_not_compiled(model: nn.Module) -> None:
 
 def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
     training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(**example)
-    finally:
+
+    def undo() -> None:
         for module, mode in training.items():
             module.training = mode
+
+    with undone(undo), torch.no_grad():
+        model.eval()
+        model(**example)
     _thread.clear()
     for _, layer in fused_layers(model):
         form_group(layer)
@@ -379,10 +390,12 @@ def restore(peft_model: nn.Module) -> nn.Module:
                 f"{path} became a {type(layer).__name__} after accelerate; restore before sharding"
             )
     _thread.clear()
-    for _, layer in layers:
-        layer.__class__ = plain[type(layer)]
-        del layer._adarank
-    restore_gated_mlps(peft_model)
+    before = [(layer, type(layer), {"_adarank": layer._adarank}) for _, layer in layers]
+    with undone_on_error(partial(_put_back, before)):
+        restore_gated_mlps(peft_model)
+        for _, layer in layers:
+            layer.__class__ = plain[type(layer)]
+            del layer._adarank
     return peft_model
 
 

@@ -45,7 +45,6 @@ def _without_expected_warnings() -> Iterator[None]:
         yield
 
 
-@_without_expected_warnings()
 def merge_adapter(
     model: str,
     adapter: str | os.PathLike[str],
@@ -66,7 +65,7 @@ def merge_adapter(
     Raises:
         AdarankError: the adapter does not fit the model, or one of them cannot be loaded or merged.
     """
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, _without_expected_warnings():
         found = read_adapter(adapter, only_plain=False)
         skeleton, config = base_skeleton(found, model, "MODEL")
         if found.config.target_parameters:

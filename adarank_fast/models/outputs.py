@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.models.batches import Batch, batch_size
-from adarank_fast.models.forward_patching import ForwardPatches, StopForward, flags_restored
+from adarank_fast.models.batches import Batch, batch_size, take
+from adarank_fast.models.forward_patching import (
+    ForwardPatches,
+    StopForward,
+    flags_restored,
+)
 from adarank_fast.models.targets import base_model_prefix, is_adapter
-from adarank_fast.models.text import first_line
 from adarank_fast.models.transformers_private import came_from_checkpoint
 from adarank_fast.options import OUTPUTS
 
@@ -174,15 +178,40 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
     return _checked(model, Output("mean_pooled_hidden_state", base, pooled), sample)
 
 
+def small_sample(model: nn.Module, batch: Batch) -> Batch:
+    """The first item of a batch; the whole batch for a model that rejects a part of it."""
+    return accepted_part(partial(_run, model, ""), batch, 1)
+
+
+def accepted_part(run: Callable[[Batch], object], batch: Batch, items: int) -> Batch:
+    """The first `items` items of a batch; all if `run` rejects those, as if its size were fixed."""
+    part = take(batch, items)
+    if batch_size(batch) > items:
+        try:
+            run(part)
+        except Exception:  # whatever a model says to inputs that it cannot take
+            return batch
+    return part
+
+
+def rejection(model: nn.Module, what: str, batch: Batch, error: Exception) -> AdarankError:
+    """The refusal of a batch that a model cannot take, in one line: its shapes and the reason."""
+    tensors = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
+    shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    ids = batch.get("input_ids")
+    if isinstance(longest, int) and isinstance(ids, Tensor) and ids.dim() == 2:
+        if ids.shape[1] > longest:
+            reason += f" (max_position_embeddings of its config is {longest}; use shorter items)"
+    return AdarankError(f"the model rejects {what} ({shapes}): {reason}")
+
+
 def _try(model: nn.Module, sample: Batch) -> None:
     try:
         _run(model, "", sample)
-    except Exception as error:  # whatever a model says to inputs that it cannot take
-        tensors = {key: list(v.shape) for key, v in sample.items() if isinstance(v, Tensor)}
-        shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
-        raise AdarankError(
-            f"the model rejects the first item of batches ({shapes}): {first_line(error)}"
-        ) from error
+    except Exception as error:
+        raise rejection(model, "the first item of batches", sample, error) from error
 
 
 def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:

@@ -16,6 +16,7 @@ from adarank_fast.models.bitsandbytes_private import (
     undo_repacking,
 )
 from adarank_fast.models.targets import linear_shape
+from adarank_fast.undo import undone
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -77,9 +78,11 @@ def keep_unpacked(model: nn.Module) -> None:
 def unpacked(model: nn.Module) -> Iterator[None]:
     """`keep_unpacked` for a while; afterwards bitsandbytes may pack again."""
     layers = list(filter(may_repack, model.modules()))
-    try:
-        keep_unpacked(model)
-        yield
-    finally:
+
+    def undo() -> None:
         for module in layers:
             set_repacking(module, True)
+
+    with undone(undo):
+        keep_unpacked(model)
+        yield

@@ -158,7 +158,7 @@ def find_candidates(model: nn.Module) -> list[Target]:
             found.append(Target(name, path, module, *shape, find_block(model, path)))
             continue
         for part, shape in expert_shapes(module).items():
-            whole = f"{path}.{part}"
+            whole = f"{path}.{part}" if path else part
             name = canonical_name(whole, model).replace(".base_layer", "")
             found.append(Target(name, whole, module, *shape, find_block(model, whole), part))
     return found

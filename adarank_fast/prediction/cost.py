@@ -11,19 +11,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adarank_fast.adapters.groups import find_groups
-from adarank_fast.models.batches import Batch, prepare_batches, take
+from adarank_fast.models.batches import Batch, prepare_batches
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.memory import default_memory, tokens
-from adarank_fast.models.outputs import OutputChoice, accepted, choose_output
+from adarank_fast.models.outputs import OutputChoice, accepted, choose_output, small_sample
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import TargetModules, find_targets, unwrap
 from adarank_fast.options import check_number
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.prediction.disagreement import disagreement_sums
+from adarank_fast.prediction.folding import FOLDED
 from adarank_fast.prediction.noise import noise_bytes
 from adarank_fast.prediction.padding import remove_padding
 from adarank_fast.prediction.prober import folds_for
-from adarank_fast.prediction.recording import FOLDED, record_clean_passes
+from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 
 
@@ -79,7 +80,7 @@ def estimate_cost(
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner), unpacked(inner):
-        chosen = choose_output(inner, output, take(prepared[0], 1))
+        chosen = choose_output(inner, output, small_sample(inner, prepared[0]))
         parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
         parts.sort(key=tokens, reverse=True)
         clean = record_clean_passes(inner, chosen, parts[:1], targets)
@@ -87,7 +88,7 @@ def estimate_cost(
         with FlopCounterMode(display=False) as counter:
             root(**accepted(root, parts[0]))
         linears = {t.name: t.path for t in targets if not t.parameter}
-        small = accepted(inner, take(parts[0], 1))
+        small = accepted(inner, small_sample(inner, parts[0]))
         groups = find_groups(inner, linears, lambda: inner(**small))
         memory = default_memory(inner, parts[:1], clean.live_bytes, prepared)
         folds = folds_for(clean, 0, memory)
