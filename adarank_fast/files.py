@@ -1,21 +1,44 @@
-"""How files are written: whole, under a temporary name, then renamed."""
+"""How files are written: whole or not at all, and nothing of others is touched.
+
+- One file: `replacing`, `write_text`. What was there stays until the new content is on the disk.
+- A folder that appears at once: `new_folder`.
+- A folder that work goes on in: `own_folder`. It carries our mark, and one run at a time has it.
+- A file that lines are added to: `lock_file`. One run at a time has it.
+- What others write into our folders: `writing` says in one line that the disk is full.
+
+Locks are `flock`'s: they end with the process, however it ends. Where a file system has none,
+nothing is locked.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from adarank_fast.errors import AdarankError, AdarankFileNotFoundError, AdarankPermissionError
+from adarank_fast.errors import (
+    AdarankError,
+    AdarankFileNotFoundError,
+    AdarankOSError,
+    AdarankPermissionError,
+)
 
 Name = str | os.PathLike[str]
+
+MARK = ".adarank.json"  # in every folder that is ours
+FORMAT = "adarank-fast folder"
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -26,19 +49,14 @@ def replacing(path: Name) -> Iterator[Path]:
     kept.
 
     Raises:
-        AdarankError: see `check_file`.
+        AdarankError: see `check_file` and `writing`.
     """
     target = check_file(path)
-    temporary = _beside(target)
-    try:
+    with writing(path), _temporary(target, _make_file) as temporary:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())  # else a crash can leave the new name on an empty file
-        if target.exists():
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        _to_disk(temporary)  # else a crash can leave the new name on an empty file
+        _keep_permissions(temporary, target)
         os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Name, text: str) -> None:
@@ -48,70 +66,199 @@ def write_text(path: Name, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Name, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Name, replace: str = "") -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error.
 
     Args:
         path: not there, or an empty folder.
-        replace: a folder with something in it is replaced.
+        replace: a kind of content, such as "adapter". The folder is marked as that, with the names
+            of its files, and replaces an older one with the same mark and no other files.
 
     Raises:
-        AdarankError: see `check_folder`.
+        AdarankError: see `check_folder` and `writing`.
     """
     target = check_folder(path, replace)
-    temporary, old = _beside(target), _beside(target)
-    temporary.mkdir()
-    try:
+    with writing(path), _temporary(target, os.mkdir) as temporary:
         yield temporary
+        if replace:
+            mark = {"format": FORMAT, "kind": replace, "files": _files(temporary)}
+            (temporary / MARK).write_text(json.dumps(mark), encoding="utf-8")
+        for name in _files(temporary):
+            _to_disk(temporary / name)
+        check_folder(path, replace)  # something may have been put there meanwhile
+        _keep_permissions(temporary, target)
+        old = _beside(target, ".old")
         if replace and target.exists():  # a rename cannot replace a folder that is not empty
-            os.replace(target, old)
-        try:
-            os.replace(temporary, target)  # fails if something has been put there meanwhile
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            with _locked(target):  # not swept up in between
+                os.replace(target, old)
+                try:
+                    os.replace(temporary, target)
+                except BaseException:
+                    os.replace(old, target)
+                    raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
 
 
-def check_file(path: Name) -> Path:
-    """The file that writing to `path` would make or replace.
+@contextmanager
+def own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Iterator[Path]:
+    """A folder that is ours to add to, to resume and to clear, for one run at a time.
+
+    It is made, parents included, and marked: later runs of the same kind are let in, and they are
+    the only ones. Removing it within the block is fine.
+
+    Args:
+        path: not there, an empty folder, or one with this kind's mark.
+        kind: what it holds, such as "comparison".
+        inputs: files and folders that the run reads; none may lie in the folder.
 
     Raises:
-        AdarankError: `path` is a folder or a device.
+        AdarankError: see `check_own_folder` and `writing`; or another run is using the folder.
+    """
+    inputs = list(inputs)
+    while True:
+        folder = check_own_folder(path, kind, inputs)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            opened = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            if _lock(opened) is False:
+                raise AdarankError(
+                    f"folder {str(path)!r} is in use by another run; wait for it or name another"
+                )
+            if not _names(folder / MARK, opened):  # removed by the run that had it
+                continue
+            with writing(path):
+                if not os.fstat(opened).st_size:
+                    os.write(opened, json.dumps({"format": FORMAT, "kind": kind}).encode())
+            yield folder
+            return
+        finally:
+            os.close(opened)
+
+
+@contextmanager
+def lock_file(path: Name) -> Iterator[int]:
+    """The descriptor of a file to read and to append to, for one run at a time; made if need be.
+
+    Whether its content is ours is for the caller to judge before it writes.
+
+    Raises:
+        AdarankError: see `check_file` and `writing`; or another run is using the file.
+    """
+    target = check_file(path)
+    with writing(path):
+        opened = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        if _lock(opened) is False:
+            raise AdarankError(
+                f"{str(path)!r} is in use by another run; wait for it or name another"
+            )
+        yield opened
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def writing(path: Name) -> Iterator[None]:
+    """Say in one line that `path` cannot be written, whichever library finds out.
+
+    Raises:
+        AdarankPermissionError: no right to write there, or a read-only file system.
+        AdarankOSError: the disk or the quota is full, a file too large, a name too long.
+    """
+    try:
+        yield
+    except AdarankError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        said = f"cannot write {str(path)!r}: {os.strerror(number)}"
+        if number in FORBIDDEN:
+            raise AdarankPermissionError(f"{said}; name another place") from error
+        if number in FULL:
+            raise AdarankOSError(f"{said}; make room or name another place") from error
+        raise
+
+
+def check_file(path: Name, inputs: Iterable[Name] = ()) -> Path:
+    """The file that writing to `path` would make or replace.
+
+    Args:
+        path: what to write; a symbolic link is followed.
+        inputs: files, and folders of files, that are read: none may be replaced. Names of what is
+            not there are passed over.
+
+    Raises:
+        AdarankError: `path` is a folder, a device, or one of the inputs, by whatever name.
         AdarankFileNotFoundError: the folder to make it in does not exist.
         AdarankPermissionError: that folder cannot be written.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise AdarankError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
-    if target.exists() and not target.is_file():
-        raise AdarankError(f"cannot write {str(path)!r}: it is no regular file; name another")
-    _check_parent(path, target)
+    with writing(path):
+        if target.is_dir():
+            raise AdarankError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+        if target.is_symlink() or target.exists() and not target.is_file():
+            raise AdarankError(f"cannot write {str(path)!r}: it is no regular file; name another")
+        _check_parent(path, target)
+        if target.exists():
+            _refuse_inputs(path, [target], inputs)
     return target
 
 
-def check_folder(path: Name, replace: bool = False) -> Path:
+def check_folder(path: Name, replace: str = "") -> Path:
     """The folder that `new_folder` would make.
 
     Raises:
-        AdarankError: `path` is a file or, unless it may be replaced, a folder with something in it.
+        AdarankError: `path` is a file, or a folder with something in it that may not be replaced.
         AdarankFileNotFoundError: the folder to make it in does not exist.
         AdarankPermissionError: that folder cannot be written.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise AdarankError(f"{str(path)!r} is a file; name a folder")
-    if target.is_dir() and not replace and any(target.iterdir()):
-        raise AdarankError(f"folder {str(path)!r} is not empty; name a new one")
+    if target.is_dir() and any(target.iterdir()):
+        if not replace:
+            raise AdarankError(f"folder {str(path)!r} is not empty; name a new one")
+        mark = _check_mark(path, target, replace)
+        if others := set(_files(target)) - {MARK, *mark.get("files", ())}:
+            raise AdarankError(
+                f"folder {str(path)!r} holds {min(others)!r} beside the {replace} to be replaced; "
+                "move it or name a new folder"
+            )
     _check_parent(path, target)
+    return target
+
+
+def check_own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Path:
+    """The folder that `own_folder` would open, for checks before long work.
+
+    Raises:
+        AdarankError: `path` is a file, a folder with something in it and without this kind's mark,
+            or holds one of the inputs.
+        AdarankPermissionError: it cannot be made or written.
+    """
+    target = Path(os.path.realpath(path))
+    there = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not there.is_dir():
+        raise AdarankError(f"{str(path)!r} cannot be a folder: {str(there)!r} is a file")
+    if not os.access(there, os.W_OK):
+        raise AdarankPermissionError(f"folder {str(path)!r} cannot be written; name another")
+    if target.is_dir() and any(entry.name != MARK for entry in target.iterdir()):
+        _check_mark(path, target, kind)
+        _refuse_inputs(path, [target / name for name in _files(target)], inputs)
     return target
 
 
 def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy: str) -> str:
     """Note in `folder` with what settings its content is made; or check that they are the same.
+
+    Args:
+        folder: ours; see `own_folder`.
+        settings: JSON values; a "date" is noted and not compared.
+        holds: what is in it, as "an unfinished run".
+        remedy: what to do where the settings differ.
 
     Returns:
         When they were noted first.
@@ -123,11 +270,15 @@ def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy:
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_text(path, json.dumps({**settings, "date": date}, indent=1) + "\n")
-        return date
-    before = json.loads(path.read_text(encoding="utf-8"))
+        settings = {**settings, "date": settings.get("date", date)}
+        write_text(path, json.dumps(settings, indent=1) + "\n")
+        return str(settings["date"])
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise AdarankError(f"{str(path)!r} is damaged; {remedy}") from None
     for key, value in settings.items():
-        if before.get(key) != value:
+        if key != "date" and before.get(key) != value:
             raise AdarankError(
                 f"{str(folder)!r} holds {holds} with {key} = {before.get(key)!r}, now {value!r}; "
                 f"{remedy}"
@@ -135,8 +286,126 @@ def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy:
     return str(before.get("date", ""))
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+@contextmanager
+def _temporary(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """A new file or folder beside `target`, locked, and removed at the end if it is still there."""
+    _sweep(target)
+    while True:
+        temporary = _beside(target, ".tmp")
+        make(temporary)
+        opened = os.open(temporary, os.O_RDONLY)
+        _lock(opened)
+        if _names(temporary, opened):  # else it was swept up before it was locked
+            break
+        os.close(opened)
+    try:
+        yield temporary
+    finally:
+        os.close(opened)
+        _remove(temporary)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed writers of `target` left; put back what one had moved away."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    with suppress(OSError):
+        for left in [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)]:
+            with _locked(left) as mine:
+                if mine and left.suffix == ".old" and not target.exists():
+                    os.replace(left, target)
+                elif mine:
+                    _remove(left)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool | None]:
+    """See `_lock`."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        yield _lock(opened)
+    finally:
+        os.close(opened)
+
+
+def _lock(opened: int) -> bool | None:
+    """True: locked, until the descriptor is closed. False: somebody else has it. None: no locks."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _names(path: Path, opened: int) -> bool:
+    """Whether `path` is still the name of an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(opened))
+    except FileNotFoundError:
+        return False
+
+
+def _make_file(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def _keep_permissions(temporary: Path, target: Path) -> None:
+    with suppress(FileNotFoundError):
+        before = target.stat()
+        with suppress(PermissionError):  # only root may give files away
+            os.chown(temporary, before.st_uid, before.st_gid)
+        temporary.chmod(stat.S_IMODE(before.st_mode))
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{suffix}")
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files in it and beneath."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()]
+
+
+def _error_number(error: Exception) -> int:
+    """The system's number for what went wrong, of whatever a library made of it; 0: none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if found := re.search(r"os error (\d+)", str(error)):  # safetensors
+        return int(found[1])
+    if re.search(r"PytorchStreamWriter|inline_container.*unexpected pos", str(error)):
+        return errno.ENOSPC  # torch.save does not say why
+    return 0
+
+
+def _check_mark(path: Name, folder: Path, kind: str) -> dict[str, Any]:
+    """The folder's mark; refused if it is none of ours, or of another kind."""
+    try:
+        mark = dict(json.loads((folder / MARK).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        mark = {}
+    if mark.get("format") != FORMAT:
+        raise AdarankError(
+            f"folder {str(path)!r} is not empty and adarank-fast did not make it; name a new one"
+        )
+    if mark.get("kind") != kind:
+        raise AdarankError(
+            f"folder {str(path)!r} is of another kind ({mark.get('kind')}, not {kind}); "
+            "name a new one"
+        )
+    return mark
 
 
 def _check_parent(path: Name, target: Path) -> None:
@@ -146,3 +415,15 @@ def _check_parent(path: Name, target: Path) -> None:
         )
     if not os.access(target.parent, os.W_OK):
         raise AdarankPermissionError(f"cannot write {str(path)!r}: its folder cannot be written")
+
+
+def _refuse_inputs(path: Name, outputs: Iterable[Path], inputs: Iterable[Name]) -> None:
+    read: list[Path] = []
+    for given in map(Path, inputs):
+        read += given.iterdir() if given.is_dir() else [given]
+    outputs = list(outputs)
+    for one in filter(Path.is_file, read):
+        if any(os.path.samefile(one, output) for output in outputs if output.exists()):
+            raise AdarankError(
+                f"cannot write {str(path)!r}: {str(one)!r} is read from there; name another"
+            )

@@ -21,6 +21,10 @@ class AdarankPermissionError(AdarankError, PermissionError):
     """A folder that cannot be written."""
 
 
+class AdarankOSError(AdarankError, OSError):
+    """A file that cannot be written, as on a full disk."""
+
+
 class AdarankTimeoutError(AdarankError, TimeoutError):
     """The given time was over too early."""
 

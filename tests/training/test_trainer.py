@@ -216,7 +216,7 @@ def test_nothing_is_saved_of_a_diverged_run(tmp_path):
 
 def test_folders_that_are_something_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else than an adapter"):
+    with pytest.raises(ValueError, match="did not make it; name a new one"):
         training.check_adapter_folder(tmp_path)
     with pytest.raises(ValueError, match="is a file; name a folder"):
         training.check_adapter_folder(tmp_path / "notes.txt")
