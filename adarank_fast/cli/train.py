@@ -110,6 +110,7 @@ def train(
         unfinished_run,
     )
 
+    quiet_transformers()
     check_adapter_folder(output_folder)
     scale = options.parse_scaling(scaling)
     alpha_rule(scale)  # refuses what is no scaling
@@ -126,22 +127,27 @@ def train(
         held_out = read_data(eval_data, **columns, task=rows.task)
         _check_alike(rows, held_out)
     config_class(rows.task)  # without trl nothing need be loaded
-    flags = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "seed": seed}
+    flags: dict[str, Any] = {
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     flags |= {"learning_rate": learning_rate, "max_length": max_length}
     fields = read_settings(rows.task, config, flags, settings or ())
     if early_stopping is not None:
         if eval_data is None:
             raise AdarankError("--early-stopping needs --eval-data to watch")
-        fields = {"load_best_model_at_end": True, "eval_steps": 0.1, **fields}
+        fields = {"load_best_model_at_end": True, **fields}
     if fields.get("load_best_model_at_end"):  # Trainer's own default is to evaluate never
         fields = {"eval_strategy": "steps", "eval_steps": fields["save_steps"], **fields}
     make_arguments(rows.task, fields, output_folder)  # refuses what does not go together
 
-    quiet_transformers()
     set_seed(int(fields["seed"]))
     with status(f"loading {model}"):
         tokenizer = load_tokenizer(model)
         examples = _examples(rows, held_out, tokenizer, fields)
+        network: Any
         network, lora_config = load_model(
             model, rows.task, rows.classes, tokenizer=tokenizer, dtype=dtype, four_bit=four_bit
         )
@@ -230,8 +236,8 @@ def _plan(
     from adarank_fast.prediction.predict import predict_ranks
     from adarank_fast.training.run import PLAN
 
-    if "plan" in source:
-        return source["plan"]
+    if isinstance(given := source.get("plan"), RankPlan):
+        return given
     if "rank" in source:
         return RankPlan.uniform(network, source["rank"], source["target_modules"])
     path = checkpoints / PLAN

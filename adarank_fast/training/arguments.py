@@ -27,13 +27,16 @@ COMMON = {
     "save_total_limit": 2,
     "weight_decay": 0.0,
     "report_to": "none",
-    "gradient_checkpointing": False,
-    "bf16": False,
     "seed": 0,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "classification": {"per_device_train_batch_size": 32, "learning_rate": 1e-3},
-    "causal-lm": {"per_device_train_batch_size": 8, "learning_rate": 2e-4},
+    "causal-lm": {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-4,
+        "gradient_checkpointing": False,  # TRL has it on, and casts to bfloat16
+        "bf16": False,
+    },
 }
 FLAGS = {  # our own flags are names for these fields
     "epochs": "num_train_epochs",
@@ -61,7 +64,7 @@ OURS = {  # fields that the run itself needs as they are
 
 
 @dataclass
-class ClassificationConfig(TrainingArguments):  # type: ignore[misc]
+class ClassificationConfig(TrainingArguments):
     """`TrainingArguments`, and how long a text may be.
 
     Attributes:

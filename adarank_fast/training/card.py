@@ -1,4 +1,4 @@
-"""What lies beside the weights of an adapter: names of the classes, how it was made, a model card."""
+"""What lies beside the weights of an adapter: its classes, how it was made, a model card."""
 
 from __future__ import annotations
 
@@ -149,9 +149,9 @@ def _loading(result: Result, name: str) -> list[str]:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-            f"base = AutoModelForCausalLM.from_pretrained({result.base_model!r})",
-            f"model = PeftModel.from_pretrained(base, {name!r}).eval()",
+            f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
+            f"base = AutoModelForCausalLM.from_pretrained({_quoted(result.base_model)})",
+            f"model = PeftModel.from_pretrained(base, {_quoted(name)}).eval()",
         ]
     other = ", ignore_mismatched_sizes=True" if result.other_head else ""
     return [
@@ -159,12 +159,11 @@ def _loading(result: Result, name: str) -> list[str]:
         "from peft import PeftModel",
         "from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-        f"config = AutoConfig.from_pretrained({name!r})  # the base model's, with the classes",
-        "base = AutoModelForSequenceClassification.from_pretrained(",
-        f"    {result.base_model!r}, config=config{other}",
-        ")",
-        f"model = PeftModel.from_pretrained(base, {name!r}).eval()",
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
+        f"config = AutoConfig.from_pretrained({_quoted(name)})  # the base model's, and classes",
+        "classifier = AutoModelForSequenceClassification",
+        f"base = classifier.from_pretrained({_quoted(result.base_model)}, config=config{other})",
+        f"model = PeftModel.from_pretrained(base, {_quoted(name)}).eval()",
     ]
 
 
@@ -174,8 +173,8 @@ def _loading_merged(result: Result, name: str) -> list[str]:
         "import torch",
         f"from transformers import AutoModelFor{kind}, AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-        f"model = AutoModelFor{kind}.from_pretrained({name!r}).eval()",
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
+        f"model = AutoModelFor{kind}.from_pretrained({_quoted(name)}).eval()",
     ]
 
 
@@ -186,7 +185,7 @@ def _using(result: Result) -> list[str]:
             "",
             'texts = ["A text to classify.", "Another one."]',
             "inputs = tokenizer(",
-            '    texts, padding=True, truncation=True, max_length=' f'{length}, return_tensors="pt"',
+            f'    texts, padding=True, truncation=True, max_length={length}, return_tensors="pt"',
             ")",
             "with torch.inference_mode():",
             '    logits = model(inputs["input_ids"], inputs["attention_mask"]).logits',
@@ -214,6 +213,10 @@ def _using(result: Result) -> list[str]:
         'answer = output[0, inputs["input_ids"].shape[1] :]',
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _shown(value: float) -> str:

@@ -88,6 +88,8 @@ class Classification:
             )
         except (ValueError, ImportError, RuntimeError) as error:  # report_to without its library
             raise AdarankError(f"Trainer refuses: {first_line(error)}") from error
+        # encoders take the number of items in all accumulated batches, and do not divide by it
+        trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
         return trainer
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
-
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 import torch
 from torch import Tensor
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.identity import digest_data
 from adarank_fast.models.text import first_line
@@ -29,7 +31,7 @@ Row = Mapping[str, Any]  # TRL's columns: text; prompt and completion; or messag
 def _trainer_class() -> Any:
     from trl import SFTTrainer
 
-    class WatchedSFTTrainer(Watched, SFTTrainer):  # type: ignore[misc]
+    class WatchedSFTTrainer(Watched, SFTTrainer):
         pass
 
     return WatchedSFTTrainer
@@ -91,10 +93,10 @@ class LanguageModel:
         data: texts, prompts with completions, or chats.
         held_out: to measure on; None: some of `data`.
         tokenizer: of the model.
-        settings: max_length is looked at.
+        settings: max_length and chat_template_path are looked at.
 
     Raises:
-        AdarankError: chats, and the tokenizer has no template for them.
+        AdarankError: chats, and the tokenizer has no template for them; or that file is none.
     """
 
     def __init__(
@@ -103,7 +105,14 @@ class LanguageModel:
         self.tokenizer, self.rows = tokenizer, list(data.rows)
         self.held_out = some(self.rows) if held_out is None else list(held_out.rows)
         self._length = min(int(settings.get("max_length") or CALIBRATED), CALIBRATED)
-        if data.form == "chat" and not settings.get("chat_template_path"):
+        if template := settings.get("chat_template_path"):
+            if not str(template).endswith((".jinja", ".j2")) or not os.path.isfile(template):
+                raise AdarankError(
+                    f"chat_template_path={template!r} must be a .jinja file; a model's template is "
+                    "its chat_template.jinja"
+                )
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        if data.form == "chat":
             check_template(tokenizer)
 
     def digest(self) -> str:
@@ -126,9 +135,7 @@ class LanguageModel:
         batches = [collate(items[start : start + batch_size], pad) for start in starts]
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
-    def trainer(
-        self, model: Any, arguments: Any, callbacks: Sequence[TrainerCallback] = ()
-    ) -> Any:
+    def trainer(self, model: Any, arguments: Any, callbacks: Sequence[TrainerCallback] = ()) -> Any:
         """See `make_trainer`."""
         rows = (self.rows, self.held_out)
         return make_trainer(model, self.tokenizer, *rows, arguments, callbacks)
@@ -216,15 +223,18 @@ def check_template(tokenizer: Any) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise AdarankError(
             "the data are chats and the tokenizer has no chat template; take the chat (instruct) "
-            "model, or give --set chat_template_path= (a .jinja file, or a model that has one)"
+            "model, or give a template: --set chat_template_path=FILE.jinja"
         )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the bars of `datasets`, one for each of six passes over the rows."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars
-    from datasets.utils import enable_progress_bars
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     was_on = not are_progress_bars_disabled()
     disable_progress_bars()

@@ -1,4 +1,4 @@
-"""A run with checkpoints: one at a time, going on after a kill, its result in a folder or nothing."""
+"""A run with checkpoints: it goes on after a kill, and leaves a whole result or none."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found)[1]) if found else None
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]
+class Progress(TrainerCallback):
     """Shows steps and loss on a tqdm bar."""
 
     def __init__(self, bar: Any) -> None:

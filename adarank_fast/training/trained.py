@@ -24,7 +24,7 @@ from adarank_fast.training.data import Data, quote, read_data
 from adarank_fast.training.evaluation import evaluate as evaluate_items
 from adarank_fast.training.evaluation import metrics
 from adarank_fast.training.loading import LANGUAGE_MODELS, four_bit_config, load_config
-from adarank_fast.training.tokens import collate, encode_labelled, make_batches, pad_id
+from adarank_fast.training.tokens import encode_labelled, make_batches, pad_id
 
 LENGTHS = {"classification": 128, "causal-lm": 1024}  # where the adapter does not say
 
@@ -58,6 +58,7 @@ def load_trained(
     dtype: str = "float32",
     four_bit: bool = False,
     device: str | None = None,
+    max_length: int | None = None,
 ) -> Trained:
     """A base model with an adapter that `adarank train`, or PEFT, saved; fused.
 
@@ -67,6 +68,7 @@ def load_trained(
         dtype: of the base model's weights.
         four_bit: the base model in 4 bits.
         device: None: a GPU if there is one.
+        max_length: tokens of an example; None: as in training.
 
     Raises:
         AdarankError: one of them cannot be loaded, or they do not fit each other.
@@ -97,9 +99,7 @@ def load_trained(
     else:
         kind = transformers.AutoModelForCausalLM
     with loading("tokenizer", tokens_from):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            tokens_from, trust_remote_code=False
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_from, trust_remote_code=False)
     with loading("model", model):
         network = kind.from_pretrained(model, trust_remote_code=False, **options)
     if adapter is not None:
@@ -114,12 +114,14 @@ def load_trained(
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = config.id2label if task == "classification" else {}
     classes = [str(names[number]) for number in sorted(names)]
-    settings = {} if adapter is None else read_record(adapter).get("settings", {})
+    settings = {} if adapter is None else dict(read_record(adapter).get("settings", {}))
+    if max_length is not None:
+        settings["max_length"] = max_length
     return Trained(network.eval(), tokenizer, task, classes, settings)
 
 
 def evaluate(
-    model: str | nn.Module | Trained,
+    model: str | nn.Module,
     data: str | os.PathLike[str] | Data,
     adapter: str | os.PathLike[str] | None = None,
     *,
@@ -151,25 +153,22 @@ def evaluate(
         AdarankError: what cannot be loaded or read; labels that the model has no class for.
     """
     check_integer("batch_size", batch_size, 1)
-    if isinstance(model, str):
-        task = None
-        if not isinstance(data, Data):  # bad data are said before anything is loaded
-            task = task_of(model, adapter)
-            data = read_data(
-                data, text_column=text_column, label_column=label_column, task=task
-            )
-        trained = load_trained(model, adapter, dtype, four_bit)
-    else:
-        trained = model if isinstance(model, Trained) else _in_memory(model, tokenizer)
-        if not isinstance(data, Data):
-            data = read_data(
-                data, text_column=text_column, label_column=label_column, task=trained.task
-            )
     if max_length is not None:
         check_integer("max_length", max_length, 1)
-        settings = {**trained.settings, "max_length": max_length}
-        trained = Trained(trained.model, trained.tokenizer, trained.task, trained.classes, settings)
-    return metrics(evaluate_items(trained.model, *_items(trained, data, batch_size)))
+    columns = {"text_column": text_column, "label_column": label_column}
+
+    def read(task: str) -> Data:
+        return data if isinstance(data, Data) else read_data(data, **columns, task=task)
+
+    if isinstance(model, str):
+        found = read(task_of(model, adapter))  # bad data are said before anything is loaded
+        trained = load_trained(model, adapter, dtype, four_bit, max_length=max_length)
+    elif adapter is not None:
+        raise AdarankError("adapter= is for a model that is a name; this one is in memory")
+    else:
+        trained = _in_memory(model, tokenizer, max_length)
+        found = read(trained.task)
+    return metrics(evaluate_items(trained.model, *_items(trained, found, batch_size)))
 
 
 def task_of(model: str, adapter: str | os.PathLike[str] | None) -> str:
@@ -189,15 +188,15 @@ def task_of(model: str, adapter: str | os.PathLike[str] | None) -> str:
 
 def apply(
     trained: Trained,
-    data: Data,
+    rows: Sequence[Mapping[str, Any]],
     batch_size: int = 32,
     max_new_tokens: int = GENERATED,
 ) -> Iterator[dict[str, Any]]:
-    """What a trained model says of each row of the data, in their order.
+    """What a trained model says of each row, in their order.
 
     Args:
         trained: see `load_trained`.
-        data: labels and completions are not looked at.
+        rows: in TRL's columns; labels and completions are not looked at.
         batch_size: rows a batch.
         max_new_tokens: of a generated text; the likeliest token each time.
 
@@ -205,13 +204,12 @@ def apply(
         Classification: text, class (its name), number, probability. Language model: prompt (with
         the chat template), generated.
     """
-    starts = range(0, len(data.rows), batch_size)
-    for start in starts:
-        rows = data.rows[start : start + batch_size]
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
         if trained.task == "classification":
-            yield from _classify(trained, [str(row["text"]) for row in rows])
+            yield from _classify(trained, [str(row["text"]) for row in some])
         else:
-            yield from _generate(trained, rows, max_new_tokens)
+            yield from _generate(trained, some, max_new_tokens)
 
 
 def _classify(trained: Trained, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -278,7 +276,7 @@ def _items(trained: Trained, data: Data, batch_size: int) -> tuple[Any, int, int
     return items, pad, language_model.batch_of(items, batch_size)
 
 
-def _in_memory(model: nn.Module, tokenizer: Any) -> Trained:
+def _in_memory(model: nn.Module, tokenizer: Any, max_length: int | None) -> Trained:
     if tokenizer is None:
         raise AdarankError("a model in memory needs its tokenizer=")
     config: Any = getattr(model, "config", None)
@@ -286,7 +284,8 @@ def _in_memory(model: nn.Module, tokenizer: Any) -> Trained:
     task_type = next((one.task_type for one in peft_config.values()), None)
     task = _task(config, task_type, type(model).__name__)
     names = config.id2label if task == "classification" else {}
-    return Trained(model, tokenizer, task, [str(names[n]) for n in sorted(names)], {})
+    settings = {} if max_length is None else {"max_length": max_length}
+    return Trained(model, tokenizer, task, [str(names[n]) for n in sorted(names)], settings)
 
 
 def _task(config: Any, task_type: Any, name: object) -> str:

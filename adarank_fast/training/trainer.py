@@ -99,7 +99,7 @@ class Training:
 
 
 class Watch(TrainerCallback, ExportableState):
-    """Records a run. What it has seen is saved in every checkpoint, and a resumed run goes on from it.
+    """Records a run. What it has seen is saved in checkpoints, and a resumed run goes on from it.
 
     Trainer makes it anew from `state` when it resumes, so it has no arguments. `Watched` feeds it.
     """
