@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -282,7 +283,8 @@ def _in_memory(model: nn.Module, tokenizer: Any, max_length: int | None) -> Trai
     config: Any = getattr(model, "config", None)
     peft_config = getattr(model, "peft_config", {})
     task_type = next((one.task_type for one in peft_config.values()), None)
-    task = _task(config, task_type, type(model).__name__)
+    kind = type(model).__name__
+    task = _task(SimpleNamespace(architectures=[kind]), task_type, kind)
     names = config.id2label if task == "classification" else {}
     settings = {} if max_length is None else {"max_length": max_length}
     return Trained(model, tokenizer, task, [str(names[n]) for n in sorted(names)], settings)

@@ -1,23 +1,23 @@
-"""`adarank train` from arguments to folder: a run that was cut off, what it remembers, its result."""
+"""`adarank train` from arguments to folder: runs that were cut off, results that load."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+)
 
 import adarank_fast as ada
-from adarank_fast.adapters import fusion_report
+import adarank_fast.prediction.predict as predict
 from adarank_fast.training import run as running
 from adarank_fast.training import trainer as training
-from tests.tiny_models import VOCABULARY, tiny
 from tests.tiny_texts import EXAMPLES, WORDS, save_tiny, tokenizer
 
 
@@ -109,3 +109,129 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     assert running.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-4").exists()
+
+
+def snippets(folder):
+    return re.findall(r"```python\n(.*?)```", (Path(folder) / "README.md").read_text(), re.S)
+
+
+def run_snippet(code):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "README.md", "exec"), {})
+    return said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "model, data, classes",
+    [("bert", "2.csv", 2), ("bert", "3.csv", 3), ("bert", "50.csv", 50), ("llama", "3.csv", 3)],
+)
+def test_the_card_loads_a_classifier(adarank, folder, model, data, classes):
+    arguments = ("train", folder / model, "--data", folder / data, "--rank", 2, "--max-steps", 3)
+    assert adarank(*arguments, "-o", "mine")[0] == 0
+    status, out, _ = adarank(
+        *("evaluate", folder / model, "mine", "--data", folder / data, "--json")
+    )
+    record = json.loads(Path("mine/training.json").read_text())
+    measured = json.loads(out)
+    for name in ("accuracy", "f1", "loss"):
+        assert measured[name] == pytest.approx(record["after"][name], abs=1e-5)
+    assert adarank("apply", folder / model, "mine", "--data", folder / data)[0] == 0
+    predictions = [json.loads(line) for line in Path("predictions.jsonl").open()]
+    assert len(predictions) == measured["examples"]
+    hits = [p["class"] == f"class {i % classes}" for i, p in enumerate(predictions)]
+    assert sum(hits) / len(hits) == pytest.approx(measured["accuracy"])
+    assert record["classes"] == sorted(f"class {i}" for i in range(classes))
+    assert all(record["classes"][p["number"]] == p["class"] for p in predictions)
+    assert adarank("merge", folder / model, "mine", "-o", "mine-merged")[0] == 0
+    adapted, merged = (run_snippet(code) for code in snippets("mine"))
+    numbers = [
+        [float(line.rpartition(" ")[2]) for line in out.splitlines()] for out in (adapted, merged)
+    ]
+    assert len(numbers[0]) == 2 and numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+    assert " class " in adapted and 1 / classes <= numbers[0][0] <= 1
+    status, out, _ = adarank("evaluate", "mine-merged", "--data", folder / data, "--json")
+    assert json.loads(out)["loss"] == pytest.approx(measured["loss"], abs=1e-5)
+
+
+def test_the_card_loads_a_language_model(adarank, folder):
+    model, data = folder / "llama", folder / "completion.jsonl"
+    arguments = ("train", model, "--data", data, "--rank", 2, "--max-steps", 3)
+    assert adarank(*arguments, "-o", "mine")[0] == 0
+    status, out, _ = adarank("evaluate", model, "mine", "--data", data, "--json")
+    record = json.loads(Path("mine/training.json").read_text())
+    assert json.loads(out)["perplexity"] == pytest.approx(record["after"]["perplexity"], rel=1e-4)
+    assert json.loads(out)["tokens"] == 2 * len(EXAMPLES)  # the completion and the end of text
+    assert adarank("merge", model, "mine", "-o", "mine-merged")[0] == 0
+    adapted, merged = (run_snippet(code) for code in snippets("mine"))
+    assert adapted == merged
+    assert adarank("apply", model, "mine", "--data", data, "--max-new-tokens", 4)[0] == 0
+    first = json.loads(Path("predictions.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == EXAMPLES[0][0] and len(first["generated"].split()) <= 4
+
+
+def test_a_head_for_other_classes_gives_way(adarank, folder, tmp_path_factory):
+    """A checkpoint that was trained for two classes, and data of three."""
+    base = tmp_path_factory.mktemp("head") / "base"
+    AutoModelForSequenceClassification.from_pretrained(folder / "bert").save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    assert adarank("train", base, "--data", folder / "3.csv", "--rank", 2, "--max-steps", 2)[0] == 0
+    adapted, _ = snippets("adapter")
+    assert "ignore_mismatched_sizes" in adapted
+    assert run_snippet(adapted).count("class ") == 2
+    data = Path("unseen.csv")
+    data.write_text("text,label\nword1 word2,class 0\nword3,other\n")
+    status, _, err = adarank("evaluate", base, "adapter", "--data", data)
+    assert status == 2 and "the model has no class 'other' (1 such labels); its classes are" in err
+
+
+def test_ranks_are_predicted_where_none_are_given(adarank, folder, monkeypatch):
+    arguments = ("train", folder / "bert", "--data", folder / "2.csv", "--average-rank", 3)
+    with monkeypatch.context() as patch:
+        cut_after(patch, 2)
+        assert adarank(*arguments, "--max-steps", 3)[0] == 130
+    with monkeypatch.context() as patch:  # a run that goes on does not predict again
+        patch.setattr(predict, "predict_ranks", None)
+        assert adarank(*arguments, "--max-steps", 3)[0] == 0
+    plan = ada.RankPlan.load("adapter/plan.json")
+    assert sum(plan.ranks.values()) == 3 * len(plan.ranks) and len(set(plan.ranks.values())) > 1
+    assert plan.settings["batches"]["items"] == 60
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert {*config["rank_pattern"].values(), config["r"]} == {*plan.ranks.values()} - {0}
+
+
+def test_evaluate_of_a_model_in_memory(folder):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "bert")
+    model.config.id2label = {0: "class 0", 1: "class 1"}
+    found = ada.evaluate(model, folder / "2.csv", tokenizer=tokenizer())
+    assert found["examples"] == 60 and 0.5 < found["loss"] < 1
+    with pytest.raises(ada.AdarankError, match="a model in memory needs its tokenizer="):
+        ada.evaluate(model, folder / "2.csv")
+
+
+BAD = {
+    "two sources": (["--rank", 2, "--average-rank", 4], "--rank and --average-rank each say the"),
+    "no plan": (["--plan", "no.json"], "there is no plan file"),
+    "set": (["--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
+    "type": (["--set", "num_train_epochs=many"], "num_train_epochs takes a number, got 'many'"),
+    "ours": (["--set", "output_dir=x"], "output_dir cannot be set: the adapter goes to"),
+    "twice": (
+        ["--epochs", 1, "--set", "num_train_epochs=2"],
+        "num_train_epochs= and --epochs name",
+    ),
+    "no value": (["--set", "seed"], "give name=value"),
+    "choice": (["--set", "lr_scheduler_type=up"], "up is not a valid SchedulerType"),
+    "config": (["--config", "no.yaml"], "--config: there is no file 'no.yaml'"),
+    "watch": (["--early-stopping", 3], "--early-stopping needs --eval-data"),
+    "library": (["--set", "report_to=wandb"], "Trainer refuses"),
+    "scaling": (["--scaling", "x"], "scaling"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_train_says_no(adarank, folder, tmp_path, case):
+    options, message = BAD[case]
+    status, out, err = adarank(*("train", folder / "bert", "--data", folder / "2.csv"), *options)
+    assert (status, out) == (2, "") and message in err.splitlines()[-1]
+    assert not Path("adapter").exists()
