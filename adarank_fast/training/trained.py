@@ -16,6 +16,7 @@ from torch import nn
 
 from adarank_fast.adapters.fused_linear import accelerate
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.text import first_line, list_names, loading
 from adarank_fast.options import DTYPES, check_choice, check_integer
 from adarank_fast.training import language_model
@@ -111,7 +112,9 @@ def load_trained(
                 f"adapter {str(adapter)!r} does not fit {model!r}: {first_line(error)}"
             ) from error
         accelerate(network)
-    if not four_bit:
+    if four_bit:
+        keep_unpacked(network)
+    else:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = config.id2label if task == "classification" else {}
     classes = [str(names[number]) for number in sorted(names)]
