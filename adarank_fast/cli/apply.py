@@ -41,7 +41,9 @@ def apply(
     from adarank_fast.training.trained import load_trained, task_of
 
     quiet_transformers()
-    rows = read_data(data, text_column=text_column, task=task_of(model, adapter)).rows
+    task_of(model, adapter)  # refuses what is neither a classifier nor a language model
+    # as text: labels are not needed, and not looked at
+    rows = read_data(data, text_column=text_column, task="causal-lm").rows
     trained = load_trained(model, adapter, dtype, four_bit, max_length=max_length)
     with replacing(output_file) as temporary, open(temporary, "w", encoding="utf-8") as file:
         answers = use(trained, rows, batch_size, max_new_tokens)

@@ -170,8 +170,9 @@ def train(
                 callbacks.append(EarlyStoppingCallback(early_stopping))
             arguments = make_arguments(rows.task, fields, checkpoints)
             trainer = examples.trainer(peft_model, arguments, callbacks)
-            before = examples.measure(trainer)
             training = run(trainer, checkpoints)
+        with peft_model.disable_adapter():  # the base model, and the head as it was drawn
+            before = examples.measure(trainer)
         result = Result(
             base_model=model,
             task=rows.task,

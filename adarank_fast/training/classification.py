@@ -33,6 +33,10 @@ class Classification:
     ) -> None:
         length = int(settings.get("max_length", 128))
         classes = list(data.classes)
+        if len(classes) < 2:
+            raise AdarankError(
+                f"classification needs two classes, the data have only {''.join(classes)!r}"
+            )
 
         def encoded(part: Data) -> list[Item]:
             labels = list(part.labels or ())

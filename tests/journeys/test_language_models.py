@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.journeys.conftest import questions, write_rows
 from tests.tiny_texts import save_tiny
 
-TRAIN = "--epochs 20 --batch-size 10 --learning-rate 2e-2 --max-length 32 --target-modules all-linear"
+TRAIN = (
+    "--epochs 20 --batch-size 10 --learning-rate 2e-2 --max-length 32 --target-modules all-linear"
+)
 
 
 def read_rows(name):
