@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,7 @@ def run(trainer: Any, checkpoints: Path) -> Training:
     trainer.model.eval()
     training = watch_of(trainer).training()
     if training.diverged:
-        shutil.rmtree(checkpoints)
+        _remove(checkpoints)
         raise AdarankRuntimeError(
             f"{training.diverged}: training diverged; lower the learning rate"
         )
@@ -91,7 +92,7 @@ def finish(
         write(temporary)
         if (checkpoints / "runs").is_dir():
             shutil.copytree(checkpoints / "runs", temporary / "runs")
-    shutil.rmtree(checkpoints)
+    _remove(checkpoints)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -104,6 +105,17 @@ def last_checkpoint(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(path, ignore_errors=True)  # cut off while it was written
     return str(max(found)[1]) if found else None
+
+
+def _remove(checkpoints: Path) -> None:
+    """Out of the way first: a kill leaves no part of a checkpoint that looks like a whole one.
+
+    The name is one that the next `new_folder` for the adapter sweeps up.
+    """
+    adapter = checkpoints.name.removeprefix(".").removesuffix(".unfinished")
+    gone = checkpoints.with_name(f".{adapter}.{uuid.uuid4().hex[:8]}.tmp")
+    os.replace(checkpoints, gone)
+    shutil.rmtree(gone)
 
 
 class Progress(TrainerCallback):

@@ -208,6 +208,8 @@ def apply(
         Classification: text, class (its name), number, probability. Language model: prompt (with
         the chat template), generated.
     """
+    if trained.task == "classification" and not all("text" in row for row in rows):
+        raise AdarankError("a classifier takes texts; the data are prompts or chats")
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         if trained.task == "classification":

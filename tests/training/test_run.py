@@ -103,6 +103,21 @@ def test_a_run_that_goes_on_with_other_products_says_so(adarank, folder, monkeyp
         assert adarank(*command(folder, "classification"))[0] == 0
 
 
+def test_killed_while_the_checkpoints_are_removed(adarank, folder, monkeypatch):
+    def kill(path):
+        raise KeyboardInterrupt
+
+    arguments = ("train", folder / "bert", "--data", folder / "2.csv", "--rank", 2, "--max-steps")
+    with monkeypatch.context() as patch:
+        patch.setattr(running.shutil, "rmtree", kill)
+        assert adarank(*arguments, 3)[0] == 130
+    before = Path("adapter/adapter_model.safetensors").read_bytes()
+    assert len(list(Path().iterdir())) == 2
+    assert adarank(*arguments, 4)[0] == 0  # other settings: nothing is unfinished
+    assert Path("adapter/adapter_model.safetensors").read_bytes() != before
+    assert [path.name for path in Path().iterdir()] == ["adapter"]
+
+
 def test_a_broken_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({}))
