@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
     from adarank_fast.adapters.inject import inject
     from adarank_fast.comparison.compare import compare
+    from adarank_fast.comparison.design import Design
     from adarank_fast.errors import AdarankError, AdarankTypeError
     from adarank_fast.models.targets import Target, find_targets
     from adarank_fast.plan.allocation import allocate_ranks
@@ -38,6 +39,7 @@ __all__ = [
     "AdaptiveTrials",
     "Budget",
     "CostEstimate",
+    "Design",
     "FusionReport",
     "Limits",
     "Probe",
@@ -69,6 +71,7 @@ _MODULES = {
     "adapters.fusion_report": ["FusionReport", "fusion_report"],
     "adapters.inject": ["inject"],
     "comparison.compare": ["compare"],
+    "comparison.design": ["Design"],
     "errors": ["AdarankError", "AdarankTypeError"],
     "models.targets": ["Target", "find_targets"],
     "plan.allocation": ["allocate_ranks"],

@@ -242,7 +242,7 @@ def check_own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Path
     target = Path(os.path.realpath(path))
     there = next(folder for folder in (target, *target.parents) if folder.exists())
     if not there.is_dir():
-        raise AdarankError(f"{str(path)!r} cannot be a folder: {str(there)!r} is a file")
+        raise AdarankError(f"{str(there)!r} is a file; name a folder")
     if not os.access(there, os.W_OK):
         raise AdarankPermissionError(f"folder {str(path)!r} cannot be written; name another")
     if target.is_dir() and any(entry.name != MARK for entry in target.iterdir()):

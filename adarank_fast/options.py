@@ -29,6 +29,7 @@ def option(
     flag: str | None = None,
     kind: object = None,
     parse: Callable[[Any], Any] | None = None,
+    typed: object = None,
 ) -> Any:
     """A field of a dataclass of options.
 
@@ -40,11 +41,13 @@ def option(
         flag: its name on the command line, where it is another; with underscores.
         kind: its type on the command line, where it is another.
         parse: makes its value of the command line's, where they differ.
+        typed: the default as the command line has it, where it is not simply the default's text.
     """
     said = {"help": help, "min": least, "show_default": shown}
-    return field(
-        default=default, metadata={"flag": flag, "kind": kind, "parse": parse, "said": said}
-    )
+    if typed is None:
+        typed = default if parse is None or default is None else str(default)
+    metadata = {"flag": flag, "kind": kind, "parse": parse, "typed": typed, "said": said}
+    return field(default=default, metadata=metadata)
 
 
 def gather(cls: type[T], given: T | float | None, options: dict[str, Any]) -> T:
@@ -99,3 +102,21 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
         raise AdarankError(f"{argument} {name!r}: {error}; give module:function") from error
     finally:
         sys.path.remove("")
+
+
+def parse_scaling(text: str) -> str | float:
+    """A number, or the word as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """Numbers separated by commas."""
+    numbers = [parse_scaling(part) for part in text.split(",")]
+    if any(isinstance(number, str) for number in numbers):
+        raise AdarankError(
+            f"{option} {text!r}: give numbers separated by commas, such as 1e-3,2e-3"
+        )
+    return [float(number) for number in numbers]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.options import DTYPES
+from adarank_fast.options import parse_scaling as parse_scaling
 
 MODEL = Annotated[
     str,
@@ -91,11 +93,11 @@ def _called(one: Field[Any]) -> str:
 
 def _parameter(cls: type, one: Field[Any]) -> inspect.Parameter:
     said: Any = one.metadata
-    kind: Any = one.metadata["kind"] or get_type_hints(cls)[one.name]
-    default = one.default if said["parse"] is None or one.default is None else str(one.default)
-    annotation: Any = Annotated[kind, typer.Option(**said["said"])]
+    kind: Any = one.metadata["kind"] or eval(str(one.type), vars(sys.modules[cls.__module__]))
+    names = [f"--{_called(one).replace('_', '-')}"] if kind is bool else []  # without --no-...
+    annotation: Any = Annotated[kind, typer.Option(*names, **said["said"])]
     where = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(_called(one), where, default=default, annotation=annotation)
+    return inspect.Parameter(_called(one), where, default=said["typed"], annotation=annotation)
 
 
 def parse_target_modules(text: str) -> str | list[str]:
@@ -104,21 +106,3 @@ def parse_target_modules(text: str) -> str | list[str]:
     if text in ("attention", "all-linear") or not all(re.fullmatch(r"[\w.-]+", n) for n in names):
         return text
     return names
-
-
-def parse_scaling(text: str) -> str | float:
-    """A number, or the word as it is."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def parse_numbers(option: str, text: str) -> list[float]:
-    """Numbers separated by commas."""
-    numbers = [parse_scaling(part) for part in text.split(",")]
-    if any(isinstance(number, str) for number in numbers):
-        raise AdarankError(
-            f"{option} {text!r}: give numbers separated by commas, such as 1e-3,2e-3"
-        )
-    return [float(number) for number in numbers]

@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
-from adarank_fast.models.batches import prepare_batches
-from adarank_fast.models.targets import find_targets
 from adarank_fast.options import load_function
 from adarank_fast.plan.allocation import allocate_ranks
-from adarank_fast.plan.rank_plan import RankPlan
-from adarank_fast.prediction.predict import predict_ranks
+
+if TYPE_CHECKING:  # the names of arms are judged before torch is imported
+    from torch import nn
+
+    from adarank_fast.plan.rank_plan import RankPlan
 
 TOLERANCE = 0.01  # by which arms' parameters may differ from the uniform arm's
 
@@ -59,12 +58,16 @@ class Problem:
     @property
     def targets(self) -> dict[str, str]:
         """Name in `model.named_modules()` -> name in a plan, of each module that gets a rank."""
+        from adarank_fast.models.targets import find_targets
+
         found = find_targets(self.model, self.uniform.settings["target_modules"])
         return {target.path: target.name for target in found}
 
     @cached_property
     def adarank(self) -> RankPlan:
         """AdaRank's plan, predicted once; `settings["seconds"]` is what it cost."""
+        from adarank_fast.prediction.predict import predict_ranks
+
         started = time.perf_counter()
         plan = predict_ranks(
             self.model,
@@ -89,7 +92,7 @@ class Problem:
         return replace(plan, ranks=ranks)
 
 
-Allocator = Callable[[Problem], RankPlan]
+Allocator = Callable[[Problem], "RankPlan"]
 ALLOCATORS: dict[str, Allocator] = {}
 GROUP = "adarank.allocators"  # of entry points
 
@@ -147,6 +150,9 @@ def eva(problem: Problem) -> RankPlan:
     Only the ranks are taken, from `peft.tuners.lora.eva`; A starts as in every other arm.
     """
     from peft import EvaConfig, LoraConfig, get_eva_state_dict
+    from torch import Tensor
+
+    from adarank_fast.models.batches import prepare_batches
 
     rank = max(problem.uniform.ranks.values())
     batches = [
@@ -187,7 +193,7 @@ def find_allocator(arm: str | Allocator) -> tuple[str, Allocator]:
     if arm in ALLOCATORS:
         return arm, ALLOCATORS[arm]
     if arm.endswith(".json"):
-        return Path(arm).stem, lambda problem: RankPlan.load(arm)
+        return Path(arm).stem, lambda problem: load_plan(arm)
     for entry in entry_points(group=GROUP):
         if entry.name == arm:
             return arm, entry.load()
@@ -199,8 +205,17 @@ def find_allocator(arm: str | Allocator) -> tuple[str, Allocator]:
     )
 
 
+def load_plan(file: str) -> RankPlan:
+    """The plan of a plan file."""
+    from adarank_fast.plan.rank_plan import RankPlan
+
+    return RankPlan.load(file)
+
+
 def allocate(arm: str | Allocator, problem: Problem) -> RankPlan:
     """The plan of an arm, with its time in `settings["seconds"]`; a plan file's as it is."""
+    from adarank_fast.plan.rank_plan import RankPlan
+
     name, function = find_allocator(arm)
     started = time.perf_counter()
     plan = function(problem)

@@ -133,16 +133,29 @@ def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     return train, [item for item, key in zip(items, keys, strict=True) if key in chosen]
 
 
-def try_metric(metric: Metric, experiment: Experiment) -> None:
-    """Better before the training than after it: the metric of perfect predictions."""
+def try_metric(metric: Metric, experiment: Experiment) -> float | None:
+    """Better before the training than after it: the metric of perfect and of random predictions.
+
+    Returns:
+        The second, to recognise the metric by; None: it has no value for these.
+
+    Raises:
+        AdarankError: it has none for perfect predictions.
+    """
     labels = numpy.array([label for item in experiment.held_out for label in _flat(item["labels"])])
+    classes = max(experiment.classes or 0, labels.max() + 1)
+    random = numpy.random.RandomState(0)  # whose numbers stay the same from version to version
     if experiment.task == "classification":
-        predictions = numpy.eye(max(experiment.classes or 0, labels.max() + 1))[labels]
-        predictions = predictions.astype(numpy.float32)
+        perfect = numpy.eye(classes, dtype=numpy.float32)[labels]
+        guessed = random.standard_normal(perfect.shape).astype(numpy.float32)
     else:
-        predictions = labels
+        perfect, guessed = labels, random.randint(classes, size=labels.shape)
     counts = numpy.ones(len(labels))
-    metric.value(Evaluation(0 * counts, counts, predictions, labels))
+    metric.value(Evaluation(0 * counts, counts, perfect, labels))
+    try:
+        return float(f"{metric.value(Evaluation(counts, counts, guessed, labels)):.6g}")
+    except AdarankError:
+        return None
 
 
 def _flat(label: int | Sequence[int]) -> Sequence[int]:

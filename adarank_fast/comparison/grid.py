@@ -6,10 +6,12 @@ import json
 import math
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy
 import torch
@@ -21,6 +23,7 @@ from adarank_fast.comparison.experiment import (
     calibration,
     split_validation,
 )
+from adarank_fast.comparison.folder import CELLS
 from adarank_fast.comparison.metrics import Metric
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.files import replacing, write_text
@@ -43,7 +46,7 @@ class Cell:
     @property
     def name(self) -> str:
         kind = "sweep" if self.sweep else "run"
-        return f"{kind}-{self.arm}-seed{self.seed}-rate{self.learning_rate:g}"
+        return f"{kind}-{self.arm}-seed{self.seed}-rate{float(self.learning_rate)!r}"
 
 
 class Grid:
@@ -58,7 +61,7 @@ class Grid:
         plans: dict[str, RankPlan],
         scaling: str | float,
     ) -> None:
-        self.folder, self.experiment, self.metric = folder / "cells", experiment, metric
+        self.folder, self.experiment, self.metric = folder / CELLS, experiment, metric
         self.recipe, self.plans, self.scaling = recipe, plans, scaling
         self.validation = split_validation(experiment.train)
         self.on_step: Callable[[], object] = lambda: None
@@ -77,7 +80,7 @@ class Grid:
         """What came out of the cell, run now or before."""
         path = self.folder / f"{cell.name}.json"
         if path.exists():
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            result = _read(path)
             for _ in range(result["steps"]):
                 self.on_step()
             return result
@@ -94,8 +97,12 @@ class Grid:
 
     def evaluation(self, result: dict[str, Any]) -> Evaluation:
         """The held-out predictions of a finished run."""
-        with numpy.load(self.folder / f"{result['name']}.npz") as arrays:
-            return Evaluation(**arrays)
+        path = self.folder / f"{result['name']}.npz"
+        try:
+            with numpy.load(path) as arrays:
+                return Evaluation(**arrays)
+        except (OSError, ValueError, TypeError, BadZipFile, zlib.error):
+            raise _damaged(path) from None
 
     def run(self, cell: Cell) -> tuple[dict[str, Any], Evaluation | None]:
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -135,6 +142,21 @@ class Grid:
             "peak_memory_bytes": memory,
             "threads": torch.get_num_threads(),
         }, None if wrong else evaluation
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A finished cell's result, if it is the one that the file is called after."""
+    try:
+        result = dict(json.loads(path.read_text(encoding="utf-8")))
+        if result["name"] != path.stem or not 0 < result["steps"] == int(result["steps"]):
+            raise ValueError("another cell")
+        return result
+    except (OSError, ValueError, TypeError, KeyError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> AdarankError:
+    return AdarankError(f"{str(path)!r} is damaged; delete that cell's files to run it again")
 
 
 def _json_number(value: float) -> float | None:

@@ -34,6 +34,12 @@ class Comparison:
         """Write report.md, report.html, results.json, pictures and plans into `folder`.
 
         Each file appears whole or not at all. report.html needs no other file.
+
+        Args:
+            folder: a new or empty one, or an earlier comparison's.
+
+        Raises:
+            AdarankError: it is of something else, or holds the runs of another comparison.
         """
         save_report(folder, self.results, self.plans)
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from adarank_fast.comparison.findings import detail_tables, remarks, tables, verdicts
-from adarank_fast.files import write_text
+from adarank_fast.comparison.folder import COMPARISON, claim
+from adarank_fast.files import own_folder, write_text, writing
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plots.plans import plot_disagreement, plot_ranks
 from adarank_fast.plots.runs import plot_intervals, plot_training
@@ -42,18 +43,24 @@ class Section(NamedTuple):
 def save_report(
     folder: str | os.PathLike[str], results: Mapping[str, Any], plans: Mapping[str, RankPlan]
 ) -> None:
-    """Write the report into `folder`; each file appears whole or not at all."""
-    folder = Path(folder)
-    (folder / "plans").mkdir(parents=True, exist_ok=True)
-    for arm, plan in plans.items():
-        plan.save(folder / "plans" / f"{arm}.json")
-    pictures = draw(results, plans, folder)
-    for name, text in (
-        ("results.json", json.dumps(results, indent=1, allow_nan=False) + "\n"),
-        ("report.md", markdown(results, pictures)),
-        ("report.html", page(results, pictures, folder)),
-    ):
-        write_text(folder / name, text)
+    """Write the report into `folder`; each file appears whole or not at all.
+
+    Raises:
+        AdarankError: the folder is of something else, or holds the runs of another comparison.
+    """
+    settings = {key: value for key, value in results["settings"].items() if key != "seeds"}
+    with own_folder(folder, COMPARISON) as mine, writing(folder):
+        claim(mine, settings)
+        (mine / "plans").mkdir(exist_ok=True)
+        for arm, plan in plans.items():
+            plan.save(mine / "plans" / f"{arm}.json")
+        pictures = draw(results, plans, mine)
+        for name, text in (
+            ("results.json", json.dumps(results, indent=1, allow_nan=False) + "\n"),
+            ("report.md", markdown(results, pictures)),
+            ("report.html", page(results, pictures, mine)),
+        ):
+            write_text(mine / name, text)
 
 
 def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path) -> list[Picture]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
-from adarank_fast.comparison.compare import check_work_dir, compare
+from adarank_fast.comparison.compare import compare
+from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.comparison.report import Comparison
 from adarank_fast.demo import assets
+from adarank_fast.files import check_own_folder
 
 LEARNING_RATES = (0.004, 0.008)  # two, so that the demo stays short
 
@@ -29,7 +31,7 @@ def run_demo(
         quiet: no progress on stderr.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    check_work_dir(report_dir)
+    check_own_folder(report_dir, COMPARISON)
     train, held_out = assets.trec(fine=True)
     report = compare(
         assets.minilm(),

@@ -63,3 +63,17 @@ def dequantise_int8(layer: Any) -> Tensor:
     scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # moves there
     weight: Tensor = int8_vectorwise_dequant(layer.weight.data, scales)
     return weight
+
+
+def scales(module: Any) -> dict[str, Tensor]:
+    """What a quantised weight's packed numbers mean: tensors that are no buffers of the layer."""
+    weight = module._parameters.get("weight")
+    if type(weight).__name__ == "Int8Params":
+        return {"SCB": module.state.SCB if weight.SCB is None else weight.SCB}  # moves there
+    found: dict[str, Tensor] = {}
+    state, prefix = getattr(weight, "quant_state", None), "quant_state"
+    while state is not None:
+        parts = {key: value for key, value in vars(state).items() if isinstance(value, Tensor)}
+        found |= {f"{prefix}.{key}": value for key, value in sorted(parts.items())}
+        state, prefix = getattr(state, "state2", None), f"{prefix}.state2"
+    return found

@@ -1,26 +1,48 @@
-"""Digests: what tells one model's weights, or one data set, from another."""
+"""Digests: what tells one model, one data set or one function from another.
+
+Tensors are read once, where they are, as whole numbers of 64 bits w[0], w[1], ... A block of them
+comes to sum(c[i] * (w[i] ^ (w[i] >> 32))) modulo 2^64, with fixed random odd c: any change of one
+number changes it, and so does, but for a chance of about 2^-32, any other change, an exchange of
+two values or a changed sign included. It finds mistakes and resists no forger. SHA-256 over names,
+types, shapes and these sums is the digest, the same on every device.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.models.quantization import stored
+from adarank_fast.errors import AdarankError
+from adarank_fast.models.bitsandbytes_private import scales
+
+BLOCK = 2**16  # numbers that one sum is over
+BLOCKS = {"cpu": 4, "cuda": 64}  # blocks at a time: in the cache of a core, few launches on a GPU
+SIGNS = 8  # projections of an output
+OUTPUT_TOLERANCE = 0.01, 0.1  # of its scale, of its projections: more than 16-bit rounding
 
 
 def digest_weights(model: nn.Module) -> str:
-    """SHA-256 over every parameter's name and shape and up to 256 of its numbers."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = stored(parameter).flatten()
-        some = flat[:: max(flat.numel() // 256, 1)][:256]
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    """SHA-256 over all parameters and buffers: names, types, shapes and every bit.
+
+    Packed weights are read as they are stored, with their scales.
+
+    Raises:
+        AdarankError: a tensor is on the meta device.
+    """
+    digest = _Digest()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.add(name, tensor)
+    for name, module in model.named_modules():
+        for part, tensor in scales(module).items():
+            digest.add(f"{name}.{part}", tensor)
     return digest.hexdigest()
 
 
@@ -28,14 +50,130 @@ def digest_data(items: Iterable[Mapping[str, Any]]) -> str:
     """SHA-256 over keys and values, in the order of the items.
 
     Args:
-        items: batches or examples, whose values are tensors or what JSON can hold.
+        items: batches or examples: tensors and plain values, nested at will.
     """
-    digest = hashlib.sha256()
+    digest = _Digest()
     for item in items:
-        for key, value in sorted(item.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{key}{tuple(value.shape)}".encode())
-                digest.update(value.detach().double().cpu().numpy().tobytes())
-            else:
-                digest.update(f"{key}{json.dumps(value)}".encode())
+        digest.add("item", item)
     return digest.hexdigest()
+
+
+def fingerprint(output: Tensor) -> dict[str, Any]:
+    """An output in a few numbers, which rounding hardly changes and another function does.
+
+    Args:
+        output: any shape and dtype. What is not finite counts as 0.
+
+    Returns:
+        JSON values: "shape", "scale" (root mean square) and "projections" on eight random vectors
+        of signs, in units of what they come to for random values.
+    """
+    signs = ((_coefficients(output.device)[:, None] >> torch.arange(8, 8 + SIGNS)) & 1) * 2 - 1
+    signs = signs.to(torch.float64)
+    square, sums = 0.0, torch.zeros(SIGNS, dtype=torch.float64)
+    for part in output.detach().reshape(-1).split(BLOCK):
+        part = torch.nan_to_num(part.to(signs), posinf=0.0, neginf=0.0)
+        square += float(part @ part)
+        sums += (part @ signs[: len(part)]).cpu()
+    return {
+        "shape": list(output.shape),
+        "scale": math.sqrt(square / max(output.numel(), 1)),
+        "projections": (sums / (math.sqrt(square) or 1.0)).tolist(),
+    }
+
+
+def same_output(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same output, but for rounding."""
+    of_scale, of_projections = OUTPUT_TOLERANCE
+    close = zip(one["projections"], other["projections"], strict=True)
+    return (
+        one["shape"] == other["shape"]
+        and math.isclose(one["scale"], other["scale"], rel_tol=of_scale)
+        and all(math.isclose(a, b, rel_tol=0, abs_tol=of_projections) for a, b in close)
+    )
+
+
+def qualified_name(function: Callable[..., Any]) -> str:
+    """Module and name of a function; of the class, where it is an object that can be called."""
+    named: Any = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+class _Digest:
+    """Names and values as they come; tensors' sums stay where they are until the end."""
+
+    def __init__(self) -> None:
+        self.text = hashlib.sha256()
+        self.sums: list[Tensor] = []
+        self.seen: set[int] = set()
+
+    def add(self, name: object, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._add_tensor(name, value.detach())
+        elif isinstance(value, Mapping):
+            self._say(name, "mapping", len(value))
+            for key, part in sorted(value.items(), key=lambda pair: str(pair[0])):
+                self.add(key, part)
+        elif isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":
+            self.add(name, torch.from_numpy(numpy.ascontiguousarray(value)))
+        elif _says_all(value) or isinstance(value, (list, tuple)) and all(map(_says_all, value)):
+            self._say(name, value)
+        elif isinstance(value, (list, tuple)):
+            self._say(name, "sequence", len(value))
+            for number, part in enumerate(value):
+                self.add(number, part)
+        else:  # not its repr, which may hold an address
+            self._say(name, type(value).__qualname__)
+            if id(value) not in self.seen:  # objects may hold each other
+                self.seen.add(id(value))
+                self.add("fields", getattr(value, "__dict__", {}))
+
+    def hexdigest(self) -> str:
+        for _, group in groupby(self.sums, key=lambda sums: sums.device):
+            self.text.update(torch.cat(list(group)).cpu().numpy().tobytes())
+        return self.text.hexdigest()
+
+    def _say(self, *words: object) -> None:
+        self.text.update(f"{words!r}\n".encode())
+
+    def _add_tensor(self, name: object, tensor: Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):  # torchao's: packed numbers, scales, ...
+            self._say(name, type(tensor).__name__, tuple(tensor.shape))
+            for part in tensor.__tensor_flatten__()[0]:
+                self.add(part, getattr(tensor, part))
+            return
+        if tensor.is_meta:
+            raise AdarankError(f"{name} is on the meta device; load the weights first")
+        self._say(name, str(tensor.dtype), tuple(tensor.shape))
+        self.sums += _sums(tensor)
+
+
+def _says_all(value: object) -> bool:
+    """Whether the text of a value is all that it is."""
+    return isinstance(value, (int, float, str, bytes, type(None)))
+
+
+@torch.no_grad()
+def _sums(tensor: Tensor) -> Iterator[Tensor]:
+    """The sums of its blocks, [number of blocks in all] int64."""
+    flat = tensor.as_subclass(Tensor).resolve_conj().contiguous().view(-1).view(torch.uint8)
+    coefficients = _coefficients(tensor.device)
+    size = 8 * BLOCK * BLOCKS.get(tensor.device.type, 4)
+    for part in flat.split(size):
+        if len(part) % 8:
+            part = nn.functional.pad(part, (0, -len(part) % 8))
+        elif part.data_ptr() % 8 or part.storage_offset() % 8:
+            part = part.clone()
+        words = part.view(torch.int64)
+        whole = len(words) // BLOCK * BLOCK
+        for block in (words[:whole].view(-1, BLOCK), words[None, whole:]):
+            if block.numel():
+                mixed = (block >> 32).bitwise_xor_(block)  # else two changed signs cancel out
+                yield mixed.mul_(coefficients[: block.shape[1]]).sum(1)
+
+
+@lru_cache(maxsize=4)
+def _coefficients(device: torch.device) -> Tensor:
+    """[BLOCK] random odd numbers, int64; the same everywhere."""
+    random = bytearray(hashlib.shake_256(b"adarank").digest(8 * BLOCK))
+    return (torch.frombuffer(random, dtype=torch.int64) | 1).to(device)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from adarank_fast.errors import AdarankError
+from adarank_fast.files import lock_file, writing
+from adarank_fast.models.identity import same_output
 
 FORMAT = "adarank-fast checkpoint"
 START = json.dumps({"format": FORMAT})[:-1]
+OUTPUT = "output on the first batch"  # in the identity: a `fingerprint`
 
 Found = dict[tuple[str, int], float]  # (module name, trial) -> disagreement
 
@@ -21,7 +25,8 @@ class Checkpoint:
     """An append-only file: what was predicted, then a line for each finished probe.
 
     Lines reach the disk before the next probe begins; a line that a kill cut short is dropped. Each
-    process of a distributed run writes a file of its own (`FILE`, `FILE.1`, ...) and reads all.
+    process of a distributed run writes a file of its own (`FILE`, `FILE.1`, ...), which it locks,
+    and reads all.
 
     Args:
         path: the file; it need not exist.
@@ -29,7 +34,8 @@ class Checkpoint:
         process: number of this process.
 
     Raises:
-        AdarankError: the file is something else, or holds the probes of another prediction.
+        AdarankError: the file is something else, cannot be written, is in use by another
+            prediction, or holds the probes of another one.
     """
 
     def __init__(
@@ -42,19 +48,24 @@ class Checkpoint:
                 f"checkpoint={str(path)!r}: the folder {str(self._path.parent)!r} does not exist"
             )
         self.found: Found = {}
-        for file in [self._path, *sorted(self._path.parent.glob(f"{self._path.name}.*"))]:
-            suffix = file.name[len(self._path.name) + 1 :]
-            if file.exists() and (not suffix or suffix.isdigit()):
-                self._read(file)
         own = self._path.with_name(f"{self._path.name}.{process}") if process else self._path
-        self._file = self._open(own)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(lock_file(own))
+            for file in [self._path, *sorted(self._path.parent.glob(f"{self._path.name}.*"))]:
+                suffix = file.name[len(self._path.name) + 1 :]
+                if file.exists() and (not suffix or suffix.isdigit()):
+                    self._read(file)
+            self._begin(own)
+            self._opened = stack.pop_all()
 
     def add(self, found: Mapping[tuple[str, int], float]) -> None:
-        """Write finished probes; they are on the disk when this returns."""
+        """Write finished probes; they are on the disk when this returns.
+
+        Raises:
+            AdarankError: they cannot be written; those of before are kept.
+        """
         lines = (json.dumps([name, trial, value]) for (name, trial), value in found.items())
-        self._file.write("".join(f"{line}\n" for line in lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write("".join(f"{line}\n" for line in lines))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -65,7 +76,7 @@ class Checkpoint:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._opened.close()
 
     def _read(self, file: Path) -> None:
         lines = _whole_lines(file)
@@ -79,42 +90,47 @@ class Checkpoint:
             header = json.loads(lines[0])
             if header["format"] != FORMAT:
                 raise ValueError("another format")
+            before = dict(header["identity"])
             probes = [json.loads(line) for line in lines[1:]]
             found = {(str(name), int(trial)): float(value) for name, trial, value in probes}
-        except (ValueError, TypeError, KeyError):
+            differing = [key for key in self._identity if not self._same(key, before)]
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise AdarankError(
                 f"checkpoint={str(file)!r} is no checkpoint of a prediction; {remedy}"
             ) from None
-        for key, value in self._identity.items():
-            if header["identity"].get(key) != value:
-                raise AdarankError(
-                    f"checkpoint={str(file)!r} holds probes of another prediction ({key}: "
-                    f"{_short(header['identity'].get(key))}, now {_short(value)}); {remedy}"
-                )
+        for key in differing:
+            raise AdarankError(
+                f"checkpoint={str(file)!r} holds probes of another prediction ({key}: "
+                f"{_short(before.get(key))}, now {_short(self._identity[key])}); {remedy}"
+            )
         self.found |= found
 
-    def _open(self, file: Path) -> Any:
-        """The file, opened for appending after its last whole line."""
-        try:
-            kept = sum(len(line.encode()) + 1 for line in _whole_lines(file))
-            with open(file, "ab") as opened:
-                opened.truncate(kept)
-            handle = open(file, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        except OSError as error:
-            raise AdarankError(
-                f"checkpoint={str(file)!r} cannot be written: {error.strerror}"
-            ) from error
+    def _same(self, key: str, before: Mapping[str, Any]) -> bool:
+        """Whether a part of the identity is as it was; outputs are compared but for rounding."""
+        if key == OUTPUT and key in before:
+            return same_output(before[key], self._identity[key])
+        return bool(before.get(key) == self._identity[key])
+
+    def _begin(self, own: Path) -> None:
+        """Cut the file after its last whole line, and write the first line if there is none."""
+        kept = sum(len(line.encode()) + 1 for line in _whole_lines(own))
+        with writing(self._path):
+            os.ftruncate(self._file, kept)
         if not kept:
-            handle.write(json.dumps({"format": FORMAT, "identity": self._identity}) + "\n")
-        return handle
+            self._write(json.dumps({"format": FORMAT, "identity": self._identity}) + "\n")
+
+    def _write(self, text: str) -> None:
+        data = text.encode()
+        with writing(self._path):
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
 
 
 def _whole_lines(file: Path) -> list[str]:
     """All lines but a last one without its end."""
-    if not file.exists():
-        return []
     try:
-        return file.read_text(encoding="utf-8").split("\n")[:-1]
+        return file.read_bytes().decode().split("\n")[:-1]
     except (OSError, UnicodeDecodeError):
         raise AdarankError(f"checkpoint={str(file)!r} is no text file; name another file") from None
 

@@ -20,12 +20,17 @@ from importlib.metadata import version
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adarank_fast.errors import AdarankError, AdarankTimeoutError
 from adarank_fast.models.batches import Batch, batch_size, in_dtype, prepare_batches, take
 from adarank_fast.models.forward_patching import undisturbed
-from adarank_fast.models.identity import digest_data, digest_weights
+from adarank_fast.models.identity import (
+    digest_data,
+    digest_weights,
+    fingerprint,
+    qualified_name,
+)
 from adarank_fast.models.memory import Memory, default_memory
 from adarank_fast.models.outputs import choose_output
 from adarank_fast.models.precision import copy_in_dtype
@@ -36,7 +41,7 @@ from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
 from adarank_fast.plan.budget import Budget, BudgetOptions
 from adarank_fast.plan.rank_plan import RankPlan, Score, describe_model
 from adarank_fast.plan.uncertainty import AdaptiveTrials
-from adarank_fast.prediction.checkpoint import Checkpoint, Found
+from adarank_fast.prediction.checkpoint import OUTPUT, Checkpoint, Found
 from adarank_fast.prediction.distributed import Processes
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.padding import remove_padding
@@ -129,7 +134,12 @@ def _predict(
             targets = find_targets(probed, target_modules)
         chosen = choose_output(probed, probe.output, take(prepared[0], 1))
         settings["output"] = chosen.name
-        identity = {**settings, "weights": digest_weights(inner)}
+        identity = {
+            **settings,
+            "output": qualified_name(probe.output) if callable(probe.output) else chosen.name,
+            "weights": digest_weights(inner),
+            "targets": digest_data([sizes]),
+        }
         processes.same("models or batches", identity)
         parts = prepared if callable(probe.output) else remove_padding(probed, chosen, prepared)
         clean = record_clean_passes(probed, chosen, parts, targets)
@@ -141,6 +151,7 @@ def _predict(
         replay = Replay(clean, keep_all=callable(probe.output))
         prober = Prober(probed, replay, probe.seed, probe.metric, stds, memory)
         sampling = _Sampling(targets, probe.trials, shared, processes, deadline)
+        identity[OUTPUT] = fingerprint(clean.outputs[0])
         file = limits.checkpoint and Checkpoint(limits.checkpoint, identity, processes.rank)
         with file or nullcontext() as journal:
             values = sampling.run(prober, journal, progress)
@@ -225,9 +236,8 @@ class _Sampling:
 
 def _describe_batches(batches: Sequence[Batch]) -> dict[str, Any]:
     """How much calibration data there was, and a digest to recognise it by."""
-    tensors = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
     items = sum(map(batch_size, batches))
-    return {"count": len(batches), "items": items, "sha256": digest_data(tensors)}
+    return {"count": len(batches), "items": items, "sha256": digest_data(batches)}
 
 
 def _check_trials(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -222,7 +224,16 @@ def test_diverged_rates_are_not_chosen(monkeypatch):
         run(("uniform",), 1)
 
 
+def named(name):
+    def allocator(problem):
+        return problem.uniform
+
+    allocator.__name__ = name
+    return allocator
+
+
 BAD = {
+    "name": (dict(arms=(named("a/b"),)), "arm 'a/b' cannot name a file"),
     "arm": (dict(arms=("best",)), "arm 'best' is unknown; use adarank, uniform, .*eva"),
     "no plan": (dict(arms=("no.json",)), "there is no plan file 'no.json'"),
     "twice": (dict(arms=("uniform", "uniform")), "two arms are called 'uniform'"),
@@ -233,7 +244,16 @@ BAD = {
     "rank": (dict(average_rank=0), "average_rank must be an integer of at least 1, got 0"),
     "task": (dict(task="parsing"), "task='parsing' is unknown"),
     "tokenizer": (dict(tokenizer=None), "need tokenizer="),
-    "epochs": (dict(epochs=0), "epochs must be a positive integer"),
+    "epochs": (dict(epochs=0), "epochs must be an integer of at least 1, got 0"),
+    "max_steps": (dict(max_steps=0), "max_steps must be an integer of at least 1, got 0"),
+    "trials": (dict(trials=0), "trials must be an integer of at least 1, got 0"),
+    "seed": (dict(seeds=[2**32]), r"seeds must be .* below 2\*\*32"),
+    "no rate": (dict(learning_rates=(math.nan,)), r"learning_rates must be .* got \[nan\]"),
+    "no function": (dict(metric="f1"), "metric must be a function or None, got 'f1'"),
+    "scaling": (dict(scaling="big"), "scaling"),
+    "dtype": (dict(dtype="int8"), "dtype='int8' is unknown"),
+    "misspelt": (dict(epoch=1), "no argument 'epoch'; did you mean 'epochs'"),
+    "both": (dict(design=ada.Design(), epochs=1), "given beside a Design"),
     "metric": (dict(metric=lambda p, y: None), "returned None, not a finite number"),
 }
 
@@ -280,3 +300,114 @@ def test_calibration_is_of_so_many_tokens(length, count):
     assert sum(len(part["input_ids"]) for part in found) == count
     assert max(len(part["input_ids"]) for part in found) <= 16
     assert found[0].keys() == {"input_ids", "attention_mask"}
+
+
+def test_options_are_judged_before_torch_is_imported(tmp_path):
+    code = """
+import sys
+import adarank_fast as ada
+for options in (dict(arms=["no"]), dict(epochs=0), dict(work_dir=sys.argv[1]), dict(scaling="x")):
+    try:
+        ada.compare("model", "data", **options)
+    except ada.AdarankError:
+        assert "torch" not in sys.modules, options
+    else:
+        raise SystemExit(1)
+"""
+    (tmp_path / "notes").write_text("mine")
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+
+
+QUICK = dict(arms=("uniform",), seeds=1, learning_rates=(1e-2,))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["plans/adarank.json"],
+        ["settings.json"],
+        ["cells/run-uniform-seed0-rate0.01.json"],
+        ["data"],
+    ],
+)
+def test_a_folder_of_others_is_left_alone(finished, tmp_path, content):
+    for name in content:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for take in (lambda: run(work_dir=tmp_path), lambda: finished[1].save(tmp_path)):
+        with pytest.raises(ValueError, match="is not empty and adarank-fast did not make it"):
+            take()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [str(path.relative_to(tmp_path)) for path in files] == content
+    assert files[0].read_text() == "mine"
+
+
+def test_an_input_in_the_folder_is_left_alone(tmp_path):
+    made = run(work_dir=tmp_path / "report", **QUICK)
+    made.save(tmp_path / "report")
+    plan = tmp_path / "report" / "plans" / "mine.json"
+    made.plans["uniform"].save(plan)
+    before = plan.read_bytes()
+    with pytest.raises(ValueError, match="is read from there; name another"):
+        run(work_dir=tmp_path / "report", **QUICK | dict(arms=(plan, "uniform")))
+    assert plan.read_bytes() == before
+
+
+def test_one_comparison_at_a_time(tmp_path):
+    def second(line):
+        with pytest.raises(ValueError, match="is in use by another run"):
+            run(work_dir=tmp_path, **QUICK)
+
+    run(work_dir=tmp_path, progress=second, **QUICK)
+
+
+def accuracy(predictions, labels):
+    return float((predictions.argmax(-1) == labels).mean())
+
+
+def another(function):
+    def accuracy(predictions, labels):
+        return function(predictions, labels)
+
+    accuracy.__qualname__ = "accuracy"
+    return accuracy
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(metric=another(lambda p, y: -accuracy(p, y))), "with metric_function"),
+        (dict(modules_to_save=[]), "with modules_to_save"),
+        (dict(arms=(named("uniformly"),)), r"arm .* has changed since it was trained"),
+    ],
+)
+def test_what_a_finished_cell_depends_on(finished, tmp_path, change, message):
+    options = dict(QUICK, metric=accuracy, arms=(another_allocator(),))
+    made = run(work_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        run(work_dir=tmp_path, **options | change)
+    with pytest.raises(ValueError, match="holds a comparison with"):
+        finished[1].save(tmp_path)
+    made.save(tmp_path)
+    assert run(work_dir=tmp_path, **options).results == made.results
+
+
+def another_allocator():
+    def uniformly(problem):
+        return problem.uniform
+
+    return uniformly
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": "x"}'])
+def test_a_damaged_cell(tmp_path, damage):
+    run(work_dir=tmp_path, **QUICK)
+    (cell,) = (tmp_path / "cells").glob("*.json")
+    whole = cell.read_text()
+    cell.write_text(damage)
+    with pytest.raises(ValueError, match="is damaged; delete that cell's files to run it again"):
+        run(work_dir=tmp_path, **QUICK)
+    cell.write_text(whole)
+    cell.with_suffix(".npz").write_bytes(b"PK" + damage.encode())
+    with pytest.raises(ValueError, match="is damaged; delete that cell's files to run it again"):
+        run(work_dir=tmp_path, **QUICK)
