@@ -100,7 +100,12 @@ def train(
     from adarank_fast.training.arguments import config_class, make_arguments, read_settings
     from adarank_fast.training.card import Result, write_beside
     from adarank_fast.training.data import read_data
-    from adarank_fast.training.loading import has_other_head, load_model, load_tokenizer
+    from adarank_fast.training.loading import (
+        check_task,
+        has_other_head,
+        load_model,
+        load_tokenizer,
+    )
     from adarank_fast.training.run import (
         PLAN,
         Progress,
@@ -143,6 +148,7 @@ def train(
         fields = {"eval_strategy": "steps", "eval_steps": fields["save_steps"], **fields}
     make_arguments(rows.task, fields, output_folder)  # refuses what does not go together
 
+    check_task(model, rows.task)
     set_seed(int(fields["seed"]))
     with status(f"loading {model}"):
         tokenizer = load_tokenizer(model)

@@ -117,6 +117,27 @@ def auto_class(config: Any) -> str:
     return "AutoModelForCausalLM"
 
 
+def check_task(name: str, task: str) -> None:
+    """Refuse a model that cannot be trained for a task, by its configuration.
+
+    Raises:
+        AdarankError: a language model is wanted of an encoder, or of an encoder with a decoder; or
+            the configuration cannot be loaded.
+    """
+    config = load_config(name)
+    kind, made = auto_class(config), ", ".join(getattr(config, "architectures", None) or ["?"])
+    if task == "classification" or kind == "AutoModelForCausalLM":
+        return
+    if kind == "AutoModel":
+        raise AdarankError(
+            f"MODEL {name!r} ({made}) has no language-model head and the data no labels; for "
+            "classification name the column of labels (--label-column), or take a language model"
+        )
+    raise AdarankError(
+        f"MODEL {name!r} ({made}) is no decoder alone; train it with its own script and ada.inject"
+    )
+
+
 def calibration_batches(
     model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int
 ) -> list[dict[str, Any]]:

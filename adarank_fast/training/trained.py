@@ -75,23 +75,16 @@ def load_trained(
     Raises:
         AdarankError: one of them cannot be loaded, or they do not fit each other.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     check_choice("dtype", dtype, DTYPES)
-    config, tokens_from, task_type = load_config(model), model, None
+    task, config, tokens_from = task_of(model, adapter), load_config(model), model
     if adapter is not None:
         folder = Path(adapter)
-        if not (folder / "adapter_config.json").is_file():
-            raise AdarankError(
-                f"adapter {str(adapter)!r} is no adapter folder: it has no adapter_config.json"
-            )
-        with loading("configuration of the adapter", str(adapter)):
-            task_type = PeftConfig.from_pretrained(folder).task_type
         if (folder / "tokenizer_config.json").exists():
             tokens_from = str(adapter)
         if (folder / "config.json").exists():  # the base model's, with the classes
             config = load_config(str(adapter))
-    task = _task(config, task_type, adapter or model)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if four_bit:
         options["quantization_config"] = four_bit_config(getattr(torch, dtype))
@@ -185,9 +178,13 @@ def task_of(model: str, adapter: str | os.PathLike[str] | None) -> str:
 
     if adapter is None:
         return _task(load_config(model), None, model)
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise AdarankError(
+            f"adapter {str(adapter)!r} is no adapter folder: it has no adapter_config.json"
+        )
     with loading("configuration of the adapter", str(adapter)):
         task_type = PeftConfig.from_pretrained(adapter).task_type
-    return _task(None, task_type, adapter)
+    return _task(load_config(model), task_type, adapter)
 
 
 def apply(
@@ -308,5 +305,6 @@ def _task(config: Any, task_type: Any, name: object) -> str:
     if any(one.endswith(LANGUAGE_MODELS) for one in architectures):
         return "causal-lm"
     raise AdarankError(
-        f"{str(name)!r} is neither a classifier nor a language model; give the adapter's folder"
+        f"{str(name)!r} is neither a classifier nor a language model; give its adapter, or a model "
+        "that is one"
     )

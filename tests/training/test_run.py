@@ -227,6 +227,26 @@ def test_evaluate_of_a_model_in_memory(folder):
         ada.evaluate(model, folder / "2.csv")
 
 
+@pytest.mark.parametrize(
+    "kind, message", [("bert", "has no language-model head and the data no labels"), ("t5", "no d")]
+)
+def test_models_that_are_no_language_model(adarank, folder, tmp_path_factory, kind, message):
+    model = save_tiny(kind, tmp_path_factory.mktemp("other") / kind)
+    status, _, err = adarank("train", model, "--data", folder / "completion.jsonl", "--rank", 2)
+    assert status == 2 and message in err and not list(Path().iterdir())
+
+
+def test_evaluate_says_no(adarank, folder):
+    for adapter, message in (
+        (folder, "no adapter_config.json"),
+        (None, "neither a classifier nor"),
+    ):
+        model = [folder / "bert", *([adapter] if adapter else [])]
+        for verb in ("evaluate", "apply"):
+            status, _, err = adarank(verb, *model, "--data", folder / "2.csv")
+            assert status == 2 and message in err and err.count("\n") == 1
+
+
 BAD = {
     "two sources": (["--rank", 2, "--average-rank", 4], "--rank and --average-rank each say the"),
     "no plan": (["--plan", "no.json"], "there is no plan file"),
