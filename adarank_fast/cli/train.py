@@ -94,6 +94,7 @@ def train(
     from transformers import EarlyStoppingCallback, set_seed
 
     from adarank_fast.adapters.inject import inject
+    from adarank_fast.models.identity import digest_weights
     from adarank_fast.plan.budget import Budget
     from adarank_fast.plan.lora_config import alpha_rule
     from adarank_fast.plan.rank_plan import RankPlan
@@ -160,7 +161,8 @@ def train(
         if not four_bit and torch.cuda.is_available():
             network.to("cuda")
     noted = {
-        **{"model": model, "task": rows.task, "data": examples.digest(), "settings": fields},
+        **{"model": model, "weights": digest_weights(network), "task": rows.task},
+        **{"data": examples.digest(), "settings": fields},
         **{"ranks": _digestible(source), "scaling": scaling, "lora_dropout": lora_dropout},
         **{"dtype": dtype, "four_bit": four_bit, "early_stopping": early_stopping},
     }
