@@ -187,8 +187,8 @@ def check_file(path: Name, inputs: Iterable[Name] = ()) -> Path:
 
     Args:
         path: what to write; a symbolic link is followed.
-        inputs: files, and folders of files, that are read: none may be replaced. Names of what is
-            not there are passed over.
+        inputs: files, and folders of files, that are read: none may be replaced. They need not
+            exist, as a model that is a name on the hub does not.
 
     Raises:
         AdarankError: `path` is a folder, a device, or one of the inputs, by whatever name.
@@ -202,8 +202,7 @@ def check_file(path: Name, inputs: Iterable[Name] = ()) -> Path:
         if target.is_symlink() or target.exists() and not target.is_file():
             raise AdarankError(f"cannot write {str(path)!r}: it is no regular file; name another")
         _check_parent(path, target)
-        if target.exists():
-            _refuse_inputs(path, [target], inputs)
+        _refuse_inputs(path, [target], inputs)
     return target
 
 
@@ -418,12 +417,17 @@ def _check_parent(path: Name, target: Path) -> None:
 
 
 def _refuse_inputs(path: Name, outputs: Iterable[Path], inputs: Iterable[Name]) -> None:
-    read: list[Path] = []
-    for given in map(Path, inputs):
-        read += given.iterdir() if given.is_dir() else [given]
     outputs = list(outputs)
-    for one in filter(Path.is_file, read):
-        if any(os.path.samefile(one, output) for output in outputs if output.exists()):
-            raise AdarankError(
-                f"cannot write {str(path)!r}: {str(one)!r} is read from there; name another"
-            )
+    for given in map(Path, inputs):
+        for one in given.iterdir() if given.is_dir() else [given]:
+            if any(_is_same_file(one, output) for output in outputs):
+                raise AdarankError(
+                    f"cannot write {str(path)!r}: {str(one)!r} is read from there; name another"
+                )
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    """Whether both are names of one file: the same name, or linked."""
+    if one.exists() and other.exists():
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -69,7 +69,7 @@ def export(
     if uniform or rank is not None or base is not None:
         raise AdarankError("--uniform, --rank and --base are for adapter folders, not plans")
     if output is not None:
-        check_file(output)
+        check_file(output, [source])
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.plan.trainer_formats import export_plan, render
 

@@ -22,7 +22,7 @@ def plot(
     as_json: JSON = False,
 ) -> None:
     """Draw a plan: disagreement by layer, and the ranks as a heat map."""
-    check_file(output_file)
+    check_file(output_file, [plan_file])
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.plots.plans import plot_plan
 

@@ -67,7 +67,8 @@ def predict(
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
     names = parse_target_modules(target_modules)
     if not dry_run:
-        check_file(output_file)
+        read = [model, data, *([] if limits.checkpoint is None else [limits.checkpoint])]
+        check_file(output_file, read)
 
     texts = read_texts(data, text_column).texts
     if samples < len(texts):

@@ -6,7 +6,6 @@ cells and, in `cells/plans/`, the arms' plans. All else is the report, made anew
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,8 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> str:
     cells = folder / CELLS
     if not any(cells.glob("*.json")):
         (folder / "settings.json").unlink(missing_ok=True)
-        shutil.rmtree(cells, ignore_errors=True)
+        for plan in (cells / "plans").glob("*.json"):
+            plan.unlink()
     return note_settings(folder, settings, "a comparison", REMEDY)
 
 

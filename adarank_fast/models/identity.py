@@ -24,7 +24,7 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.models.bitsandbytes_private import scales
 
 BLOCK = 2**16  # numbers that one sum is over
-BLOCKS = {"cpu": 4, "cuda": 64}  # blocks at a time: in the cache of a core, few launches on a GPU
+BLOCKS = {"cpu": 4, "cuda": 32}  # blocks at a time: in the cache of a core, few launches on a GPU
 SIGNS = 8  # projections of an output
 OUTPUT_TOLERANCE = 0.01, 0.1  # of its scale, of its projections: more than 16-bit rounding
 
@@ -68,17 +68,17 @@ def fingerprint(output: Tensor) -> dict[str, Any]:
         JSON values: "shape", "scale" (root mean square) and "projections" on eight random vectors
         of signs, in units of what they come to for random values.
     """
-    signs = ((_coefficients(output.device)[:, None] >> torch.arange(8, 8 + SIGNS)) & 1) * 2 - 1
-    signs = signs.to(torch.float64)
-    square, sums = 0.0, torch.zeros(SIGNS, dtype=torch.float64)
+    bits = torch.arange(8, 8 + SIGNS, device=output.device)
+    signs = ((_coefficients(output.device)[:, None] >> bits) & 1).double() * 2 - 1
+    sums = signs.new_zeros(SIGNS + 1)  # of the projections, and of squares
     for part in output.detach().reshape(-1).split(BLOCK):
         part = torch.nan_to_num(part.to(signs), posinf=0.0, neginf=0.0)
-        square += float(part @ part)
-        sums += (part @ signs[: len(part)]).cpu()
+        sums += torch.cat([part @ signs[: len(part)], (part @ part)[None]])
+    *projections, square = sums.tolist()
     return {
         "shape": list(output.shape),
         "scale": math.sqrt(square / max(output.numel(), 1)),
-        "projections": (sums / (math.sqrt(square) or 1.0)).tolist(),
+        "projections": [value / (math.sqrt(square) or 1.0) for value in projections],
     }
 
 

@@ -243,6 +243,17 @@ BAD = {
     "not a plan": (["plot", TEXTS], "is not a JSON file"),
     "plot folder": (["plot", "no.json", "-o", "not/there.png"], "does not exist"),
     "plot into a device": (["plot", "no.json", "-o", "/dev/null"], "is no regular file"),
+    "over the data": (["predict", BERT, "--data", TEXTS, "-o", TEXTS], "is read from there"),
+    "over the checkpoint": (
+        ["predict", BERT, "--data", TEXTS, "-o", "c", "--checkpoint", "c"],
+        "cannot write 'c': 'c' is read from there; name another",
+    ),
+    "plot over the plan": (["plot", TEXTS, "-o", TEXTS], "is read from there"),
+    "export over the plan": (["export", TEXTS, "-o", TEXTS], "is read from there"),
+    "compare into the model": (
+        ["compare", BERT, "--data", TEXTS, "-o", BERT],
+        "is not empty and adarank-fast did not make it; name a new one",
+    ),
 }
 
 
@@ -268,13 +279,32 @@ NOT_LOADED = {
     "output": ["--output", "hiden"],
     "misspelt": ["--averge-rank", "1"],
 }
+NOT_LOADED = {name: ["predict", "x", "--data", "y", *more] for name, more in NOT_LOADED.items()}
+NOT_LOADED |= {
+    f"compare {option}": ["compare", "x", "--data", "y", option, value]
+    for option, value in {
+        "--arms": "best",
+        "--plan": "no.json",
+        "--seeds": "0",
+        "--average-rank": "0",
+        "--task": "parsing",
+        "--metric": "no:metric",
+        "--learning-rates": "1,1",
+        "--epochs": "0",
+        "--scaling": "big",
+        "--trials": "0",
+        "--dtype": "int3",
+        "--epoch": "1",
+        "-o": "/dev/null/report",
+    }.items()
+}
 
 
 def test_bad_options_are_judged_before_torch_is_loaded():
     code = (
         "import sys, adarank_fast.cli.main as cli\n"
-        f"for options in {list(NOT_LOADED.values())!r}:\n"
-        "    try: cli.main(['predict', 'x', '--data', 'y', *options])\n"
+        f"for arguments in {list(NOT_LOADED.values())!r}:\n"
+        "    try: cli.main(arguments)\n"
         "    except SystemExit as done: print(done.code, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -342,6 +342,20 @@ def test_a_folder_of_others_is_left_alone(finished, tmp_path, content):
     assert files[0].read_text() == "mine"
 
 
+def test_before_a_cell_is_finished_the_settings_may_change(tmp_path, monkeypatch):
+    def fit(*arguments, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "fit", fit)
+        with pytest.raises(Killed):
+            run(work_dir=tmp_path, **QUICK)
+    (tmp_path / "cells" / "notes").write_text("mine")
+    made = run(work_dir=tmp_path, **QUICK | dict(average_rank=1))
+    assert set(made.plans["uniform"].ranks.values()) == {1}
+    assert (tmp_path / "cells" / "notes").read_text() == "mine"
+
+
 def test_an_input_in_the_folder_is_left_alone(tmp_path):
     made = run(work_dir=tmp_path / "report", **QUICK)
     made.save(tmp_path / "report")
