@@ -43,7 +43,11 @@ def unfinished_run(folder: Name, settings: Mapping[str, Any]) -> Iterator[Path]:
             for name in ("settings.json", PLAN):
                 (found / name).unlink(missing_ok=True)
         note_settings(found, settings, "an unfinished run", "finish that one or delete it")
-        yield found
+        try:
+            yield found
+        finally:
+            if found.exists() and not last_checkpoint(found) and not (found / PLAN).exists():
+                _remove(found)  # an error before there was anything to go on from
 
 
 def _noted(folder: Path, settings: Mapping[str, Any]) -> bool:
