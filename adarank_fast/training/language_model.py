@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import random
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.identity import digest_data
 from adarank_fast.models.text import first_line
+from adarank_fast.training.arguments import make_arguments, read_settings
 from adarank_fast.training.data import Data
 from adarank_fast.training.evaluation import evaluate, metrics
 from adarank_fast.training.tokens import Item, collate, pad_id, some
@@ -24,6 +30,7 @@ from adarank_fast.training.trainer import Watch, Watched
 
 TOKENS = 4096  # of a batch that is measured; there is a logit for every token and word
 CALIBRATED = 512  # tokens of an example that ranks are predicted on
+WHAT_COUNTS = ("max_length", "completion_only_loss", "assistant_only_loss", "eos_token")
 Row = Mapping[str, Any]  # TRL's columns: text; prompt and completion; or messages
 
 
@@ -155,6 +162,35 @@ def batch_of(items: Sequence[Item], batch_size: int) -> int:
     return max(min(batch_size, TOKENS // longest), 1)
 
 
+def tokenise(rows: Sequence[Row], tokenizer: Any, settings: Mapping[str, Any]) -> list[Item]:
+    """Rows as `SFTTrainer` tokenises them, for a model that is not to be trained.
+
+    The trainer gets a model of its own, since it changes the one that it gets.
+
+    Args:
+        rows: in TRL's columns.
+        tokenizer: not changed.
+        settings: fields of `SFTConfig`; those that say what counts are looked at.
+
+    Raises:
+        AdarankError: see `make_trainer`.
+    """
+    given = {name: settings[name] for name in WHAT_COUNTS if name in settings}
+    stand_in = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    with tempfile.TemporaryDirectory() as scratch, _random_state_kept():
+        fields = {**read_settings("causal-lm"), "save_strategy": "no", **given}
+        arguments = make_arguments("causal-lm", fields, scratch)
+        model = LlamaForCausalLM(stand_in)
+        trainer = make_trainer(model, copy.deepcopy(tokenizer), rows, rows[:1], arguments)
+    return items_of(trainer.train_dataset)
+
+
 def items_of(dataset: Any) -> list[Item]:
     """What `SFTTrainer` made of rows, as items: ids, mask and labels."""
     return [
@@ -225,6 +261,16 @@ def check_template(tokenizer: Any) -> None:
             "the data are chats and the tokenizer has no chat template; take the chat (instruct) "
             "model, or give a template: --set chat_template_path=FILE.jinja"
         )
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """A trainer seeds Python's, numpy's and torch's generators when it is made."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
 
 
 @contextmanager

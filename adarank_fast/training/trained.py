@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.text import first_line, list_names, loading
 from adarank_fast.options import DTYPES, check_choice, check_integer
 from adarank_fast.training import language_model
-from adarank_fast.training.arguments import make_arguments, read_settings
 from adarank_fast.training.card import GENERATED, read_record
 from adarank_fast.training.data import Data, quote, read_data
 from adarank_fast.training.evaluation import evaluate as evaluate_items
@@ -165,7 +163,13 @@ def evaluate(
     else:
         trained = _in_memory(model, tokenizer, max_length)
         found = read(trained.task)
-    return metrics(evaluate_items(trained.model, *_items(trained, found, batch_size)))
+    items = _items(trained, found, batch_size)
+    modes = [(module, module.training) for module in trained.model.modules()]
+    try:
+        return metrics(evaluate_items(trained.model, *items))
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def task_of(model: str, adapter: str | os.PathLike[str] | None) -> str:
@@ -266,16 +270,7 @@ def _items(trained: Trained, data: Data, batch_size: int) -> tuple[Any, int, int
         labels, classes = list(data.labels), list(trained.classes)
         items = encode_labelled(trained.tokenizer, texts, labels, classes, trained.max_length)
         return items, pad, batch_size
-    kept = ("max_length", "completion_only_loss", "assistant_only_loss", "eos_token")
-    given = {k: v for k, v in trained.settings.items() if k in kept}
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = make_arguments(
-            "causal-lm", {**read_settings("causal-lm"), "save_strategy": "no", **given}, scratch
-        )
-        trainer = language_model.make_trainer(
-            trained.model, trained.tokenizer, data.rows, data.rows[:1], arguments
-        )
-        items = language_model.items_of(trainer.train_dataset)
+    items = language_model.tokenise(data.rows, trained.tokenizer, trained.settings)
     return items, pad, language_model.batch_of(items, batch_size)
 
 

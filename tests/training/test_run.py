@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
 
@@ -217,14 +219,21 @@ def test_ranks_are_predicted_where_none_are_given(adarank, folder, monkeypatch):
     assert {*config["rank_pattern"].values(), config["r"]} == {*plan.ranks.values()} - {0}
 
 
-def test_evaluate_of_a_model_in_memory(folder):
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluate_changes_nothing_of_a_model_in_memory(folder, task):
+    name, data = TASKS[task]
+    kind = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "bert")
+    model, tokens = kind.from_pretrained(folder / name).train(), tokenizer(padding=False)
     model.config.id2label = {0: "class 0", 1: "class 1"}
-    found = ada.evaluate(model, folder / "2.csv", tokenizer=tokenizer())
-    assert found["examples"] == 60 and 0.5 < found["loss"] < 1
+    before = [*vars(model)], model.config.to_dict(), tokens.pad_token, [model.training]
+    drawn = torch.get_rng_state(), random.getstate()
+    found = ada.evaluate(model, folder / data, tokenizer=tokens)
+    assert before == ([*vars(model)], model.config.to_dict(), tokens.pad_token, [model.training])
+    assert torch.equal(drawn[0], torch.get_rng_state()) and drawn[1] == random.getstate()
+    assert found.get("examples", 60) == 60 and 0.5 < found["loss"] < 5
     with pytest.raises(ada.AdarankError, match="a model in memory needs its tokenizer="):
-        ada.evaluate(model, folder / "2.csv")
+        ada.evaluate(model, folder / data)
 
 
 @pytest.mark.parametrize(
