@@ -264,6 +264,11 @@ def read_data(
     if task == "classification" and labels is None:
         raise AdarankError("classification needs labels, the data have none; name their column")
     said = f"{path}: {len(found):,} texts"
+    if labels is None and task == "auto" and (others := _other_columns(path, text_column)):
+        raise AdarankError(
+            f"{path} has columns beside the text and none is called a label: {', '.join(others)}; "
+            "say which with label_column (--label-column), or task causal-lm (--task) for none"
+        )
     if labels is None:
         rows = [{"text": text} for text in found.texts]
         return Data("text", rows, [], said, found.texts, None, "causal-lm")
@@ -271,3 +276,15 @@ def read_data(
     rows = [{"text": t, "label": one} for t, one in zip(found.texts, labels, strict=True)]
     said = f"{said} of {len(classes)} classes ({', '.join(classes[:8])})"
     return Data("labelled", rows, classes, said, found.texts, labels, "classification")
+
+
+def _other_columns(path: Path, text_column: str | None) -> list[str]:
+    """Columns that are not the text's."""
+    kind = path.suffix.lower()
+    if kind in (".txt", ".text"):
+        return []
+    text = _read(path)
+    rows = _jsonl(path, text) if kind in (".jsonl", ".ndjson") else _csv(path, text)
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    chosen = _choose(path, columns, "text", text_column, TEXT_COLUMNS)
+    return [column for column in columns if column != chosen] if len(columns) > 1 else []

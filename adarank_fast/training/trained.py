@@ -49,7 +49,8 @@ class Trained:
 
     @property
     def max_length(self) -> int:
-        return int(self.settings.get("max_length") or LENGTHS[self.task])
+        length = self.settings.get("max_length")
+        return length if isinstance(length, int) and length > 0 else LENGTHS[self.task]
 
 
 def load_trained(
@@ -109,7 +110,8 @@ def load_trained(
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = config.id2label if task == "classification" else {}
     classes = [str(names[number]) for number in sorted(names)]
-    settings = {} if adapter is None else dict(read_record(adapter).get("settings", {}))
+    noted = {} if adapter is None else read_record(adapter).get("settings")
+    settings = dict(noted) if isinstance(noted, dict) else {}
     if max_length is not None:
         settings["max_length"] = max_length
     return Trained(network.eval(), tokenizer, task, classes, settings)

@@ -245,6 +245,17 @@ def test_models_that_are_no_language_model(adarank, folder, tmp_path_factory, ki
     assert status == 2 and message in err and not list(Path().iterdir())
 
 
+def test_a_label_that_is_not_called_one_is_a_question(adarank, folder):
+    Path("reviews.csv").write_text("review,sentiment\n" + "word1 word2,good\nword3,bad\n" * 4)
+    arguments = ("train", folder / "llama", "--data", "reviews.csv", "--rank", 2, "--max-steps", 1)
+    status, _, err = adarank(*arguments)
+    assert status == 2 and "sentiment" in err and "--label-column" in err
+    assert adarank(*arguments, "--label-column", "sentiment")[0] == 0
+    assert json.loads(Path("adapter/training.json").read_text())["classes"] == ["bad", "good"]
+    assert adarank(*arguments, "--task", "causal-lm")[0] == 0
+    assert json.loads(Path("adapter/training.json").read_text())["form"] == "text"
+
+
 def test_evaluate_says_no(adarank, folder):
     for adapter, message in (
         (folder, "no adapter_config.json"),
