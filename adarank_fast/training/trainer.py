@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
@@ -227,15 +227,11 @@ class LengthGroups(Sampler[int]):
 class ItemTrainer(Watched, Trainer):
     """Trains on items, like lengths together; the order depends on the arguments' seed alone."""
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        sampler = LengthGroups(self.train_dataset, self.args.train_batch_size, self.args.seed)
-        loader = DataLoader(
-            *(self.train_dataset, self.args.train_batch_size),
-            sampler=sampler,
-            collate_fn=self.data_collator,
-        )
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        return prepared
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if getattr(self.args, "train_sampling_strategy", "random") != "random":
+            return super()._get_train_sampler(train_dataset)
+        items = self.train_dataset if train_dataset is None else train_dataset
+        return LengthGroups(items, self.args.train_batch_size, self.args.seed)
 
 
 def fit(
