@@ -2,7 +2,8 @@
 
 - One file: `replacing`, `write_text`. What was there stays until the new content is on the disk.
 - A folder that appears at once: `new_folder`.
-- A folder that work goes on in: `own_folder`. It carries our mark, and one run at a time has it.
+- A folder that work goes on in: `own_folder`. It carries our mark, and one run at a time has it
+  and may remove it: `remove_folder`.
 - A file that lines are added to: `lock_file`. One run at a time has it.
 - What others write into our folders: `writing` says in one line that the disk is full.
 
@@ -12,8 +13,6 @@ nothing is locked.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -29,16 +28,15 @@ from typing import Any
 from adarank_fast.errors import (
     AdarankError,
     AdarankFileNotFoundError,
-    AdarankOSError,
     AdarankPermissionError,
 )
+from adarank_fast.file_system import alone_in, is_named, lock
+from adarank_fast.file_system import writing as writing
 
 Name = str | os.PathLike[str]
 
 MARK = ".adarank.json"  # in every folder that is ours
 FORMAT = "adarank-fast folder"
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -77,7 +75,8 @@ def new_folder(path: Name, replace: str = "") -> Iterator[Path]:
     Raises:
         AdarankError: see `check_folder` and `writing`.
     """
-    target = check_folder(path, replace)
+    with alone_in(Path(os.path.realpath(path)).parent):
+        target = check_folder(path, replace)
     with writing(path), _temporary(target, os.mkdir) as temporary:
         yield temporary
         if replace:
@@ -85,20 +84,20 @@ def new_folder(path: Name, replace: str = "") -> Iterator[Path]:
             (temporary / MARK).write_text(json.dumps(mark), encoding="utf-8")
         for name in _files(temporary):
             _to_disk(temporary / name)
-        check_folder(path, replace)  # something may have been put there meanwhile
-        _keep_permissions(temporary, target)
-        old = _beside(target, ".old")
-        if replace and target.exists():  # a rename cannot replace a folder that is not empty
-            with _locked(target):  # not swept up in between
-                os.replace(target, old)
-                try:
-                    os.replace(temporary, target)
-                except BaseException:
-                    os.replace(old, target)
-                    raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
+        with alone_in(target.parent):
+            check_folder(path, replace)  # something may have been put there meanwhile
+            _keep_permissions(temporary, target)
+            old = _beside(target, ".old")
+            if not replace or not target.exists():
+                os.replace(temporary, target)
+                return
+            os.replace(target, old)  # a rename cannot replace a folder that is not empty
+            try:
+                os.replace(temporary, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -106,7 +105,7 @@ def own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Iterator[P
     """A folder that is ours to add to, to resume and to clear, for one run at a time.
 
     It is made, parents included, and marked: later runs of the same kind are let in, and they are
-    the only ones. Removing it within the block is fine.
+    the only ones. Within the block it may be removed, with `remove_folder`.
 
     Args:
         path: not there, an empty folder, or one with this kind's mark.
@@ -118,16 +117,19 @@ def own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Iterator[P
     """
     inputs = list(inputs)
     while True:
-        folder = check_own_folder(path, kind, inputs)
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            opened = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            if _lock(opened) is False:
+            with alone_in(Path(os.path.realpath(path)).parent), writing(path):
+                folder = check_own_folder(path, kind, inputs)
+                folder.mkdir(parents=True, exist_ok=True)
+                opened = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except (FileNotFoundError, FileExistsError):  # removed in between
+            continue
+        try:
+            if lock(opened) is False:
                 raise AdarankError(
                     f"folder {str(path)!r} is in use by another run; wait for it or name another"
                 )
-            if not _names(folder / MARK, opened):  # removed by the run that had it
+            if not is_named(folder / MARK, opened):  # removed by the run that had it
                 continue
             with writing(path):
                 if not os.fstat(opened).st_size:
@@ -136,6 +138,14 @@ def own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Iterator[P
             return
         finally:
             os.close(opened)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that `own_folder` opened, at once: no other run finds a part of it."""
+    gone = _beside(path, ".tmp")
+    with writing(path), alone_in(path.parent):
+        os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
@@ -151,35 +161,13 @@ def lock_file(path: Name) -> Iterator[int]:
     with writing(path):
         opened = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        if _lock(opened) is False:
+        if lock(opened) is False:
             raise AdarankError(
                 f"{str(path)!r} is in use by another run; wait for it or name another"
             )
         yield opened
     finally:
         os.close(opened)
-
-
-@contextmanager
-def writing(path: Name) -> Iterator[None]:
-    """Say in one line that `path` cannot be written, whichever library finds out.
-
-    Raises:
-        AdarankPermissionError: no right to write there, or a read-only file system.
-        AdarankOSError: the disk or the quota is full, a file too large, a name too long.
-    """
-    try:
-        yield
-    except AdarankError:
-        raise
-    except Exception as error:
-        number = _error_number(error)
-        said = f"cannot write {str(path)!r}: {os.strerror(number)}"
-        if number in FORBIDDEN:
-            raise AdarankPermissionError(f"{said}; name another place") from error
-        if number in FULL:
-            raise AdarankOSError(f"{said}; make room or name another place") from error
-        raise
 
 
 def check_file(path: Name, inputs: Iterable[Name] = ()) -> Path:
@@ -288,15 +276,13 @@ def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy:
 @contextmanager
 def _temporary(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """A new file or folder beside `target`, locked, and removed at the end if it is still there."""
-    _sweep(target)
-    while True:
+    with alone_in(target.parent) as alone:
+        if alone:
+            _sweep(target)
         temporary = _beside(target, ".tmp")
         make(temporary)
         opened = os.open(temporary, os.O_RDONLY)
-        _lock(opened)
-        if _names(temporary, opened):  # else it was swept up before it was locked
-            break
-        os.close(opened)
+        lock(opened)
     try:
         yield temporary
     finally:
@@ -309,40 +295,14 @@ def _sweep(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
     with suppress(OSError):
         for left in [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)]:
-            with _locked(left) as mine:
-                if mine and left.suffix == ".old" and not target.exists():
+            opened = os.open(left, os.O_RDONLY)
+            try:
+                if left.suffix == ".old" and not target.exists():
                     os.replace(left, target)
-                elif mine:
+                elif lock(opened):  # nobody writes it
                     _remove(left)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool | None]:
-    """See `_lock`."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        yield _lock(opened)
-    finally:
-        os.close(opened)
-
-
-def _lock(opened: int) -> bool | None:
-    """True: locked, until the descriptor is closed. False: somebody else has it. None: no locks."""
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _names(path: Path, opened: int) -> bool:
-    """Whether `path` is still the name of an open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(opened))
-    except FileNotFoundError:
-        return False
+            finally:
+                os.close(opened)
 
 
 def _make_file(path: Path) -> None:
@@ -376,17 +336,6 @@ def _beside(path: Path, suffix: str) -> Path:
 def _files(folder: Path) -> list[str]:
     """Names of all files in it and beneath."""
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()]
-
-
-def _error_number(error: Exception) -> int:
-    """The system's number for what went wrong, of whatever a library made of it; 0: none."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    if found := re.search(r"os error (\d+)", str(error)):  # safetensors
-        return int(found[1])
-    if re.search(r"PytorchStreamWriter|inline_container.*unexpected pos", str(error)):
-        return errno.ENOSPC  # torch.save does not say why
-    return 0
 
 
 def _check_mark(path: Name, folder: Path, kind: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -23,6 +25,7 @@ from adarank_fast.files import (
     new_folder,
     note_settings,
     own_folder,
+    remove_folder,
     replacing,
     write_text,
 )
@@ -206,8 +209,7 @@ def test_one_run_at_a_time(tmp_path):
                 enter(take())
         enter(take())
     with own_folder(tmp_path / "folder", "x") as folder:
-        (folder / MARK).unlink()
-        folder.rmdir()
+        remove_folder(folder)
     assert names(tmp_path) == ["c"]
 
 
@@ -270,3 +272,27 @@ def test_settings_of_another_run(tmp_path):
     note = json.dumps({"rank": 2})
     (tmp_path / "settings.json").write_text(note)
     assert note_settings(tmp_path, {"rank": 2}, "a run", "delete it") == ""
+
+
+def test_many_writers_at_once(tmp_path):
+    def work(number):
+        refused = 0
+        for turn in range(20):
+            try:
+                with own_folder(tmp_path / "own" / "deep", "x") as folder:
+                    with open(folder / "holder", "x"):  # fails if there are two
+                        time.sleep(0.001)
+                    (folder / "holder").unlink()
+                    if turn % 3 == number % 3:
+                        remove_folder(folder)
+            except AdarankError as error:
+                assert "is in use by another run" in str(error)
+                refused += 1
+            write_text(tmp_path / "file", "whole")
+            with new_folder(tmp_path / "new", "adapter") as temporary:
+                (temporary / "a").write_text("whole")
+        return refused
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(work, range(4))) < 80
+    assert names(tmp_path) == ["file", "new", "own"] and names(tmp_path / "new") == [MARK, "a"]

@@ -1,0 +1,97 @@
+"""What the operating system says of files: who holds a lock, and why a write failed.
+
+Locks are `flock`'s: they end with the process, however it ends. Where a file system has none,
+nothing is locked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adarank_fast.errors import AdarankError, AdarankOSError, AdarankPermissionError
+
+PATIENCE = 10  # seconds
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in one line that `path` cannot be written, whichever library finds out.
+
+    Raises:
+        AdarankPermissionError: no right to write there, or a read-only file system.
+        AdarankOSError: the disk or the quota is full, a file too large, a name too long.
+    """
+    try:
+        yield
+    except AdarankError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        said = f"cannot write {str(path)!r}: {os.strerror(number)}"
+        if number in FORBIDDEN:
+            raise AdarankPermissionError(f"{said}; name another place") from error
+        if number in FULL:
+            raise AdarankOSError(f"{said}; make room or name another place") from error
+        raise
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Keep other writers from making and renaming things in a folder for a moment.
+
+    Yields:
+        False: somebody else keeps it locked, or it cannot be locked.
+    """
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # no right to read it, as opposed to write
+        yield False
+        return
+    try:
+        yield lock(opened, PATIENCE) is True
+    finally:
+        os.close(opened)
+
+
+def lock(opened: int, seconds: float = 0) -> bool | None:
+    """True: locked, until the descriptor is closed. False: somebody else has it. None: no locks."""
+    latest = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= latest:
+                return False
+            time.sleep(0.002)
+        except OSError:
+            return None
+        else:
+            return True
+
+
+def is_named(path: Path, opened: int) -> bool:
+    """Whether `path` is still the name of an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(opened))
+    except FileNotFoundError:
+        return False
+
+
+def _error_number(error: Exception) -> int:
+    """The system's number for what went wrong, of whatever a library made of it; 0: none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if found := re.search(r"os error (\d+)", str(error)):  # safetensors
+        return int(found[1])
+    if re.search(r"PytorchStreamWriter|inline_container.*unexpected pos", str(error)):
+        return errno.ENOSPC  # torch.save does not say why
+    return 0
