@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from adarank_fast.errors import AdarankError, AdarankRuntimeError
-from adarank_fast.files import Name, check_folder, new_folder, note_settings, own_folder, writing
+from adarank_fast.files import (
+    Name,
+    check_folder,
+    new_folder,
+    note_settings,
+    own_folder,
+    remove_folder,
+    writing,
+)
 from adarank_fast.training.trainer import Training, watch_of
 
 KIND = "adapter"  # of folder
@@ -38,6 +46,8 @@ def unfinished_run(folder: Name, settings: Mapping[str, Any]) -> Iterator[Path]:
         AdarankError: the unfinished run there is another one, or still running.
     """
     target = Path(os.path.realpath(folder))
+    for left in target.parent.glob(f"..{escape(target.name)}.unfinished.{8 * '[0-9a-f]'}.tmp"):
+        shutil.rmtree(left, ignore_errors=True)  # of a kill while checkpoints were removed
     with own_folder(target.with_name(f".{target.name}.unfinished"), "unfinished run") as found:
         if last_checkpoint(found) is None and not _noted(found, settings):  # nothing to lose
             for name in ("settings.json", PLAN):
@@ -47,7 +57,7 @@ def unfinished_run(folder: Name, settings: Mapping[str, Any]) -> Iterator[Path]:
             yield found
         finally:
             if found.exists() and not last_checkpoint(found) and not (found / PLAN).exists():
-                _remove(found)  # an error before there was anything to go on from
+                remove_folder(found)  # an error before there was anything to go on from
 
 
 def _noted(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -73,7 +83,7 @@ def run(trainer: Any, checkpoints: Path) -> Training:
     trainer.model.eval()
     training = watch_of(trainer).training()
     if training.diverged:
-        _remove(checkpoints)
+        remove_folder(checkpoints)
         raise AdarankRuntimeError(
             f"{training.diverged}: training diverged; lower the learning rate"
         )
@@ -96,7 +106,7 @@ def finish(
         write(temporary)
         if (checkpoints / "runs").is_dir():
             shutil.copytree(checkpoints / "runs", temporary / "runs")
-    _remove(checkpoints)
+    remove_folder(checkpoints)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -109,17 +119,6 @@ def last_checkpoint(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(path, ignore_errors=True)  # cut off while it was written
     return str(max(found)[1]) if found else None
-
-
-def _remove(checkpoints: Path) -> None:
-    """Out of the way first: a kill leaves no part of a checkpoint that looks like a whole one.
-
-    The name is one that the next `new_folder` for the adapter sweeps up.
-    """
-    adapter = checkpoints.name.removeprefix(".").removesuffix(".unfinished")
-    gone = checkpoints.with_name(f".{adapter}.{uuid.uuid4().hex[:8]}.tmp")
-    os.replace(checkpoints, gone)
-    shutil.rmtree(gone)
 
 
 class Progress(TrainerCallback):
