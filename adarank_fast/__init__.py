@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from adarank_fast.prediction.noise import perturbation
     from adarank_fast.prediction.predict import predict_ranks
     from adarank_fast.prediction.probe import Limits, Probe
+    from adarank_fast.training.trained import evaluate
 
 __version__ = _version("adarank-fast")
 
@@ -50,6 +51,7 @@ __all__ = [
     "compare",
     "compile_blocks",
     "estimate_cost",
+    "evaluate",
     "export_plan",
     "export_uniform",
     "find_targets",
@@ -83,6 +85,7 @@ _MODULES = {
     "prediction.noise": ["perturbation"],
     "prediction.predict": ["predict_ranks"],
     "prediction.probe": ["Limits", "Probe"],
+    "training.trained": ["evaluate"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -12,7 +12,8 @@ from adarank_fast.adapters.fused_linear import fused_layers
 from adarank_fast.adapters.gated_mlp import gated_mlps
 from adarank_fast.adapters.groups import LayerState
 from adarank_fast.errors import AdarankError
-from adarank_kernels.runtime.registry import kernel_status
+from adarank_kernels.runtime import native
+from adarank_kernels.runtime.registry import HAS_TRITON, kernel_status
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,18 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
             reason = f"PEFT's lora.{type(module).__name__}, which has no fused form"
             report[path] = LayerReport(False, (path,), 0, 0, {reason: 0})
     return report
+
+
+def products(model: nn.Module) -> str:
+    """What computes the fused layers' products with few ranks; results differ in the last bits.
+
+    Returns:
+        "C++", "Triton" or "torch"; "PEFT" where no layer is fused.
+    """
+    weights = (p for _, layer in fused_layers(model) for p in layer.parameters())
+    device = next((p.device.type for p in weights), None)
+    if device is None:
+        return "PEFT"
+    if device == "cpu":
+        return "torch" if native.operators() is None else "C++"
+    return "Triton" if device == "cuda" and HAS_TRITON else "torch"

@@ -81,9 +81,9 @@ def inject(
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _verify(model, planned, scaling, adapter_name)
+        keep_unpacked(model)
         if planned.keys() - experts:
             accelerate(peft_model, example)
-        keep_unpacked(model)
         _warn_of_fast_path(model, planned)
     return peft_model
 

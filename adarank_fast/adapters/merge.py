@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -77,6 +78,7 @@ def merge_adapter(
                 f"MODEL {model!r} is quantised: merging would round the adapter away; give the "
                 "unquantised model"
             )
+        _name_classes(config, Path(adapter))
         merged, fresh = _merge(type(skeleton), model, config, adapter, found, dtype)
         merged.save_pretrained(temporary)
         _save_tokenizer([str(adapter), model], temporary)
@@ -148,6 +150,20 @@ def _label_count(adapter: Adapter) -> int | None:
     heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
     sizes = [t.shape[0] for name, t in adapter.others.items() if name.endswith(heads)]
     return sizes[-1] if sizes else None
+
+
+def _name_classes(config: Any, folder: Path) -> None:
+    """Give a configuration the names of classes, and the padding, of the one beside an adapter."""
+    try:
+        beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = {int(number): str(name) for number, name in beside["id2label"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # an adapter has no configuration of the model but where we or the user put one
+    if sorted(names) == list(range(config.num_labels)):
+        config.id2label = names
+        config.label2id = {name: number for number, name in names.items()}
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = beside.get("pad_token_id")
 
 
 def _merge(

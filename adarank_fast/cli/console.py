@@ -55,8 +55,13 @@ def say_written(path: Path, as_json: Mapping[str, Any] | None = None) -> None:
 
 
 def quiet_transformers() -> None:
-    """Without transformers' progress bars and load reports: problems are raised."""
+    """Without transformers' progress bars, load reports and deprecations: problems are raised."""
+    import warnings
+
     from transformers.utils import logging
+
+    for module in ("transformers", "trl"):  # of calls that libraries make of each other
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

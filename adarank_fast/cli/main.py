@@ -12,8 +12,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from adarank_fast.cli.apply import apply
 from adarank_fast.cli.compare import compare
 from adarank_fast.cli.demo import demo
+from adarank_fast.cli.evaluate import evaluate
 from adarank_fast.cli.export import export
 from adarank_fast.cli.merge import merge
 from adarank_fast.cli.options import checked
@@ -95,5 +97,5 @@ def _options(
     pass
 
 
-for command in (predict, train, compare, plot, export, merge, demo):
+for command in (predict, train, evaluate, apply, compare, plot, export, merge, demo):
     app.command()(checked(command))

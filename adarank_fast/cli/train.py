@@ -4,90 +4,288 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, say_written
+from adarank_fast.cli.console import quiet_transformers, say_written, show, status
+from adarank_fast.errors import AdarankError
 from adarank_fast.options import DTYPES, check_choice
-from adarank_fast.training.data import read_texts
+
+if TYPE_CHECKING:
+    from adarank_fast.plan.rank_plan import RankPlan
+    from adarank_fast.training.card import Result
+    from adarank_fast.training.classification import Classification
+    from adarank_fast.training.data import Data
+    from adarank_fast.training.language_model import LanguageModel
+
+AVERAGE_RANK = 8
+CALIBRATION = 64  # examples that ranks are predicted on
 
 
 def train(
     model: options.MODEL,
     data: options.DATA,
-    plan: Annotated[Path, typer.Option(help="The ranks: a plan.json.", show_default=False)],
+    plan: Annotated[
+        Path | None, typer.Option(help="The ranks: a plan.json. Default: they are predicted first.")
+    ] = None,
+    average_rank: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of predicted ranks.", show_default=str(AVERAGE_RANK)),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Uniform LoRA of this rank instead.")
+    ] = None,
+    target_modules: options.TARGET_MODULES = "attention",
     output_folder: Annotated[
         Path, typer.Option("--output-folder", "-o", help="Where to put the adapter.")
     ] = Path("adapter"),
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Data to measure on; default: some of the training data.")
+    ] = None,
     task: options.TASK = "auto",
-    epochs: options.EPOCHS = 3,
+    text_column: options.TEXT_COLUMN = None,
+    label_column: options.LABEL_COLUMN = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data (3).")] = None,
     max_steps: options.MAX_STEPS = None,
-    batch_size: options.BATCH_SIZE = 32,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 1e-3,
-    max_length: options.MAX_LENGTH = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples a step (32; language models 8).")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="At its highest (1e-3; language models 2e-4)."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an example (128; language models 1024).")
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many evaluations without gain; keep the best."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A .yaml or .json of TrainingArguments (language models: SFTConfig)."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One such field: name=value. Repeatable.")
+    ] = None,
     scaling: options.SCALING = "constant",
-    seed: Annotated[int, typer.Option(min=0, help="Of head, adapters, order, dropout.")] = 0,
+    lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of head, adapters, order, dropout (0).")
+    ] = None,
     dtype: options.DTYPE = "float32",
     four_bit: Annotated[
         bool, typer.Option("--four-bit", help="Keep the frozen weights in 4 bits (bitsandbytes).")
     ] = False,
-    text_column: options.TEXT_COLUMN = None,
-    label_column: options.LABEL_COLUMN = None,
     as_json: options.JSON = False,
 ) -> None:
-    """Train a plan's adapters on MODEL; the same command goes on with a run that was cut off."""
+    """Train adapters on MODEL; the same command goes on with a run that was cut off."""
     check_choice("--dtype", dtype, DTYPES)
+    source = _ranks_from(plan, rank, average_rank)
+    import torch
     from tqdm import tqdm
-    from transformers import set_seed
+    from transformers import EarlyStoppingCallback, set_seed
 
     from adarank_fast.adapters.inject import inject
-    from adarank_fast.models.identity import digest_data
+    from adarank_fast.models.identity import digest_weights
+    from adarank_fast.plan.budget import Budget
     from adarank_fast.plan.lora_config import alpha_rule
     from adarank_fast.plan.rank_plan import RankPlan
-    from adarank_fast.training.loading import choose_task, load_model, load_tokenizer
-    from adarank_fast.training.tokens import collate, encode, make_classes, pad_id
-    from adarank_fast.training.trainer import Recipe, check_adapter_folder, train_adapter
+    from adarank_fast.training.arguments import config_class, make_arguments, read_settings
+    from adarank_fast.training.card import Result, write_beside
+    from adarank_fast.training.data import read_data
+    from adarank_fast.training.loading import (
+        check_task,
+        has_other_head,
+        load_model,
+        load_tokenizer,
+    )
+    from adarank_fast.training.run import (
+        PLAN,
+        Progress,
+        check_adapter_folder,
+        finish,
+        run,
+        unfinished_run,
+    )
 
+    quiet_transformers()
     check_adapter_folder(output_folder)
     scale = options.parse_scaling(scaling)
     alpha_rule(scale)  # refuses what is no scaling
-    recipe = Recipe(epochs, batch_size, learning_rate, seed, max_steps)
-    ranks = RankPlan.load(plan)
-    texts = read_texts(data, text_column, label_column)
-    task = choose_task(task, texts)
-    classes = make_classes(texts) if task == "classification" else []
-    quiet_transformers()
-    tokenizer = load_tokenizer(model)
-    items = encode(tokenizer, texts, classes, max_length)
-    set_seed(seed)
-    network, lora_config = load_model(
-        model, task, classes, tokenizer=tokenizer, dtype=dtype, four_bit=four_bit
-    )
-    # with an example the layers are fused from the first step on: a resumed run rounds alike
-    example = collate([{k: v for k, v in items[0].items() if k != "labels"}], pad_id(tokenizer))
-    example = {key: value.to(next(network.parameters()).device) for key, value in example.items()}
-    peft_model = inject(network, ranks, scale, example, **lora_config)
-    description = {
-        "model": model,
-        "task": task,
-        "data": digest_data(items),
-        "ranks": ranks.ranks,
-        "scaling": scaling,
-        "dtype": dtype,
-        "four_bit": four_bit,
+    if plan is not None:
+        source = {"plan": RankPlan.load(plan)}
+    elif rank is None:
+        Budget(average_rank=source["average_rank"])  # refuses what is no rank
+    source["target_modules"] = options.parse_target_modules(target_modules)
+    columns = {"text_column": text_column, "label_column": label_column}
+    rows = read_data(data, **columns, task=task)
+    print(rows.understood, file=sys.stderr)
+    held_out = None
+    if eval_data is not None:
+        held_out = read_data(eval_data, **columns, task=rows.task)
+        _check_alike(rows, held_out)
+    config_class(rows.task)  # without trl nothing need be loaded
+    flags: dict[str, Any] = {
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "seed": seed,
     }
-    steps = recipe.steps(len(items))
-    with tqdm(total=steps, disable=not sys.stderr.isatty(), leave=False) as bar:
-        training = train_adapter(
-            peft_model, items, pad_id(tokenizer), recipe, output_folder, description, bar.update
+    flags |= {"learning_rate": learning_rate, "max_length": max_length}
+    fields = read_settings(rows.task, config, flags, settings or ())
+    if early_stopping is not None:
+        if eval_data is None:
+            raise AdarankError("--early-stopping needs --eval-data to watch")
+        fields = {"load_best_model_at_end": True, **fields}
+    if fields.get("load_best_model_at_end"):  # Trainer's own default is to evaluate never
+        fields = {"eval_strategy": "steps", "eval_steps": fields["save_steps"], **fields}
+    make_arguments(rows.task, fields, output_folder)  # refuses what does not go together
+
+    check_task(model, rows.task)
+    set_seed(int(fields["seed"]))
+    with status(f"loading {model}"):
+        tokenizer = load_tokenizer(model)
+        examples = _examples(rows, held_out, tokenizer, fields)
+        network: Any
+        network, lora_config = load_model(
+            model, rows.task, rows.classes, tokenizer=tokenizer, dtype=dtype, four_bit=four_bit
         )
+        if not four_bit and torch.cuda.is_available():
+            network.to("cuda")
+    noted = {
+        **{"model": model, "weights": digest_weights(network), "task": rows.task},
+        **{"data": examples.digest(), "settings": fields},
+        **{"ranks": _digestible(source), "scaling": scaling, "lora_dropout": lora_dropout},
+        **{"dtype": dtype, "four_bit": four_bit, "early_stopping": early_stopping},
+    }
+    with unfinished_run(output_folder, noted) as checkpoints:
+        chosen = _plan(source, network, examples, checkpoints)
+        set_seed(int(fields["seed"]))
+        (example,) = examples.calibration(1, network.device)  # fused from the first step on
+        lora_config["lora_dropout"] = lora_dropout
+        peft_model = inject(network, chosen, scale, example, **lora_config)
+        with tqdm(disable=not sys.stderr.isatty(), leave=False) as bar:
+            callbacks: list[Any] = [Progress(bar)]
+            if early_stopping is not None:
+                callbacks.append(EarlyStoppingCallback(early_stopping))
+            arguments = make_arguments(rows.task, fields, checkpoints)
+            trainer = examples.trainer(peft_model, arguments, callbacks)
+            training = run(trainer, checkpoints)
+        with peft_model.disable_adapter():  # the base model, and the head as it was drawn
+            before = examples.measure(trainer)
+        result = Result(
+            base_model=model,
+            task=rows.task,
+            form=rows.form,
+            classes=rows.classes,
+            data=[path.name for path in (data, eval_data) if path is not None],
+            examples=len(rows.rows),
+            ranks=chosen.ranks,
+            parameters=chosen.parameters,
+            settings=fields,
+            steps=len(training.losses),
+            measured_on=_measured_on(examples, eval_data),
+            before=before,
+            after=examples.measure(trainer),
+            curve=training.curve(),
+            other_head=has_other_head(model, rows.task, rows.classes),
+        )
+
+        def beside(folder: Path) -> None:
+            chosen.save(folder / PLAN)
+            write_beside(folder, result, network.config, tokenizer, output_folder)
+
+        finish(output_folder, checkpoints, peft_model, beside)
+    _say(result, output_folder, as_json)
+
+
+def _examples(
+    rows: Data, held_out: Data | None, tokenizer: Any, fields: Mapping[str, Any]
+) -> Classification | LanguageModel:
+    from adarank_fast.training.classification import Classification
+    from adarank_fast.training.language_model import LanguageModel
+
+    kind = Classification if rows.task == "classification" else LanguageModel
+    return kind(rows, held_out, tokenizer, fields)
+
+
+def _ranks_from(plan: Path | None, rank: int | None, average_rank: float | None) -> dict[str, Any]:
+    given = {"plan": plan, "rank": rank, "average_rank": average_rank}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in found)
+        raise AdarankError(f"{names} each say the ranks; give one of them")
+    return found or {"average_rank": AVERAGE_RANK}
+
+
+def _digestible(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the ranks come from, as a run that goes on compares it."""
+    if "plan" in source:
+        return {"plan": source["plan"].ranks}
+    return dict(source)
+
+
+def _plan(
+    source: Mapping[str, Any],
+    network: Any,
+    examples: Classification | LanguageModel,
+    checkpoints: Path,
+) -> RankPlan:
+    """The given plan, a uniform one, or a prediction; a resumed run does not predict again."""
+    from adarank_fast.plan.budget import Budget
+    from adarank_fast.plan.rank_plan import RankPlan
+    from adarank_fast.prediction.predict import predict_ranks
+    from adarank_fast.training.run import PLAN
+
+    if isinstance(given := source.get("plan"), RankPlan):
+        return given
+    if "rank" in source:
+        return RankPlan.uniform(network, source["rank"], source["target_modules"])
+    path = checkpoints / PLAN
+    if not path.exists():
+        batches = examples.calibration(CALIBRATION, network.device)
+        budget = Budget(average_rank=source["average_rank"])
+        plan = predict_ranks(
+            *(network, batches, budget, source["target_modules"]), progress=sys.stderr.isatty()
+        )
+        plan.save(path)
+    return RankPlan.load(path)
+
+
+def _check_alike(rows: Data, held_out: Data) -> None:
+    if rows.form != held_out.form:
+        raise AdarankError(
+            f"the training data are {rows.form}, the evaluation data {held_out.form}; give both "
+            "in one form"
+        )
+
+
+def _measured_on(examples: Classification | LanguageModel, eval_data: Path | None) -> str:
+    count = len(examples.held_out)
+    if eval_data is None:
+        return f"{count:,} of the training examples (--eval-data gives others)"
+    return f"{count:,} examples of {eval_data.name}"
+
+
+def _say(result: Result, folder: Path, as_json: bool) -> None:
     if as_json:
-        numbers = {"parameters": ranks.parameters, "steps": steps, "curve": training.curve()}
-        print(json.dumps({"adapter": str(output_folder), **numbers}))
+        print(json.dumps({"adapter": str(folder), **asdict(result)}))
         return
-    last = f", training loss {training.curve()[-1][1]:.4g} at the end" if training.losses else ""
-    print(f"{steps:,} steps{last}, {ranks.parameters:,} adapter parameters")
-    say_written(output_folder)
+    table = Table(title=f"On {result.measured_on}", box=box.SIMPLE_HEAD)
+    for column in ("metric", "before", "after"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in result.after.items():
+        if name not in ("examples", "tokens"):
+            table.add_row(name, f"{result.before[name]:.4g}", f"{value:.4g}")
+    show(table)
+    last = f", training loss {result.curve[-1][1]:.4g} at the end" if result.curve else ""
+    print(f"{result.steps:,} steps{last}, {result.parameters:,} adapter parameters")
+    say_written(folder)

@@ -1,1 +1,1 @@
-"""Data, models for a task, and training with transformers' Trainer."""
+"""Data, models for a task, training with transformers' Trainer and TRL, use of the result."""

@@ -207,3 +207,84 @@ def _where(data: TextData, keep: Callable[[str], bool]) -> TextData:
     kept = [index for index, text in enumerate(data.texts) if keep(text)]
     labels = None if data.labels is None else [data.labels[index] for index in kept]
     return TextData([data.texts[index] for index in kept], labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A file's rows, and what was understood of it.
+
+    Attributes:
+        form: "labelled", "text", "completion" or "chat".
+        rows: in TRL's columns: text (and label), prompt and completion, or messages.
+        classes: names, sorted; empty where there are no labels.
+        understood: one line for people.
+        texts: of each row; empty for chats and completions.
+        labels: of each row, or None.
+        task: "classification" or "causal-lm".
+    """
+
+    form: str
+    rows: list[dict[str, Any]]
+    classes: list[str]
+    understood: str
+    texts: list[str]
+    labels: list[str] | None
+    task: str
+
+
+def read_data(
+    path: str | os.PathLike[str],
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    task: str = "auto",
+) -> Data:
+    """Read a file as data of a task; see `read_texts` for formats.
+
+    Args:
+        path: .jsonl files may also have prompt and completion, or messages.
+        text_column, label_column: see `read_texts`.
+        task: "auto": classification where there are labels, else causal-lm.
+
+    Raises:
+        AdarankError: see `read_texts`; or the task does not go with the data.
+    """
+    path = Path(path)
+    if text_column is None and path.suffix.lower() in (".jsonl", ".ndjson"):
+        rows = [dict(row) for _, row in _jsonl(path, _read(path))]
+        for form, columns in (("chat", ["messages"]), ("completion", ["prompt", "completion"])):
+            if rows and all(column in row for row in rows for column in columns):
+                if task == "classification":
+                    raise AdarankError(f"{path}: {form} data have no labels for classification")
+                rows = [{column: row[column] for column in columns} for row in rows]
+                said = f"{path}: {len(rows):,} rows, {' and '.join(columns)}"
+                return Data(form, rows, [], said, [], None, "causal-lm")
+    found = read_texts(path, text_column, label_column)
+    labels = None if task == "causal-lm" else found.labels
+    if task == "classification" and labels is None:
+        raise AdarankError("classification needs labels, the data have none; name their column")
+    said = f"{path}: {len(found):,} texts"
+    if labels is None and task == "auto" and (others := _other_columns(path, text_column)):
+        raise AdarankError(
+            f"{path} has columns beside the text and none is called a label: {', '.join(others)}; "
+            "say which with label_column (--label-column), or task causal-lm (--task) for none"
+        )
+    if labels is None:
+        rows = [{"text": text} for text in found.texts]
+        return Data("text", rows, [], said, found.texts, None, "causal-lm")
+    classes = sorted(set(labels))
+    rows = [{"text": t, "label": one} for t, one in zip(found.texts, labels, strict=True)]
+    said = f"{said} of {len(classes)} classes ({', '.join(classes[:8])})"
+    return Data("labelled", rows, classes, said, found.texts, labels, "classification")
+
+
+def _other_columns(path: Path, text_column: str | None) -> list[str]:
+    """Columns that are not the text's."""
+    kind = path.suffix.lower()
+    if kind in (".txt", ".text"):
+        return []
+    text = _read(path)
+    rows = _jsonl(path, text) if kind in (".jsonl", ".ndjson") else _csv(path, text)
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    chosen = _choose(path, columns, "text", text_column, TEXT_COLUMNS)
+    return [column for column in columns if column != chosen] if len(columns) > 1 else []

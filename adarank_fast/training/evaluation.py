@@ -1,7 +1,8 @@
-"""Losses and predictions of a model on held-out items."""
+"""Losses, predictions and metrics of a model on items with labels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,3 +72,35 @@ def evaluate(model: nn.Module, items: Sequence[Item], pad: int, batch_size: int 
 def _logits(outputs: Any) -> torch.Tensor:
     logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
     return logits
+
+
+def metrics(evaluation: Evaluation) -> dict[str, float]:
+    """What people read of an evaluation.
+
+    Returns:
+        Classification: accuracy and macro F1 (the mean over the classes that occur in labels or
+        predictions), 0 to 1; mean loss in nats; examples. Language model: perplexity, mean loss in
+        nats and accuracy of the likeliest token, over all tokens that count; tokens.
+    """
+    loss = float(evaluation.losses.sum() / max(evaluation.counts.sum(), 1))
+    if evaluation.predictions.ndim == 1:
+        right = float((evaluation.predictions == evaluation.labels).mean())
+        return {
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "loss": loss,
+            "accuracy": right,
+            "tokens": int(evaluation.counts.sum()),
+        }
+    guesses, labels = evaluation.predictions.argmax(-1), evaluation.labels
+    return {
+        "accuracy": float((guesses == labels).mean()),
+        "f1": macro_f1(guesses, labels),
+        "loss": loss,
+        "examples": len(labels),
+    }
+
+
+def macro_f1(guesses: numpy.ndarray, labels: numpy.ndarray) -> float:
+    """F1 of each class that occurs, 2 TP / (2 TP + FP + FN), averaged."""
+    both = [(guesses == one, labels == one) for one in numpy.union1d(guesses, labels)]
+    return float(numpy.mean([2 * (g & t).sum() / (g.sum() + t.sum()) for g, t in both]))

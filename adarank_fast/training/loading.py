@@ -119,6 +119,27 @@ def auto_class(config: Any) -> str:
     return "AutoModelForCausalLM"
 
 
+def check_task(name: str, task: str) -> None:
+    """Refuse a model that cannot be trained for a task, by its configuration.
+
+    Raises:
+        AdarankError: a language model is wanted of an encoder, or of an encoder with a decoder; or
+            the configuration cannot be loaded.
+    """
+    config = load_config(name)
+    kind, made = auto_class(config), ", ".join(getattr(config, "architectures", None) or ["?"])
+    if task == "classification" or kind == "AutoModelForCausalLM":
+        return
+    if kind == "AutoModel":
+        raise AdarankError(
+            f"MODEL {name!r} ({made}) has no language-model head and the data no labels; for "
+            "classification name the column of labels (--label-column), or take a language model"
+        )
+    raise AdarankError(
+        f"MODEL {name!r} ({made}) is no decoder alone; train it with its own script and ada.inject"
+    )
+
+
 def calibration_batches(
     model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int
 ) -> list[dict[str, Any]]:
@@ -143,8 +164,8 @@ def load_model(
 
     Args:
         name: a folder or a hub name.
-        task: "classification" (a new head where the checkpoint has none, drawn from torch's
-            generator) or "causal-lm".
+        task: "classification" (a new head, drawn from torch's generator, where the checkpoint has
+            none for as many classes) or "causal-lm".
         classes: names of the classes.
         tokenizer: tells the model what padding is.
         dtype: of the weights.
@@ -162,12 +183,14 @@ def load_model(
     check_choice("dtype", dtype, DTYPES)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     if four_bit:
-        options["quantization_config"] = _four_bit(getattr(torch, dtype))
+        options["quantization_config"] = four_bit_config(getattr(torch, dtype))
     if task == "classification":
         numbers = {label: number for number, label in enumerate(classes)}
         options["id2label"] = {number: label for label, number in numbers.items()}
         options["label2id"] = numbers
         options["num_labels"] = len(numbers)
+        options["problem_type"] = "single_label_classification"
+        options["ignore_mismatched_sizes"] = True  # a head for other classes gives way to a new one
         kind: Any = transformers.AutoModelForSequenceClassification
     else:
         kind = transformers.AutoModelForCausalLM
@@ -181,7 +204,8 @@ def load_model(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if task == "causal-lm":
         return model, {"task_type": "CAUSAL_LM"}
-    new = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+    keys = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    new = sorted({key.rpartition(".")[0] for key in keys})
     extra = [path for path in new if path.split(".")[0] not in PEFT_SAVES]
     return model, {"task_type": "SEQ_CLS", "modules_to_save": extra or None}
 
@@ -214,7 +238,19 @@ def model_factory(
     return lambda: load_model(name, task, classes, tokenizer=tokenizer, dtype=dtype)[0], extra
 
 
-def _four_bit(dtype: torch.dtype) -> Any:
+def has_other_head(name: str, task: str, classes: Sequence[str]) -> bool:
+    """Whether a checkpoint has a classifier for another number of classes."""
+    config = load_config(name)
+    trained = any("SequenceClassification" in one for one in config.architectures or [])
+    return task == "classification" and trained and config.num_labels != len(classes)
+
+
+def four_bit_config(dtype: torch.dtype) -> Any:
+    """For frozen weights in 4 bits: nf4, computed in `dtype`; heads stay as they are.
+
+    Raises:
+        AdarankImportError: bitsandbytes is not there.
+    """
     if find_spec("bitsandbytes") is None:
         raise AdarankImportError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
     return transformers.BitsAndBytesConfig(

@@ -169,3 +169,9 @@ def add_decoder_inputs(
 
 def item_length(item: Item) -> int:
     return len(item["input_ids"]) if "input_ids" in item else 0
+
+
+def some(items: Sequence[Any], count: int = 256) -> list[Any]:
+    """At most so many of them, evenly spaced: files are often sorted."""
+    step = len(items) / max(min(count, len(items)), 1)
+    return [items[int(index * step)] for index in range(min(count, len(items)))]

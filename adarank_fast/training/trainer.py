@@ -1,31 +1,29 @@
-"""The training loop, on `transformers.Trainer`; evaluation; adapters in their folder."""
+"""The training loop, on `transformers.Trainer`: what a run went through, and items in batches."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from adarank_fast.errors import AdarankRuntimeError
-from adarank_fast.files import Name, check_folder, new_folder, note_settings
+from adarank_fast.adapters.fusion_report import products
 from adarank_fast.options import check_number
 from adarank_fast.training.tokens import Item, collate, item_length
 
 CURVE_POINTS = 40  # of a training curve, at most about
 DIVERGED = 2.0  # a run that ends above this many times its first loss has diverged
 SORTED_BATCHES = 50  # batches among which items are sorted by length
-CHECKPOINTS = 10  # of a run, about
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Recipe:
 
 @dataclass
 class Training:
-    """What one training run went through.
+    """What one training run went through, before it was cut off and after.
 
     Attributes:
         losses: of each step, in nats; non-finite ones included.
@@ -94,6 +92,100 @@ class Training:
         return points
 
 
+class Watch(TrainerCallback, ExportableState):
+    """Records a run. What it has seen is saved in checkpoints, and a resumed run goes on from it.
+
+    Trainer makes it anew from `state` when it resumes, so it has no arguments. `Watched` feeds it.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.tokens = 0
+        self.setting: dict[str, Any] = {}  # what the last bits of a result depend on
+        self._of_step: list[Tensor] = []  # losses of the batches that are accumulated to a step
+        self._new: list[tuple[Tensor, Tensor]] = []  # (loss, tokens) still on their device
+        self._tokens: list[Tensor] = []
+
+    def state(self) -> dict[str, Any]:
+        self._read()
+        names = ("losses", "seconds", "tokens", "setting")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+
+    def batch(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """A batch is through; nothing is copied from its device yet."""
+        mask = inputs.get("attention_mask", inputs.get("input_ids"))
+        self._of_step.append(loss.detach())
+        if isinstance(mask, Tensor):
+            unmasked = "attention_mask" in inputs
+            self._tokens.append(mask.sum() if unmasked else torch.tensor(mask.numel()))
+
+    def training(self) -> Training:
+        self._read()
+        return Training(self.losses, self.seconds, self.tokens)
+
+    def _read(self) -> None:
+        self.losses += [float(loss) for loss, _ in self._new]
+        self.tokens += sum(int(tokens) for _, tokens in self._new)
+        self._new = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = {
+            "products": products(kwargs["model"]),
+            "device": str(args.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        for name, before in self.setting.items():
+            if before != now[name]:
+                warnings.warn(
+                    f"this run began with {name} = {before} and goes on with {now[name]}: it will "
+                    "not equal an undisturbed run to the last bit",
+                    stacklevel=2,
+                )
+        self.setting = now
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._started)
+        tokens = sum(self._tokens, torch.tensor(0))
+        self._new.append((torch.stack(self._of_step).sum(), tokens))
+        self._of_step, self._tokens = [], []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        self._read()
+        if not all(map(math.isfinite, self.losses)):
+            control.should_training_stop = True
+
+
+class Watched:
+    """Mixed into a trainer that has a `Watch` among its callbacks: every batch is told to it."""
+
+    def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
+        watch_of(self).batch(loss, inputs)
+        return loss
+
+
+def watch_of(trainer: Any) -> Watch:
+    """The `Watch` among a trainer's callbacks."""
+    return next(one for one in trainer.callback_handler.callbacks if isinstance(one, Watch))
+
+
+class OnStep(TrainerCallback):
+    """Calls a function after every step."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._function()
+
+
 class LengthGroups(Sampler[int]):
     """Items of like length in one batch, batches in random order.
 
@@ -126,12 +218,21 @@ class LengthGroups(Sampler[int]):
         yield from order[full:]  # the short batch comes last
 
 
+class ItemTrainer(Watched, Trainer):
+    """Trains on items, like lengths together; the order depends on the arguments' seed alone."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if getattr(self.args, "train_sampling_strategy", "random") != "random":
+            return super()._get_train_sampler(train_dataset)
+        items = self.train_dataset if train_dataset is None else train_dataset
+        return LengthGroups(items, self.args.train_batch_size, self.args.seed)
+
+
 def fit(
     model: nn.Module,
     items: Sequence[Item],
     pad: int,
     recipe: Recipe,
-    checkpoints: Path | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Training:
     """Train what of `model` requires gradients, in place. Stops early where the loss is not finite.
@@ -140,51 +241,12 @@ def fit(
         model: takes a batch of items as keywords, returns "loss" and "logits".
         items: with labels.
         pad: token id to pad with.
-        checkpoints: a folder: the run is saved there now and then, and goes on from what is there.
         on_step: called after every step.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
-    training = Training()
-    losses: list[torch.Tensor] = []
-    on_gpu = torch.cuda.is_available()
-
-    class Recorder(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if on_gpu:
-                torch.cuda.synchronize()
-            training.seconds.append(time.perf_counter() - self.started)
-            on_step()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-            if not math.isfinite(logs.get("loss", 0.0)):
-                control.should_training_stop = True
-
-    class Loop(Trainer):
-        def get_train_dataloader(self) -> DataLoader[Any]:
-            size = self.args.train_batch_size
-            sampler = LengthGroups(items, size, recipe.seed)
-            loader = DataLoader(
-                self.train_dataset, size, sampler=sampler, collate_fn=self.data_collator
-            )
-            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-            return prepared
-
-        def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-            if "attention_mask" in inputs:
-                training.tokens += int(inputs["attention_mask"].sum())
-            loss = super().training_step(model, inputs, *rest, **named)
-            losses.append(loss.detach())
-            return loss
-
     steps = recipe.steps(len(items))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
-            output_dir=str(checkpoints or scratch),
+            output_dir=scratch,
             num_train_epochs=recipe.epochs,
             max_steps=-1 if recipe.max_steps is None else steps,
             per_device_train_batch_size=recipe.batch_size,
@@ -195,88 +257,27 @@ def fit(
             seed=recipe.seed,
             logging_steps=max(steps // CURVE_POINTS, 1),
             logging_nan_inf_filter=False,
-            save_strategy="no" if checkpoints is None else "steps",
-            save_steps=max(steps // CHECKPOINTS, 1),
-            save_total_limit=2,
+            save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
-            dataloader_num_workers=0,
             dataloader_pin_memory=False,
-            use_cpu=not on_gpu,
+            use_cpu=not torch.cuda.is_available(),
         )
-        trainer = Loop(
+        trainer = ItemTrainer(
             model=model,
             args=arguments,
             train_dataset=list(items),
             data_collator=lambda chosen: collate(chosen, pad),
-            callbacks=[Recorder()],
+            callbacks=[Watch(), OnStep(on_step)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoints and _last_checkpoint(checkpoints))
+        trainer.train()
     model.eval()
-    training.losses = [float(loss) for loss in losses]
-    return training
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; trainer_state.json is what Trainer writes last."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(path.name.partition("-")[2]), path))
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)  # cut off while it was written
-    return str(max(found)[1]) if found else None
+    return watch_of(trainer).training()
 
 
 def adapter_parameters(peft_model: nn.Module) -> int:
     """Parameters of all lora_A and lora_B, counted in the model itself."""
     return sum(p.numel() for name, p in peft_model.named_parameters() if ".lora_" in name)
-
-
-def train_adapter(
-    peft_model: Any,
-    items: Sequence[Item],
-    pad: int,
-    recipe: Recipe,
-    folder: Name,
-    description: Mapping[str, Any] | None = None,
-    on_step: Callable[[], object] = lambda: None,
-) -> Training:
-    """Train a PeftModel and save its adapter; a run that was cut off goes on where it stopped.
-
-    Checkpoints lie in a hidden folder beside `folder` until the adapter is saved, which appears as
-    a whole or not at all; one that is there already is replaced.
-
-    Args:
-        folder: for the adapter.
-        description: what else must be as it was for a run to go on: model, data, plan.
-
-    Raises:
-        AdarankError: the unfinished run beside `folder` is another one.
-        AdarankRuntimeError: training diverged; nothing is saved.
-    """
-    folder = Path(folder)
-    check_adapter_folder(folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    unfinished.mkdir(exist_ok=True)
-    settings = {**asdict(recipe), **(description or {})}
-    note_settings(unfinished, settings, "an unfinished run", "finish that one or delete it")
-    training = fit(peft_model, items, pad, recipe, unfinished, on_step)
-    if training.diverged:
-        shutil.rmtree(unfinished)
-        raise AdarankRuntimeError(
-            f"{training.diverged}: training diverged; lower the learning rate"
-        )
-    with new_folder(folder, replace="adapter") as temporary:
-        peft_model.save_pretrained(temporary)
-    shutil.rmtree(unfinished)
-    return training
-
-
-def check_adapter_folder(folder: Path) -> None:
-    """An AdarankError of one line unless `folder` may become, or be replaced by, an adapter's."""
-    check_folder(folder, replace="adapter")

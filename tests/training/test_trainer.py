@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import set_seed
 
 from adarank_fast.adapters.inject import inject
 from adarank_fast.models.targets import find_targets
@@ -16,8 +15,8 @@ from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.training import trainer as training
 from adarank_fast.training.evaluation import evaluate
 from adarank_fast.training.loading import MeanPoolClassifier, load_model
-from adarank_fast.training.tokens import IGNORED, collate, encode_blocks, encode_labelled
-from adarank_fast.training.trainer import LengthGroups, Recipe, Training, fit, train_adapter
+from adarank_fast.training.tokens import IGNORED, encode_blocks, encode_labelled
+from adarank_fast.training.trainer import LengthGroups, Recipe, Training, Watch, fit
 from tests.tiny_models import tiny
 from tests.tiny_texts import EXAMPLES, save_tiny, tokenizer
 
@@ -130,6 +129,19 @@ def test_diverged(losses, said):
     assert Training(losses).diverged == said
 
 
+def test_what_a_run_has_seen_survives_its_checkpoint():
+    watch = Watch()
+    for loss in (0.5, math.nan):
+        watch.on_step_begin(None, None, None)
+        watch.batch(torch.tensor(loss), {"attention_mask": torch.tensor([[1, 1, 0]])})
+        watch.batch(torch.tensor(0.25), {"input_ids": torch.zeros(1, 3)})
+        watch.on_step_end(None, None, None)
+    again = Watch.from_state(json.loads(json.dumps(watch.state())))
+    found = again.training()
+    assert found.losses[0] == 0.75 and found.tokens == 10 and len(found.seconds) == 2
+    assert found.diverged == "training loss nan at step 2"
+
+
 def test_training_stops_where_the_loss_is_not_finite():
     found = fit(classifier(), ITEMS[:40], 0, Recipe(40, 8, 1e30))
     assert found.diverged
@@ -142,86 +154,6 @@ def test_recipe_says_no(argument, value):
         Recipe(**{argument: value})
     with pytest.raises(ValueError, match="learning_rate must be"):
         Recipe(learning_rate=math.nan)
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_after(steps):
-    left = [steps]
-
-    def on_step():
-        left[0] -= 1
-        if not left[0]:
-            raise Killed
-
-    return on_step
-
-
-def sequence_model(folder):
-    set_seed(0)
-    model, lora_config = load_model(str(folder), "classification", ["a", "b"])
-    example = collate([{k: v for k, v in ITEMS[0].items() if k != "labels"}], 0)
-    return inject(model, RankPlan.uniform(model, 2), example=example, **lora_config)
-
-
-def test_killed_and_resumed_gives_the_same_adapter(tmp_path):
-    folder = save_tiny("bert", tmp_path / "model")
-    recipe = Recipe(3, 8, 1e-2)
-    whole = train_adapter(sequence_model(folder), ITEMS[:40], 0, recipe, tmp_path / "whole")
-    with pytest.raises(Killed):
-        train_adapter(
-            *(sequence_model(folder), ITEMS[:40], 0, recipe, tmp_path / "cut"),
-            on_step=killed_after(8),
-        )
-    assert not (tmp_path / "cut").exists()
-    with pytest.raises(ValueError, match="unfinished run with epochs = 3, now 4; finish that one"):
-        train_adapter(sequence_model(folder), ITEMS[:40], 0, Recipe(4, 8, 1e-2), tmp_path / "cut")
-    rest = train_adapter(sequence_model(folder), ITEMS[:40], 0, recipe, tmp_path / "cut")
-    assert 0 < len(rest.losses) < len(whole.losses) == 15
-    assert rest.losses == whole.losses[-len(rest.losses) :]
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "cut"}
-
-
-def test_a_broken_checkpoint_is_passed_over(tmp_path):
-    folder = tmp_path / "checkpoints"
-    (folder / "checkpoint-2").mkdir(parents=True)
-    (folder / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({}))
-    (folder / "checkpoint-4").mkdir()
-    assert training._last_checkpoint(folder) == str(folder / "checkpoint-2")
-    assert not (folder / "checkpoint-4").exists()
-
-
-def test_adapter_loads_in_transformers_alone(tmp_path):
-    folder = save_tiny("bert", tmp_path / "model")
-    model = sequence_model(folder)
-    train_adapter(model, ITEMS[:40], 0, Recipe(1, 8, 1e-2), tmp_path / "adapter")
-    expected = evaluate(model, ITEMS[:5], 0).predictions
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    found = evaluate(loaded, ITEMS[:5], 0).predictions
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
-    train_adapter(sequence_model(folder), ITEMS[:8], 0, Recipe(1, 8, 0.0), tmp_path / "adapter")
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}
-
-
-def test_nothing_is_saved_of_a_diverged_run(tmp_path):
-    with pytest.raises(RuntimeError, match="training diverged; lower the learning rate"):
-        train_adapter(classifier(), ITEMS[:40], 0, Recipe(4, 8, 1e30), tmp_path / "adapter")
-    assert not list(tmp_path.iterdir())
-
-
-def test_folders_that_are_something_else(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="did not make it; name a new one"):
-        training.check_adapter_folder(tmp_path)
-    with pytest.raises(ValueError, match="is a file; name a folder"):
-        training.check_adapter_folder(tmp_path / "notes.txt")
-    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
-        training.check_adapter_folder(tmp_path / "no" / "adapter")
 
 
 @pytest.mark.parametrize("kind, task", [("bert", "classification"), ("llama", "causal-lm")])

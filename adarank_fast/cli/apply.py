@@ -1,0 +1,54 @@
+"""The command `adarank apply`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adarank_fast.cli import options
+from adarank_fast.cli.console import quiet_transformers, say_written
+from adarank_fast.cli.evaluate import ADAPTER, LENGTH
+from adarank_fast.files import check_file, replacing
+from adarank_fast.options import DTYPES, check_choice
+
+
+def apply(
+    model: options.MODEL,
+    data: options.DATA,
+    adapter: ADAPTER = None,
+    output_file: Annotated[
+        Path, typer.Option("--output-file", "-o", help="Where to write: a JSON object a line.")
+    ] = Path("predictions.jsonl"),
+    text_column: options.TEXT_COLUMN = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 32,
+    max_length: LENGTH = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a generated text.")] = 64,
+    dtype: options.DTYPE = "float32",
+    four_bit: Annotated[bool, typer.Option("--four-bit", help="MODEL in 4 bits.")] = False,
+    as_json: options.JSON = False,
+) -> None:
+    """Class and probability of each text, or what a language model answers, in the data's order."""
+    check_choice("--dtype", dtype, DTYPES)
+    check_file(output_file, inputs=[data, *([adapter] if adapter else [])])
+    from tqdm import tqdm
+
+    from adarank_fast.training.data import read_data
+    from adarank_fast.training.trained import apply as use
+    from adarank_fast.training.trained import load_trained, task_of
+
+    quiet_transformers()
+    task_of(model, adapter)  # refuses what is neither a classifier nor a language model
+    # as text: labels are not needed, and not looked at
+    rows = read_data(data, text_column=text_column, task="causal-lm").rows
+    trained = load_trained(model, adapter, dtype, four_bit, max_length=max_length)
+    with replacing(output_file) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        answers = use(trained, rows, batch_size, max_new_tokens)
+        quiet = not sys.stderr.isatty()
+        for found in tqdm(answers, total=len(rows), disable=quiet, leave=False):
+            file.write(json.dumps(found, ensure_ascii=False) + "\n")
+    numbers = {"predictions": str(output_file), "count": len(rows)}
+    say_written(output_file, numbers if as_json else None)

@@ -1,0 +1,61 @@
+"""The command `adarank evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adarank_fast.cli import options
+from adarank_fast.cli.console import quiet_transformers, show
+from adarank_fast.options import DTYPES, check_choice
+
+ADAPTER = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[ADAPTER]", help="Its adapter; none for a merged model.", show_default=False
+    ),
+]
+LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens; default: as in training.")]
+
+
+def evaluate(
+    model: options.MODEL,
+    data: options.DATA,
+    adapter: ADAPTER = None,
+    text_column: options.TEXT_COLUMN = None,
+    label_column: options.LABEL_COLUMN = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 32,
+    max_length: LENGTH = None,
+    dtype: options.DTYPE = "float32",
+    four_bit: Annotated[bool, typer.Option("--four-bit", help="MODEL in 4 bits.")] = False,
+    as_json: options.JSON = False,
+) -> None:
+    """Accuracy and macro F1 of a classifier, perplexity of a language model, on data."""
+    check_choice("--dtype", dtype, DTYPES)
+    from rich import box
+    from rich.table import Table
+
+    from adarank_fast.training.trained import evaluate as measure
+
+    quiet_transformers()
+    found = measure(
+        *(model, data, adapter),
+        text_column=text_column,
+        label_column=label_column,
+        batch_size=batch_size,
+        max_length=max_length,
+        dtype=dtype,
+        four_bit=four_bit,
+    )
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(title=f"On {data.name}", box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in found.items():
+        table.add_row(name, f"{value:,}" if name in ("examples", "tokens") else f"{value:.4g}")
+    show(table)
