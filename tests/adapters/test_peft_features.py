@@ -85,7 +85,7 @@ def test_several_adapters_and_switching(tmp_path):
         seen.append(logits(fused))
     assert torch.equal(seen[0], seen[2]) and (seen[0] - seen[1]).abs().max() > 0.01
     reasons = set().union(*(layer.reasons for layer in ada.fusion_report(fused).values()))
-    assert reasons == {"no active adapter here"}  # in layers that only the other one has
+    assert reasons == set()
     fused.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama", layers=2), tmp_path)
     loaded.load_adapter(tmp_path / "other", "other")
@@ -202,8 +202,9 @@ def test_a_tied_head_of_an_encoder_decoder_is_not_merged(tmp_path, monkeypatch, 
     [
         (dict(scaling="rslora"), None),
         (dict(lora_dropout=0.0, init_lora_weights="gaussian"), None),
-        (dict(use_dora=True), "a LoRA variant (DoraLinearVariant)"),
-        (dict(lora_bias=True), "lora_bias"),
+        (dict(use_dora=True), None),
+        (dict(use_dora=True, lora_dropout=0.1), "DoRA with dropout"),
+        (dict(lora_bias=True), None),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
