@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("custom_models", "initialization", "mixed", "lora_variants", "low_level_api")
 NOT_COUNTED = ("adapters disabled", "merged", "extra arguments")  # disabled, merged, per sample
-LEFT_TO_PEFT = ("a LoRA variant", "lora_bias", "several active", "no active", "base layer is a")
+LEFT_TO_PEFT = ("a LoRA variant", "DoRA ", "several active", "base layer is a")
 
 
 def fetch(folder: Path) -> Path:

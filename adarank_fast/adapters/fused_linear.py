@@ -20,12 +20,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from adarank_fast.adapters.eligibility import (
-    Layer,
-    Member,
-    active_name,
     dropout_of,
-    has_plain_base,
-    remember,
     returns_its_own,
     why_not,
     why_not_here,
@@ -43,7 +38,17 @@ from adarank_fast.adapters.groups import (
     owner_path,
     repeat_guard,
 )
+from adarank_fast.adapters.members import AnyMember, remember
 from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
+from adarank_fast.adapters.terms import (
+    Layer,
+    adapters_of,
+    bias_of,
+    finished,
+    has_plain_base,
+    low_rank,
+    weight_of,
+)
 from adarank_fast.adapters.torch_private import constant_result, is_compiled
 from adarank_fast.errors import AdarankError
 from adarank_fast.undo import undone, undone_on_error
@@ -102,6 +107,8 @@ class _Fused:
             members = [layer._adarank.member for layer in group.layers]
             if None not in members:
                 dropout = members[0].dropout
+                if dropout is None:
+                    dropout = _dropout_among(members)
                 _thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
         return outputs[0]
 
@@ -148,7 +155,7 @@ def _plain_class(fused: type) -> type:
     return fused
 
 
-def _same_kind(member: Member, x: Tensor) -> bool:
+def _same_kind(member: AnyMember, x: Tensor) -> bool:
     return member.foreign or member.own_weight.dtype is x.dtype
 
 
@@ -174,12 +181,19 @@ def _alike(layers: Sequence[Layer], x: Tensor) -> bool:
             if why_not(layer, x):
                 return False
             state.member = member = remember(layer)
-        p = dropout_of(layer) if member is None else member.dropout
+        if member is None:  # examined in every call
+            return False
+        p = member.dropout
         if dropout is None:
             dropout = p
-        elif p != dropout:
+        elif p != dropout and p is not None:
             return False
     return True
+
+
+def _dropout_among(members: Sequence[AnyMember]) -> float:
+    """Of those with an active adapter, which are alike."""
+    return next((p for m in members if (p := m.dropout) is not None), 0.0)
 
 
 def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequence[Tensor]:
@@ -188,19 +202,15 @@ def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequ
     members: list[Any] = [layer._adarank.member for layer in layers]
     if None in members or torch.is_autocast_enabled(x.device.type):
         return _compute_anew(layers, x)
-    dropout, call = members[0].dropout, state.call
+    dropout, call, made = members[0].dropout, state.call, False
+    if dropout is None:  # no active adapter in the first
+        dropout = _dropout_among(members)
     if call is None or call[1] != members or call[2] != dropout or not call[0].fits(x):
-        group = Group(
-            x,
-            [m.weight for m in members],
-            [m.bias for m in members],
-            [m.A for m in members],
-            [m.B for m in members],
-            [m.scaling for m in members],
-            dropout,
-            frozenset(i for i, m in enumerate(members) if returns_its_own(m.base)),
-        )
-        state.call = call = group, members, dropout
+        made = any([m.made for m in members])
+        W, b, A, B, scalings = zip(*[m.parts() for m in members], strict=True)
+        safe = frozenset(i for i, m in enumerate(members) if returns_its_own(m.base))
+        call = Group(x, W, b, A, B, scalings, dropout, safe), members, dropout
+        state.call = None if made else call
     bases: Sequence[Tensor | None] = ()
     if any([m.foreign for m in members]):
         bases = [m.base(x) if m.foreign else None for m in members]
@@ -209,39 +219,40 @@ def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequ
         if run.seed is None:
             run.seed = draw_seed(x.device)
         seed = run.seed
-    return run_group(call[0], x, seed, bases)
+    outputs = run_group(call[0], x, seed, bases)
+    if made:
+        return [m.finished(Y) if m.made else Y for m, Y in zip(members, outputs, strict=True)]
+    return outputs
 
 
 def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
-    weights, biases = [], []
-    lora_As, lora_Bs, scalings = [], [], []
+    """The same, with nothing remembered."""
+    terms = [adapters_of(layer) for layer in layers]
+    own_biases = [getattr(layer.base_layer, "bias", None) for layer in layers]
+    weights: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
     bases: list[Tensor | None] = []
-    for layer in layers:
-        name = active_name(layer)
+    for layer, adapters, bias in zip(layers, terms, own_biases, strict=True):
         base = layer.base_layer
-        if has_plain_base(layer):
-            weights.append(base.weight if type(base) is nn.Linear else base.weight.t())
-            biases.append(base.bias)
-            bases.append(None)
-        else:
-            weights.append(None)
-            biases.append(None)
-            output = base(x)
-            safe = returns_its_own(base) or _is_compiling()
-            bases.append(output if safe else output.clone())
-        lora_As.append(layer.lora_A[name].weight)
-        lora_Bs.append(layer.lora_B[name].weight)
-        scalings.append(layer.scaling[name])
-    return grouped_lora_linear(
+        plain = has_plain_base(layer)
+        weights.append(weight_of(layer) if plain else None)
+        biases.append(bias_of(bias, adapters, base.weight.dtype) if plain else None)
+        output = None if plain else base(x)
+        if output is not None and not (returns_its_own(base) or _is_compiling()):
+            output = output.clone()
+        bases.append(output)
+    lora_As, lora_Bs, scalings = zip(*[low_rank(adapters) for adapters in terms], strict=True)
+    outputs = grouped_lora_linear(
         x,
         weights,
         lora_As,
         lora_Bs,
         scalings,
         biases,
-        dropout=dropout_of(layers[0]),
+        dropout=next((p for layer in layers if (p := dropout_of(layer)) is not None), 0.0),
         base_outputs=bases,
     )
+    return [finished(*each) for each in zip(outputs, weights, own_biases, terms, strict=True)]
 
 
 def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -264,9 +275,10 @@ def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
                 group.traced = traced
             return output
         return _compute_anew([layer], x)[0]
-    for other in group.layers[1:]:
-        if why_not(other, x) or dropout_of(other) != dropout_of(layer):
-            return _compute_anew([layer], x)[0]
+    if any(why_not(other, x) for other in group.layers[1:]):
+        return _compute_anew([layer], x)[0]
+    if len({dropout_of(member) for member in group.layers} - {None}) > 1:
+        return _compute_anew([layer], x)[0]
     outputs = _compute_anew(group.layers, x)
     group.traced = x, outputs
     return outputs[0]

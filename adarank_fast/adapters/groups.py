@@ -22,7 +22,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.adapters.eligibility import Member
+from adarank_fast.adapters.members import AnyMember
 from adarank_fast.undo import undone
 from adarank_kernels.lora.group import Group
 
@@ -82,8 +82,8 @@ class LayerState:
         self.position = 0
         self.fused = 0
         self.fallbacks: Counter[str] = Counter()
-        self.member: Member | None = None
-        self.call: tuple[Group, list[Member], float] | None = None
+        self.member: AnyMember | None = None
+        self.call: tuple[Group, list[AnyMember], float] | None = None
         self.candidates: list[Layer] | None = None
         self.alone = 0  # forwards in which it shared its input with nobody
 
@@ -105,7 +105,7 @@ class Waiting:
         modes: tuple[Any, ...],
         dropout: float,
         outputs: Sequence[Tensor],
-        members: Sequence[Member],
+        members: Sequence[AnyMember],
     ) -> None:
         self.group, self.x, self.version = group, x, x._version
         self.modes, self.dropout = modes, dropout
@@ -125,11 +125,12 @@ class Waiting:
             return None
         self.left -= 1
         x = self.x
+        dropout = member.dropout
         if (
             x._version != self.version
             or modes_of(x) != self.modes
             or not member.is_active(own)
-            or member.dropout != self.dropout
+            or (dropout != self.dropout and dropout is not None)
             or (member.A._version, member.B._version) != self.versions[position]
         ):
             self.left += 1  # computed in vain
