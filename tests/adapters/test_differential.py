@@ -12,8 +12,10 @@ import os
 import random
 import warnings
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -21,6 +23,8 @@ from torch import nn
 import adarank_fast as ada
 from tests.adapters.steps import STEPS, Steps, randomise
 from tests.tiny_models import batch, tiny
+
+OLD_PEFT = Version(peft.__version__) < Version("0.19")  # it fails in some orders itself
 
 CASES = int(os.environ.get("ADARANK_DIFFERENTIAL", "500"))
 CASES_IN_A_TEST = 20
@@ -190,7 +194,12 @@ def check(number):
         where = f"case {number}, {case.kind}, {case.dtype}, {case.settings}, {done}"
         seed = 1000 * number + place
         saves = case.saves
-        plain, wanted = getattr(steps, step)(plain, random.Random(seed))
+        try:
+            plain, wanted = getattr(steps, step)(plain, random.Random(seed))
+        except RuntimeError:
+            if OLD_PEFT:  # unmerging DoRA on Conv1D
+                return
+            raise
         case.saves = saves
         fused, found = getattr(steps, step)(fused, random.Random(seed))
         low = torch.bfloat16 if step == "autocast" else case.dtype
