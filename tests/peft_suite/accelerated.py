@@ -1,6 +1,6 @@
 """A pytest plugin for PEFT's own tests: accelerates each model once PEFT made or changed it.
 
-    PEFT_SUITE=accelerated PEFT_SUITE_FOLDER=folder pytest -p bench.peft_plugin ...
+    PEFT_SUITE=accelerated PEFT_SUITE_FOLDER=folder pytest -p accelerated ...
 
 Each process writes the outcomes and counts that it saw into a file of the folder. With
 PEFT_SUITE=plain nothing is accelerated and only outcomes are written. A session in which no layer
