@@ -66,7 +66,9 @@ class Folding:
             return OF_EXPERTS
         if not any(name in calls for calls in rows):
             return NEVER_CALLED
-        both = zip(self.first.rows.get(name, []), self.single.rows.get(name, []), strict=False)
+        if name not in self.single.rows:  # what the items hold decides whether it is called
+            return BY_CONTENT
+        both = zip(self.first.rows.get(name, []), self.single.rows[name], strict=False)
         if any(all_items not in (one, self.items * one) for one, all_items in both):
             return BY_CONTENT
         ones, twos = self.single.inputs.get(name, []), self.double.inputs.get(name, [])
