@@ -9,8 +9,9 @@ structure, and if outputs and gradients then agree with those of its own forward
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from copyreg import _reconstructor  # type: ignore[attr-defined]
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adarank_fast.adapters.groups import may_be_repeated
+from adarank_fast.undo import undone
 from adarank_kernels.lora.op import is_watched
 
 aten = torch.ops.aten
@@ -291,13 +293,9 @@ def recompute_gated_mlps(model: nn.Module) -> int:
             continue
         training = {m: m.training for m in module.modules()}
         devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-        try:
+        with undone(partial(_set_modes, training)), torch.random.fork_rng(devices=devices):
             module.train()  # a dropout between the factors is to be seen
-            with torch.random.fork_rng(devices=devices):
-                structure = _find(module)
-        finally:
-            for m, mode in training.items():
-                m.training = mode
+            structure = _find(module)
         if structure is None:
             continue
         plain = type(module)
@@ -308,11 +306,17 @@ def recompute_gated_mlps(model: nn.Module) -> int:
     return sum(1 for _ in gated_mlps(model))
 
 
-def restore_gated_mlps(model: nn.Module) -> None:
+def _set_modes(training: Mapping[nn.Module, bool]) -> None:
+    for module, mode in training.items():
+        module.training = mode
+
+
+def restore_gated_mlps(model: nn.Module, but: Set[nn.Module] = frozenset()) -> None:
     """Their own classes again."""
     for module in gated_mlps(model):
-        module.__class__ = _plain_class(type(module))
-        del module._adarank_mlp
+        if module not in but:
+            module.__class__ = _plain_class(type(module))
+            module.__dict__.pop("_adarank_mlp", None)
 
 
 def gated_mlps(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import accelerate
+from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.remote_code import is_trusted

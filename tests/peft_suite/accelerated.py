@@ -37,7 +37,7 @@ def accelerate(model: Any) -> None:
     """Give new LoRA layers, if there are any, their fused class."""
     if not isinstance(model, nn.Module):
         return
-    classes = fused_linear._fused_classes()
+    classes = fused_linear.fused_classes()
     new = sum(type(module) in classes for module in model.modules())
     if new:
         ada.accelerate(model)
