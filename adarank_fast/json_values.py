@@ -119,25 +119,31 @@ class Value:
         return None if found is None else self._at(key, found)
 
     def items(self) -> Iterator[tuple[str, Value]]:
+        """Key and value of each member. Raises `AdarankError` if it is no object."""
         return ((key, self._at(key, value)) for key, value in self.mapping().items())
 
     def mapping(self) -> dict[str, Any]:
+        """A copy of the object. Raises `AdarankError` if it is none."""
         return dict(self.value) if isinstance(self.value, dict) else self._refuse("no object")
 
     def list(self) -> Sequence[Value]:
+        """The elements. Raises `AdarankError` if it is no list."""
         if not isinstance(self.value, list):
             self._refuse("no list")
         return [self._at(str(index), value) for index, value in enumerate(self.value)]
 
     def text(self) -> str:
+        """The string. Raises `AdarankError` if it is none."""
         return self.value if isinstance(self.value, str) else self._refuse("no text")
 
     def truth(self) -> bool:
+        """The Boolean. Raises `AdarankError` if it is none."""
         return (
             self.value if isinstance(self.value, bool) else self._refuse("neither true nor false")
         )
 
     def integer(self, least: int = 0, most: int = MOST) -> int:
+        """An integer in [least, most], neither true nor 1.0. Raises `AdarankError` otherwise."""
         if type(self.value) is not int or not least <= self.value <= most:
             self._refuse(f"no integer from {least} to {most}")
         return int(self.value)
@@ -151,6 +157,7 @@ class Value:
         return float(self.value)
 
     def one_of(self, choices: Sequence[str]) -> str:
+        """A string among `choices`. Raises `AdarankError` otherwise."""
         text = self.text()
         return text if text in choices else self._refuse(f"none of {', '.join(choices)}")
 

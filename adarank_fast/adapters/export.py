@@ -79,7 +79,8 @@ def export_saved(
         adapter: what is in its folder.
         base_model: tells the layers' names and shapes; its weights are not used, so it may be on
             the meta device.
-        folder, rank: see `export_uniform`.
+        folder: see `export_uniform`.
+        rank: see `export_uniform`.
 
     Raises:
         AdarankError: as `export_uniform`; or the adapter does not fit `base_model`.

@@ -296,4 +296,5 @@ def _warn_compiled_early() -> bool:
 
 
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Path and module of every layer that is fused now."""
     return ((path, m) for path, m in model.named_modules() if isinstance(m, _Fused))

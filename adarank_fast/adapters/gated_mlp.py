@@ -238,6 +238,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks hang on the module itself, which would see other calls."""
     return any(getattr(module, name) for name in HOOKS)
 
 
@@ -320,4 +321,5 @@ def restore_gated_mlps(model: nn.Module, but: Set[nn.Module] = frozenset()) -> N
 
 
 def gated_mlps(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward computes a gated MLP as one step."""
     return (m for m in list(model.modules()) if isinstance(m, _GatedMLP))

@@ -155,6 +155,7 @@ class Run:
         self.seed: Tensor | None = None  # one dropout mask, as a group has
 
     def goes_on(self, x: Tensor, layer: Layer) -> bool:
+        """Whether `layer` may be the next: `x` is the run's tensor, not written since."""
         state: LayerState = layer._adarank
         return (
             self.x() is x
@@ -215,6 +216,7 @@ def form_group(layer: Layer) -> None:
 
 
 def make_group(layers: Sequence[Layer]) -> None:
+    """Compute the layers in one operator from their next call on."""
     group = LayerGroup(layers)
     for position, layer in enumerate(layers):
         state: LayerState = layer._adarank

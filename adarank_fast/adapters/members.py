@@ -75,6 +75,7 @@ class Member:
         self.take_adapter(layer, name)
 
     def take_adapter(self, layer: Layer, name: Any) -> None:
+        """Note the parts of the adapter `name`, which the layer has."""
         self.lora_A, self.lora_B = layer.lora_A[name], layer.lora_B[name]
         self.adapter_class: type = nn.Linear
         self.drop, self.variant = layer.lora_dropout[name], layer.lora_variant.get(name)
@@ -168,6 +169,7 @@ class Unadapted(Member):
     __slots__ = ()
 
     def take_adapter(self, layer: Layer, name: Any) -> None:
+        """Note that there is none."""
         self.lora_A = self.lora_B = self.drop = self.variant = self.scaling = self.lora_bias = None
         self.adapter_class = type(None)
         self.A = self.B = _NO_PARAMETER
@@ -175,12 +177,15 @@ class Unadapted(Member):
 
     @property
     def dropout(self) -> None:
+        """None: nothing is dropped, whatever the other members do."""
         return None
 
     def parts(self) -> Parts:
+        """As a member's; A and B are None."""
         return self.weight, self.bias, None, None, 0.0
 
     def holds(self, own: dict[str, Any]) -> bool:
+        """As a member's; and the layer still has none of the active adapters."""
         active = [self.active] if isinstance(self.active, str) else self.active
         has = own["_modules"]["lora_A"]._modules
         return not any([name in has for name in active]) and super().holds(own)
@@ -209,6 +214,7 @@ class Made:
 
     @property
     def dropout(self) -> float | None:
+        """As a member's; the adapters' are the same."""
         return self.members[0].dropout
 
     def parts(self) -> Parts:
@@ -225,11 +231,13 @@ class Made:
         return finished(Y, first.weight, first.bias, self.adapters)
 
     def is_active(self, own: dict[str, Any]) -> bool:
+        """As a member's, of all its adapters."""
         if self.fixed_dropout and any([member.dropout for member in self.members]):
             return False
         return all([member.is_active(own) for member in self.members])
 
     def holds(self, own: dict[str, Any]) -> bool:
+        """As a member's, of all its adapters; and they are still the active ones, in this order."""
         has, active = own["_modules"]["lora_A"]._modules, self.members[0].active
         active = [active] if isinstance(active, str) else active
         if [name for name in active if name in has] != self.names:

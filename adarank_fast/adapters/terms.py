@@ -95,7 +95,8 @@ def finished(
 
     Args:
         Y: [..., out].
-        weight, bias: of the base; None for a base layer with a product of its own.
+        weight: the base's, [out, in]; None for a base layer with a product of its own.
+        bias: the base's, [out], or None.
         adapters: the layer's.
     """
     if weight is None:

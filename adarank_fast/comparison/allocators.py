@@ -98,6 +98,7 @@ GROUP = "adarank.allocators"  # of entry points
 
 
 def allocator(function: Allocator) -> Allocator:
+    """Register a function as the arm of its name."""
     ALLOCATORS[function.__name__] = function
     return function
 

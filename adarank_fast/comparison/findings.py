@@ -27,6 +27,7 @@ def say(results: Mapping[str, Any], value: float | None, difference: bool = Fals
 def say_interval(
     results: Mapping[str, Any], found: Mapping[str, Any] | None, difference: bool = False
 ) -> str:
+    """A confidence interval in words, "1.2 to 3.4 points"; `NONE` where there is none."""
     if found is None or found["low"] is None:
         return NONE
     low, high = (say(results, found[key], difference) for key in ("low", "high"))

@@ -45,6 +45,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The stem of the cell's files."""
         kind = "sweep" if self.sweep else "run"
         return f"{kind}-{self.arm}-seed{self.seed}-rate{float(self.learning_rate)!r}"
 
@@ -72,6 +73,7 @@ class Grid:
         return self.validation if sweep else (self.experiment.train, self.experiment.held_out)
 
     def settings(self, cell: Cell) -> Recipe:
+        """The recipe with the cell's seed and learning rate; one epoch in a sweep."""
         epochs = 1 if cell.sweep else self.recipe.epochs
         rate = cell.learning_rate
         return replace(self.recipe, epochs=epochs, learning_rate=rate, seed=cell.seed)
@@ -105,6 +107,11 @@ class Grid:
             raise _damaged(path) from None
 
     def run(self, cell: Cell) -> tuple[dict[str, Any], Evaluation | None]:
+        """Train the cell's adapter and measure it.
+
+        Returns:
+            What goes into its JSON file, and the evaluation; None if the loss diverged.
+        """
         started, cpu_started = time.perf_counter(), time.process_time()
         train, held_out = self.items(cell.sweep)
         recipe, pad = self.settings(cell), self.experiment.pad

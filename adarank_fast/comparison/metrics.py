@@ -29,6 +29,7 @@ class Metric:
     items_are: str = ""
 
     def better(self, one: float, other: float) -> bool:
+        """Whether `one` beats `other`; equal values do not."""
         return one > other if self.greater_is_better else one < other
 
 

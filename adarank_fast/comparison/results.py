@@ -29,6 +29,11 @@ def summarise(
     """All that is reported, of the results of the sweep's cells and of the runs.
 
     Args:
+        settings: of the comparison, as they are reported.
+        plans: arm -> its ranks.
+        swept: results of the sweep's cells.
+        runs: results of the runs.
+        metric: what arms are compared by.
         evaluations: one a run; None for a run that diverged.
     """
     found = {

@@ -38,6 +38,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0; False where there is no interval."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 

@@ -98,6 +98,7 @@ class Memory:
 
     @property
     def noise(self) -> int:
+        """For the noise of the trials of a pass."""
         return self.total // 4
 
     @property

@@ -47,6 +47,11 @@ class Score:
 
     @classmethod
     def from_trials(cls, trials: Sequence[float]) -> Score:
+        """A score of at least one trial.
+
+        Raises:
+            AdarankError: there is none.
+        """
         values = tuple(float(value) for value in trials)
         if not values:
             raise AdarankError("trials is empty; a score needs at least one trial")

@@ -17,6 +17,7 @@ GRID = {"color": "0.9", "linewidth": 0.8}
 
 
 def line_style(index: int, marker: bool = True) -> dict[str, Any]:
+    """Keyword arguments of `Axes.plot`; 30 different ones before they repeat."""
     return {
         "color": f"C{index % 10}",
         "linestyle": ("-", "--", ":")[index // 10 % 3],
@@ -34,6 +35,7 @@ def label(name: str) -> str:
 
 
 def clean(axes: Any, grid: str = "y") -> None:
+    """Faint grid lines along `grid`, and no frame at the top and on the right."""
     axes.grid(axis=grid, **GRID)
     axes.set_axisbelow(True)
     axes.tick_params(axis="x", which="minor", length=0)
@@ -41,6 +43,11 @@ def clean(axes: Any, grid: str = "y") -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
+    """A figure of this many inches, drawn without pyplot's global state.
+
+    Raises:
+        AdarankError: it would have more pixels on a side than matplotlib draws.
+    """
     from matplotlib.figure import Figure
 
     if max(width, height) * DPI > MOST_PIXELS:
@@ -51,6 +58,11 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def write(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write the picture, as a whole or not at all; the path's suffix says which kind.
+
+    Raises:
+        AdarankError: matplotlib does not write that kind.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     kind = Path(path).suffix[1:].lower() or "png"

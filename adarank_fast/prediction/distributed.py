@@ -30,6 +30,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
+        """This process among torch.distributed's; the only one where that is not initialised."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()

@@ -198,15 +198,18 @@ class StoredTensor:
 
     @staticmethod
     def of(tensor: Tensor, offload: bool) -> StoredTensor:
+        """A copy, on the CPU if `offload`; it remembers the tensor's own device."""
         copy = tensor.to("cpu" if offload else tensor.device, copy=True)
         return StoredTensor(copy, tensor.device)
 
     @property
     def offloaded(self) -> bool:
+        """Whether the copy lies elsewhere than the tensor did."""
         return self.tensor.device != self.device
 
     @property
     def nbytes(self) -> int:
+        """Of the copy's whole storage."""
         return self.tensor.untyped_storage().nbytes()
 
     def blank(self) -> StoredTensor:

@@ -39,6 +39,8 @@ class Pass:
         return tensors
 
     def watch_block(self, path: str, module: nn.Module, original: Forward) -> Forward:
+        """A forward that notes the blocks' order, and whose output the next one does not get."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._last is not None:
                 before, tensor, written = self._last
@@ -72,6 +74,8 @@ class Pass:
         return forward
 
     def watch_target(self, name: str, original: Forward) -> Forward:
+        """A forward that notes the rows of each call, and with `keep` its input."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = (x for x in leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim())
             if (x := next(given, None)) is not None:  # experts may take other things first

@@ -137,6 +137,7 @@ def make_arguments(task: str, settings: Mapping[str, Any], folder: str | os.Path
     """An object of the task's class.
 
     Args:
+        task: "classification" or "causal-lm".
         settings: see `read_settings`.
         folder: for checkpoints and logs.
 

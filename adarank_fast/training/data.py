@@ -182,6 +182,7 @@ def _cell(path: Path, number: int, row: Mapping[str, Any], column: str) -> Any:
 
 
 def quote(value: object, most: int = 60) -> str:
+    """A value for a message, cut after `most` characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -243,7 +244,8 @@ def read_data(
 
     Args:
         path: .jsonl files may also have prompt and completion, or messages.
-        text_column, label_column: see `read_texts`.
+        text_column: see `read_texts`.
+        label_column: see `read_texts`.
         task: "auto": classification where there are labels, else causal-lm.
 
     Raises:

@@ -57,7 +57,8 @@ def make_trainer(
     Args:
         model: with adapters.
         tokenizer: with a chat template where rows are chats.
-        rows, held_out: in TRL's columns.
+        rows: to train on, in TRL's columns.
+        held_out: to evaluate on, in the same columns; may be empty.
         arguments: an `SFTConfig`.
         callbacks: beside `Watch`.
 

@@ -37,6 +37,7 @@ class MeanPoolClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Logits [B, classes] for token ids and mask, [B, T]; also the mean loss for labels [B]."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         logits = self.head(mean_pool(hidden, attention_mask).to(self.head.weight.dtype))
         if labels is None:
@@ -160,7 +161,7 @@ def load_model(
     dtype: str = "float32",
     four_bit: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """transformers' own model for the task, ready for adapters.
+    """The model class of transformers for the task, ready for adapters.
 
     Args:
         name: a folder or a hub name.

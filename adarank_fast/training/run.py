@@ -128,9 +128,11 @@ class Progress(TrainerCallback):
         self._bar = bar
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar to the trainer's step."""
         self._bar.total, self._bar.n = state.max_steps, state.global_step
         self._bar.refresh()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        """Show the losses that the trainer logs, beside the bar."""
         shown = {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
         self._bar.set_postfix({k: f"{float(v):.4g}" for k, v in shown.items()}, refresh=False)

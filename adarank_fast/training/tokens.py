@@ -13,6 +13,7 @@ from adarank_fast.training.data import TextData, quote
 
 
 def encode(tokenizer: Any, data: TextData, classes: list[str], max_length: int) -> list[Item]:
+    """Blocks for a language model if there are no `classes`, else texts with their labels."""
     if not classes:
         return encode_blocks(tokenizer, data.texts, max_length)
     assert data.labels is not None
@@ -80,6 +81,9 @@ def encode_labelled(
     """Token ids and the label's number of each text.
 
     Args:
+        tokenizer: of the model.
+        texts: one an item.
+        classes: the place of a label here is its number.
         labels: one a text, each one of `classes`.
         max_length: longer texts are cut.
     """
@@ -99,6 +103,8 @@ def encode_blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[Ite
     """Texts for a language model: joined by the end-of-text token, cut into blocks.
 
     Args:
+        tokenizer: of the model.
+        texts: in their order.
         length: tokens a block; what is left over at the end is dropped.
 
     Raises:
@@ -130,6 +136,7 @@ def collate(items: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
     """Lists padded on the right to the longest; numbers kept.
 
     Args:
+        items: at least one, all with the same keys.
         pad: fills input_ids; labels are filled with `IGNORED`, everything else with 0.
 
     Returns:
@@ -168,6 +175,7 @@ def add_decoder_inputs(
 
 
 def item_length(item: Item) -> int:
+    """Tokens of an item; 0 if it has no token ids."""
     return len(item["input_ids"]) if "input_ids" in item else 0
 
 

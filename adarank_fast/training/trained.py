@@ -50,6 +50,7 @@ class Trained:
 
     @property
     def max_length(self) -> int:
+        """Tokens of an example, as in training; a default of the task's where that is not known."""
         length = self.settings.get("max_length")
         return length if isinstance(length, int) and length > 0 else LENGTHS[self.task]
 
@@ -140,10 +141,12 @@ def evaluate(
         data: a file, see `read_data`, or what that returns.
         adapter: an adapter folder, for a `model` that is a name.
         tokenizer: for a model in memory.
-        text_column, label_column: guessed if left out.
+        text_column: guessed if left out.
+        label_column: guessed if left out.
         batch_size: examples a batch.
         max_length: tokens of an example; None: as in training.
-        dtype, four_bit: see `load_trained`.
+        dtype: see `load_trained`.
+        four_bit: see `load_trained`.
 
     Returns:
         See `evaluation.metrics`: accuracy, f1, loss and examples for classification; perplexity,

@@ -108,6 +108,7 @@ class Watch(TrainerCallback, ExportableState):
         self._tokens: list[Tensor] = []
 
     def state(self) -> dict[str, Any]:
+        """What Trainer saves in a checkpoint and gives back when it resumes."""
         self._read()
         names = ("losses", "seconds", "tokens", "setting")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
@@ -121,6 +122,7 @@ class Watch(TrainerCallback, ExportableState):
             self._tokens.append(mask.sum() if unmasked else torch.tensor(mask.numel()))
 
     def training(self) -> Training:
+        """Losses, seconds and tokens of every step so far."""
         self._read()
         return Training(self.losses, self.seconds, self.tokens)
 
@@ -130,6 +132,7 @@ class Watch(TrainerCallback, ExportableState):
         self._new = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note what the last bits of a result depend on; warn if a resumed run differs in it."""
         now = {
             "products": products(kwargs["model"]),
             "device": str(args.device),
@@ -146,9 +149,11 @@ class Watch(TrainerCallback, ExportableState):
         self.setting = now
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the step's clock."""
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the step's clock, when the device is done, and sum the batches' losses."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._started)
@@ -157,6 +162,7 @@ class Watch(TrainerCallback, ExportableState):
         self._of_step, self._tokens = [], []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        """Stop the training if a loss is not finite."""
         self._read()
         if not all(map(math.isfinite, self.losses)):
             control.should_training_stop = True
@@ -166,6 +172,7 @@ class Watched:
     """Mixed into a trainer that has a `Watch` among its callbacks: every batch is told to it."""
 
     def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Tensor:
+        """Trainer's own step; `Watch` gets the loss and the batch."""
         loss: Tensor = super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
         watch_of(self).batch(loss, inputs)
         return loss
@@ -183,6 +190,7 @@ class OnStep(TrainerCallback):
         self._function = function
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call the function."""
         self._function()
 
 
@@ -198,6 +206,7 @@ class LengthGroups(Sampler[int]):
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order comes next."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -241,6 +250,7 @@ def fit(
         model: takes a batch of items as keywords, returns "loss" and "logits".
         items: with labels.
         pad: token id to pad with.
+        recipe: epochs, batch size, learning rate and seed.
         on_step: called after every step.
     """
     steps = recipe.steps(len(items))

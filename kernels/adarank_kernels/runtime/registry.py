@@ -97,6 +97,9 @@ def launch(
     Triton, which looks at the sizes of the storages there, too.
 
     Args:
+        kernel: a `triton.jit` function.
+        grid: programs along both axes.
+        arguments: tensors, integers and floats, in the kernel's order.
         key: with the constants, what settles all that Triton specialises on: the device, dtypes,
             which pointers start at 16 bytes, and `kind` of each integer.
         constants: the constexprs, which the kernel names last, and num_warps, num_stages.
@@ -131,6 +134,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def cdiv(a: int, b: int) -> int:
+    """The quotient of two integers, rounded up."""
     return -(-a // b)
 
 
