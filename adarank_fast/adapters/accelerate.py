@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from adarank_fast.undo import undone, undone_on_error
 
 def accelerate(
     peft_model: nn.Module,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, object] | None = None,
     recompute_mlp: bool = False,
 ) -> nn.Module:
     """Fuse the LoRA layers of a PEFT model, in place; a second call changes nothing.
@@ -97,7 +96,7 @@ def _check_not_compiled(model: nn.Module) -> None:
             raise AdarankError(f"{where} is compiled already; accelerate first, then torch.compile")
 
 
-def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
+def _watch(model: nn.Module, example: Mapping[str, object]) -> None:
     training = {module: module.training for module in model.modules()}
 
     def undo() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -34,6 +34,9 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
 from adarank_fast.options import check_number
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 RANKS = (8, 16, 32, 64)  # what every engine's kernels take
 
@@ -107,7 +110,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     Raises:
         AdarankError: it has no such LoRA adapter.
     """
-    configs: Mapping[str, Any] = getattr(peft_model, "peft_config", {})
+    configs: Mapping[str, object] = getattr(peft_model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, LoraConfig):
         there = ", ".join(configs) or "none"
@@ -127,7 +130,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
         }
         config = replace(config, auto_mapping=mapping)
     scales = {
-        path: layer.scaling[adapter_name]
+        path: cast(LoraLayer, layer).scaling[adapter_name]
         for path, layer in base.named_modules()
         if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, "scaling", {})
     }
@@ -149,7 +152,7 @@ def _is_resized(base: Any, name: str | None) -> bool:
     return any(isinstance(other, int) and other != size for other in noted)
 
 
-def _vocabulary_size(config: Any) -> int | None:
+def _vocabulary_size(config: object) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 
@@ -236,7 +239,7 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
         init_lora_weights=True,
         inference_mode=True,
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     # clones, since a file cannot have one storage twice, as of a head tied to the embedding
     saved = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -60,7 +60,7 @@ class _Fused:
 
     _adarank: LayerState
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if _is_compiling():
             return _forward_compiled(self, x, args, kwargs)
         own = self.__dict__

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adarank_fast.adapters.adapter_files import PREFIX, Adapter, read_adapter
@@ -24,6 +24,9 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, loading
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -121,7 +124,7 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
     )
 
 
-def _without_weights(model_class: Any, config: Any) -> Any:
+def _without_weights(model_class: Any, config: PretrainedConfig) -> Any:
     """A model on the meta device; None where the class is no model's, or the model is not of it."""
     try:
         with torch.device("meta"):
@@ -134,7 +137,7 @@ def _without_weights(model_class: Any, config: Any) -> Any:
     return None
 
 
-def _class_names(adapter: Adapter, config: Any) -> Iterator[str]:
+def _class_names(adapter: Adapter, config: PretrainedConfig) -> Iterator[str]:
     mapping = adapter.config.auto_mapping or {}
     if str(mapping.get("parent_library", "")).startswith("transformers."):
         yield str(mapping.get("base_model_class"))
@@ -152,14 +155,14 @@ def _label_count(adapter: Adapter) -> int | None:
     return sizes[-1] if sizes else None
 
 
-def _name_classes(config: Any, folder: Path) -> None:
+def _name_classes(config: PretrainedConfig, folder: Path) -> None:
     """Give a configuration the names of classes, and the padding, of the one beside an adapter."""
     try:
         beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = {int(number): str(name) for number, name in beside["id2label"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # an adapter has no configuration of the model but where we or the user put one
-    if sorted(names) == list(range(config.num_labels)):
+    if sorted(names) == list(range(config.num_labels or 0)):
         config.id2label = names
         config.label2id = {name: number for number, name in names.items()}
         if getattr(config, "pad_token_id", None) is None:
@@ -169,7 +172,7 @@ def _name_classes(config: Any, folder: Path) -> None:
 def _merge(
     model_class: Any,
     name: str,
-    config: Any,
+    config: PretrainedConfig,
     folder: str | os.PathLike[str],
     adapter: Adapter,
     dtype: str,
@@ -226,9 +229,16 @@ def _untie(model: Any) -> None:
     ends = _tied_ends(model)
     if ends is None or not any(isinstance(end, BaseTunerLayer) for end in ends):
         return
-    head, embedding = (e.get_base_layer() if isinstance(e, BaseTunerLayer) else e for e in ends)
+    head, embedding = (_inside(e) for e in ends)
     if head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = nn.Parameter(cast(Tensor, head.weight).detach().clone(), requires_grad=False)
+
+
+def _inside(layer: nn.Module) -> nn.Module:
+    if not isinstance(layer, BaseTunerLayer):
+        return layer
+    inner: nn.Module = cast(Any, layer).get_base_layer()
+    return inner
 
 
 def _say_untied(model: Any) -> None:

@@ -46,7 +46,7 @@ def show_report(report: Comparison, folder: Path, as_json: bool) -> None:
     say_written(folder / "report.html")
 
 
-def say_written(path: Path, as_json: Mapping[str, Any] | None = None) -> None:
+def say_written(path: Path, as_json: Mapping[str, object] | None = None) -> None:
     """Say "wrote `path`" on stderr; or instead of it `as_json` on stdout."""
     if as_json is None:
         print(f"wrote {path}", file=sys.stderr)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 import typer
 from rich import box
@@ -19,6 +19,10 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.options import DTYPES, check_choice
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from adarank_fast.models.targets import TargetModules
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training.card import Result
     from adarank_fast.training.classification import Classification
@@ -133,7 +137,7 @@ def train(
         held_out = read_data(eval_data, **columns, task=rows.task)
         _check_alike(rows, held_out)
     config_class(rows.task)  # without trl nothing need be loaded
-    flags: dict[str, Any] = {
+    flags: dict[str, object] = {
         "epochs": epochs,
         "max_steps": max_steps,
         "batch_size": batch_size,
@@ -154,12 +158,11 @@ def train(
     with status(f"loading {model}"):
         tokenizer = load_tokenizer(model)
         examples = _examples(rows, held_out, tokenizer, fields)
-        network: Any
         network, lora_config = load_model(
             model, rows.task, rows.classes, tokenizer=tokenizer, dtype=dtype, four_bit=four_bit
         )
         if not four_bit and torch.cuda.is_available():
-            network.to("cuda")
+            cast(nn.Module, network).to("cuda")
     noted = {
         **{"model": model, "weights": digest_weights(network), "task": rows.task},
         **{"data": examples.digest(), "settings": fields},
@@ -173,7 +176,7 @@ def train(
         lora_config["lora_dropout"] = lora_dropout
         peft_model = inject(network, chosen, scale, example, **lora_config)
         with tqdm(disable=not sys.stderr.isatty(), leave=False) as bar:
-            callbacks: list[Any] = [Progress(bar)]
+            callbacks: list[TrainerCallback] = [Progress(bar)]
             if early_stopping is not None:
                 callbacks.append(EarlyStoppingCallback(early_stopping))
             arguments = make_arguments(rows.task, fields, checkpoints)
@@ -207,8 +210,20 @@ def train(
     _say(result, output_folder, as_json)
 
 
+class RankSource(TypedDict, total=False):
+    """Where the ranks come from: one of the first three."""
+
+    plan: RankPlan
+    rank: int
+    average_rank: float
+    target_modules: TargetModules
+
+
 def _examples(
-    rows: Data, held_out: Data | None, tokenizer: Any, fields: Mapping[str, Any]
+    rows: Data,
+    held_out: Data | None,
+    tokenizer: PreTrainedTokenizerBase,
+    fields: Mapping[str, object],
 ) -> Classification | LanguageModel:
     from adarank_fast.training.classification import Classification
     from adarank_fast.training.language_model import LanguageModel
@@ -217,16 +232,20 @@ def _examples(
     return kind(rows, held_out, tokenizer, fields)
 
 
-def _ranks_from(plan: Path | None, rank: int | None, average_rank: float | None) -> dict[str, Any]:
+def _ranks_from(plan: Path | None, rank: int | None, average_rank: float | None) -> RankSource:
     given = {"plan": plan, "rank": rank, "average_rank": average_rank}
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in found)
         raise AdarankError(f"{names} each say the ranks; give one of them")
-    return found or {"average_rank": AVERAGE_RANK}
+    if rank is not None:
+        return {"rank": rank}
+    if plan is not None:
+        return {}
+    return {"average_rank": AVERAGE_RANK if average_rank is None else average_rank}
 
 
-def _digestible(source: Mapping[str, Any]) -> dict[str, Any]:
+def _digestible(source: RankSource) -> dict[str, object]:
     """Where the ranks come from, as a run that goes on compares it."""
     if "plan" in source:
         return {"plan": source["plan"].ranks}
@@ -234,8 +253,8 @@ def _digestible(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan(
-    source: Mapping[str, Any],
-    network: Any,
+    source: RankSource,
+    network: PreTrainedModel,
     examples: Classification | LanguageModel,
     checkpoints: Path,
 ) -> RankPlan:
@@ -253,9 +272,8 @@ def _plan(
     if not path.exists():
         batches = examples.calibration(CALIBRATION, network.device)
         budget = Budget(average_rank=source["average_rank"])
-        plan = predict_ranks(
-            *(network, batches, budget, source["target_modules"]), progress=sys.stderr.isatty()
-        )
+        targets, progress = source["target_modules"], sys.stderr.isatty()
+        plan = predict_ranks(network, batches, budget, targets, progress=progress)
         plan.save(path)
     return RankPlan.load(path)
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy
 from torch import nn
@@ -16,14 +16,19 @@ from adarank_fast.comparison.metrics import Metric
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.training.data import TextData, hold_out, read_texts
 from adarank_fast.training.evaluation import Evaluation
-from adarank_fast.training.loading import choose_task, load_tokenizer, model_factory
+from adarank_fast.training.loading import LoraOptions, choose_task, load_tokenizer, model_factory
 from adarank_fast.training.tokens import Item, collate, encode, make_classes, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from adarank_fast.models.batches import Batch
 
 VALIDATION_SHARE = 0.1  # of the training items, for the sweep
 HELD_OUT_SHARE = 0.2  # of the data, where no held-out data are given
 CALIBRATION_ITEMS, CALIBRATION_BATCH = 32, 16
 CALIBRATION_TOKENS = 2048  # a language model's blocks can be long; fewer items then
-Data = str | os.PathLike[str] | TextData | Sequence[Any]
+Data = str | os.PathLike[str] | TextData | Sequence[object]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Experiment:
     name: str
     task: str
     factory: Callable[[], nn.Module]
-    lora_config: dict[str, Any]  # more arguments of the LoraConfig
+    lora_config: LoraOptions  # more arguments of the LoraConfig
     pad: int
     classes: int | None
     train: list[Item]
@@ -45,7 +50,7 @@ def make_experiment(
     train_data: Data,
     eval_data: Data | None,
     task: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     modules_to_save: Sequence[str] | None,
     max_length: int,
     dtype: str,
@@ -72,7 +77,9 @@ def make_experiment(
         raise AdarankError("train_data and eval_data must both be texts or both tokenised items")
     if callable(model):
         factory = model
-        lora_config = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
+        lora_config: LoraOptions = {}
+        if modules_to_save:
+            lora_config = {"modules_to_save": list(modules_to_save)}
     else:
         factory, lora_config = model_factory(name, task, names, tokenizer, dtype)
     classes = len(names) or None
@@ -86,11 +93,12 @@ def _read(data: Data) -> TextData | list[Item]:
         return data
     rows = list(data)
     if rows and all(isinstance(row, str) for row in rows):
-        return TextData(rows)
+        return TextData(cast(list[str], rows))
     if rows and all(isinstance(row, (tuple, list)) and len(row) == 2 for row in rows):
-        return TextData([text for text, _ in rows], [str(label) for _, label in rows])
+        pairs = cast(list[tuple[str, object]], rows)
+        return TextData([text for text, _ in pairs], [str(label) for _, label in pairs])
     if rows and all(isinstance(row, dict) and "labels" in row for row in rows):
-        return rows
+        return cast(list[Item], rows)
     raise AdarankTypeError(
         "data must be a file, TextData, texts, (text, label) pairs or dicts with labels, got "
         + (f"items like {rows[0]!r:.60}" if rows else "none")
@@ -108,9 +116,9 @@ def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
     return task, names
 
 
-def calibration(experiment: Experiment, labels: bool = False) -> list[dict[str, Any]]:
+def calibration(experiment: Experiment, labels: bool = False) -> list[Batch]:
     """The first training items that make `CALIBRATION_TOKENS` tokens, with `labels` or without."""
-    items: list[dict[str, Any]] = []
+    items: list[Item] = []
     tokens = 0
     for item in experiment.train[:CALIBRATION_ITEMS]:
         if tokens >= CALIBRATION_TOKENS:

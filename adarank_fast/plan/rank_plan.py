@@ -146,7 +146,7 @@ class RankPlan:
                 "this plan has no scores to allocate by (it was not made by probing); "
                 "run predict_ranks"
             )
-        flat: dict[str, Any] = {**options}
+        flat: dict[str, object] = {**options}
         budget = gather(Budget, budget, flat)
         refuse_unknown("allocate", flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}

@@ -39,7 +39,7 @@ class Processes:
         """The part of `items` that is this process's; every process passes the same."""
         return list(items[self.rank :: self.count])
 
-    def same(self, what: str, value: Mapping[str, Any]) -> None:
+    def same(self, what: str, value: Mapping[str, object]) -> None:
         """Every process must have the same value.
 
         Raises:

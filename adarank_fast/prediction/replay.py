@@ -238,7 +238,7 @@ def _store(
 ) -> Forward:
     """A forward that keeps what the module returns under `returned[module]`."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> Any:
         output = original(*args, **kwargs)
         returned[module] = map_leaves(Tensor, lambda t: StoredTensor.of(t, offload), output)
         return output
@@ -255,7 +255,7 @@ def _return(tree: Any, repeated: list[bool], folds: int, _: Forward) -> Forward:
         folds: K.
     """
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> Any:
         flags = iter(repeated)
         return map_leaves(StoredTensor, lambda x: x.folded(folds if next(flags, True) else 1), tree)
 

@@ -41,7 +41,7 @@ class Pass:
     def watch_block(self, path: str, module: nn.Module, original: Forward) -> Forward:
         """A forward that notes the blocks' order, and whose output the next one does not get."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Any:
             if self._last is not None:
                 before, tensor, written = self._last
                 passed_on = any(leaf is tensor for leaf in leaves((args, kwargs)))
@@ -59,7 +59,7 @@ class Pass:
     def watch_embeddings(self, module: nn.Module, original: Forward) -> Forward:
         """Fixed: called once, with whole numbers, before every block and target."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Any:
             given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
             late = bool(self.order or self.rows or module in self._called)
             self._called.add(module)
@@ -76,7 +76,7 @@ class Pass:
     def watch_target(self, name: str, original: Forward) -> Forward:
         """A forward that notes the rows of each call, and with `keep` its input."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Any:
             given = (x for x in leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim())
             if (x := next(given, None)) is not None:  # experts may take other things first
                 self.rows.setdefault(name, []).append(x.shape[0])

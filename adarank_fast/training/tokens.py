@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +11,13 @@ from torch import Tensor
 from adarank_fast.errors import AdarankError
 from adarank_fast.training.data import TextData, quote
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def encode(tokenizer: Any, data: TextData, classes: list[str], max_length: int) -> list[Item]:
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, data: TextData, classes: list[str], max_length: int
+) -> list[Item]:
     """Blocks for a language model if there are no `classes`, else texts with their labels."""
     if not classes:
         return encode_blocks(tokenizer, data.texts, max_length)
@@ -36,11 +41,15 @@ def make_classes(*parts: TextData) -> list[str]:
 
 
 Item = dict[str, Any]  # one item's model inputs, lists of token ids; labels: a number or a list
+T = TypeVar("T")
 IGNORED = -100  # a label that counts for nothing: transformers' and torch's own
 
 
 def make_batches(
-    tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_length: int = 128
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int = 16,
+    max_length: int = 128,
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts into batches, in order, each padded on the right to its longest text.
 
@@ -72,7 +81,7 @@ def make_batches(
 
 
 def encode_labelled(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     labels: Sequence[str],
     classes: Sequence[str],
@@ -99,7 +108,9 @@ def encode_labelled(
     ]
 
 
-def encode_blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[Item]:
+def encode_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> list[Item]:
     """Texts for a language model: joined by the end-of-text token, cut into blocks.
 
     Args:
@@ -126,13 +137,13 @@ def encode_blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[Ite
     ]
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What to pad with; it is masked, so any token will do where there is no pad token."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
     return next(candidate for candidate in candidates if candidate is not None)
 
 
-def collate(items: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
+def collate(items: Sequence[Mapping[str, object]], pad: int) -> dict[str, Tensor]:
     """Lists padded on the right to the longest; numbers kept.
 
     Args:
@@ -179,7 +190,7 @@ def item_length(item: Item) -> int:
     return len(item["input_ids"]) if "input_ids" in item else 0
 
 
-def some(items: Sequence[Any], count: int = 256) -> list[Any]:
+def some(items: Sequence[T], count: int = 256) -> list[T]:
     """At most so many of them, evenly spaced: files are often sorted."""
     step = len(items) / max(min(count, len(items)), 1)
     return [items[int(index * step)] for index in range(min(count, len(items)))]

@@ -88,7 +88,7 @@ def launch(
     key: Hashable,
     grid: tuple[int, int],
     arguments: Sequence[Any],
-    constants: Mapping[str, Any],
+    constants: Mapping[str, object],
 ) -> None:
     """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
 
