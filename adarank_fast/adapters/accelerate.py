@@ -11,7 +11,8 @@ from torch import nn
 
 from adarank_fast.adapters.fused_linear import FUSED, fused_classes, fused_layers, thread
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
-from adarank_fast.adapters.groups import Layer, LayerState, Owner, form_group, owner_path
+from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
+from adarank_fast.adapters.peft_private import Layer
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
 from adarank_fast.undo import undone, undone_on_error

@@ -8,7 +8,7 @@ without an adapter get one of zeros, so that every layer of a kind has one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -37,6 +37,7 @@ from adarank_fast.options import check_number
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 RANKS = (8, 16, 32, 64)  # what every engine's kernels take
 
@@ -137,7 +138,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     return Adapter(config, factors, scales, others)
 
 
-def _is_resized(base: Any, name: str | None) -> bool:
+def _is_resized(base: PreTrainedModel, name: str | None) -> bool:
     """Whether the model's vocabulary is of another size than its checkpoint's."""
     size = _vocabulary_size(getattr(base, "config", None))
     if size is None:
@@ -157,7 +158,7 @@ def _vocabulary_size(config: object) -> int | None:
     return getattr(text, "vocab_size", None)
 
 
-def _vocabulary(base: Any) -> dict[str, Tensor]:
+def _vocabulary(base: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of the embedding and the head, by their names in an adapter file."""
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     found: dict[str, Tensor] = {}
@@ -289,7 +290,7 @@ def _module_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
 
 
 def _targets(
-    shapes: Mapping[str, tuple[int, int] | None], adapted: Any
+    shapes: Mapping[str, tuple[int, int] | None], adapted: Iterable[str]
 ) -> tuple[list[str], list[str]]:
     """(target_modules, paths that they choose): every layer of the kinds that have an adapter.
 

@@ -35,9 +35,8 @@ from adarank_fast.adapters.groups import (
     repeat_guard,
 )
 from adarank_fast.adapters.members import AnyMember, remember
-from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
+from adarank_fast.adapters.peft_private import Layer, TorchaoLoraLinear, bitsandbytes_layers
 from adarank_fast.adapters.terms import (
-    Layer,
     adapters_of,
     bias_of,
     finished,

@@ -89,7 +89,9 @@ def merge_adapter(
 
 
 @_without_expected_warnings()
-def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[Any, Any]:
+def base_skeleton(
+    adapter: Adapter, name: str | None, argument: str
+) -> tuple[PreTrainedModel, PretrainedConfig]:
     """(the adapter's base model without weights, its configuration).
 
     The class is the one that has the adapter's modules: the one that the adapter names, that of its
@@ -124,12 +126,15 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
     )
 
 
-def _without_weights(model_class: Any, config: PretrainedConfig) -> Any:
+def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
     """A model on the meta device; None where the class is no model's, or the model is not of it."""
     try:
         with torch.device("meta"):
             if hasattr(model_class, "from_config"):  # of the Auto classes
-                return model_class.from_config(config, trust_remote_code=is_trusted())
+                made: PreTrainedModel = model_class.from_config(
+                    config, trust_remote_code=is_trusted()
+                )
+                return made
             if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
                 return model_class(config)
     except Exception:  # whatever a configuration of somebody else's makes of a model's own code
@@ -176,7 +181,7 @@ def _merge(
     folder: str | os.PathLike[str],
     adapter: Adapter,
     dtype: str,
-) -> tuple[Any, set[str]]:
+) -> tuple[PreTrainedModel, set[str]]:
     """(the merged model, names of weights that nobody had)."""
     failed = f"cannot merge {str(folder)!r} into {name!r}"
     try:
@@ -203,16 +208,16 @@ def _merge(
     return merged, fresh - {key.removeprefix(PREFIX) for key in adapter.others}
 
 
-def _resize_vocabulary(base: Any, adapter: Adapter) -> None:
+def _resize_vocabulary(base: PreTrainedModel, adapter: Adapter) -> None:
     """Make room for the tokens that were added before training: the adapter has their embedding."""
-    end = base.get_input_embeddings()
+    end: Any = base.get_input_embeddings()
     path = next((path for path, module in base.named_modules() if module is end), "")
     for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
         if name in adapter.others and len(adapter.others[name]) != len(end.weight):
             base.resize_token_embeddings(len(adapter.others[name]), mean_resizing=False)
 
 
-def _tied_ends(model: Any) -> tuple[Any, Any] | None:
+def _tied_ends(model: PreTrainedModel) -> tuple[nn.Module, nn.Module] | None:
     """(head, embedding) of a model that ties them."""
     head = model.get_output_embeddings()
     if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
@@ -220,7 +225,7 @@ def _tied_ends(model: Any) -> tuple[Any, Any] | None:
     return head, model.get_input_embeddings()
 
 
-def _untie(model: Any) -> None:
+def _untie(model: PreTrainedModel) -> None:
     """Give an adapted head its own copy of a weight shared with the embedding, or the reverse.
 
     What is merged into one must not change the other, see
@@ -241,9 +246,10 @@ def _inside(layer: nn.Module) -> nn.Module:
     return inner
 
 
-def _say_untied(model: Any) -> None:
+def _say_untied(model: PreTrainedModel) -> None:
     """Loading would tie a head to the embedding again that is another tensor now."""
-    if torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight):
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if torch.equal(cast(Tensor, head.weight), cast(Tensor, embedding.weight)):
         return
     if getattr(model.config, "is_encoder_decoder", False):  # T5 then leaves a scaling out
         raise AdarankError(

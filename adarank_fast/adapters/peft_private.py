@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft import LoraConfig
 from peft.import_utils import is_bnb_available
@@ -41,10 +42,15 @@ except ImportError:
         return next(matches, key_to_match)
 
 
+Layer = Any  # a LoRA layer of PEFT, whose fields have no types
+Attributes = dict[str, Any]  # the `__dict__` of one
+
 __all__ = [
+    "Attributes",
     "BaseTunerLayer",
     "DoraLinearLayer",
     "DoraLinearVariant",
+    "Layer",
     "TorchaoLoraLinear",
     "bitsandbytes_layers",
     "caches_dora",

@@ -11,12 +11,12 @@ which is PEFT's `DoraLinearLayer` without dropout, in one pass over Y instead of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Layer = Any  # a PEFT LoRA layer
+from adarank_fast.adapters.peft_private import Layer
 
 
 class Adapter(NamedTuple):

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from adarank_fast.models.text import plain_text
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from adarank_fast.comparison.report import Comparison
 
 
@@ -24,7 +26,7 @@ def status(message: str) -> Iterator[None]:
         yield
 
 
-def show(table: Any) -> None:
+def show(table: RenderableType) -> None:
     """Print a rich table on stdout, at full width where that is no terminal."""
     console = Console(markup=False, highlight=False)
     if console.is_terminal:
@@ -41,8 +43,10 @@ def show_report(report: Comparison, folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.results))
         return
-    for part in (*rich_tables(report.results), *reading(report.results)):
-        show(part)
+    for table in rich_tables(report.results):
+        show(table)
+    for line in reading(report.results):
+        show(line)
     say_written(folder / "report.html")
 
 

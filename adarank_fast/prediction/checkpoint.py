@@ -91,7 +91,11 @@ class Checkpoint:
                     raise ValueError("another first line")
                 return
             header = parse(lines[0])
-            if header["format"] != FORMAT or not isinstance(header["identity"], dict):
+            if (
+                not isinstance(header, dict)
+                or header["format"] != FORMAT
+                or not isinstance(header["identity"], dict)
+            ):
                 raise ValueError("another format")
             before = dict(header["identity"])
             found = dict(_probe(line) for line in lines[1:])

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from adarank_fast.errors import AdarankError
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Processes:
                     "give every process the same model and batches"
                 )
 
-    def merge(self, found: dict[Any, float], error: Exception | None) -> dict[Any, float]:
+    def merge(self, found: dict[K, float], error: Exception | None) -> dict[K, float]:
         """What all processes found.
 
         Args:
@@ -68,7 +69,7 @@ class Processes:
                 raise AdarankError(f"process {rank} of {self.count}: {message}")
         return {key: value for part, _ in parts for key, value in part.items()}
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _gather(self, value: T) -> list[T]:
         if self.count == 1:
             return [value]
         parts: list[Any] = [None] * self.count

@@ -26,8 +26,8 @@ INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
 DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
 _checks: dict[str, Callable[[torch.device], None]] = {}
 _status: dict[tuple[str, str], str] = {}
-_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # what `launch` has launched
-_NOTHING: AbstractContextManager[Any] = nullcontext()
+_compiled: dict[Hashable, tuple[Any, tuple[object, ...]]] = {}  # what `launch` has launched
+_NOTHING: AbstractContextManager[object] = nullcontext()
 _settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
 
 
@@ -87,7 +87,7 @@ def launch(
     kernel: Any,
     key: Hashable,
     grid: tuple[int, int],
-    arguments: Sequence[Any],
+    arguments: Sequence[object],
     constants: Mapping[str, object],
 ) -> None:
     """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
@@ -126,7 +126,7 @@ def kind(value: int) -> tuple[bool, bool, bool]:
     return value % 16 == 0, value == 1, value < 2**31
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Where to launch: Triton takes the current CUDA device, whatever the tensors are on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
