@@ -131,7 +131,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
         }
         config = replace(config, auto_mapping=mapping)
     scales = {
-        path: cast(LoraLayer, layer).scaling[adapter_name]
+        path: cast("LoraLayer", layer).scaling[adapter_name]
         for path, layer in base.named_modules()
         if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, "scaling", {})
     }
@@ -274,7 +274,7 @@ def _module_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
 
     Modules saved whole are left out, and what PEFT put into its layers.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     whole = [f".{name}." for name in config.modules_to_save or []]
     shapes: dict[str, tuple[int, int] | None] = {}
     inside: tuple[str, ...] = ()

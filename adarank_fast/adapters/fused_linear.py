@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from copyreg import _reconstructor  # type: ignore[attr-defined]
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from peft.tuners import lora
@@ -108,13 +108,13 @@ class _Fused:
     def _get_name(self) -> str:
         return _plain_class(type(self)).__name__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         new: Any = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """As PEFT's own layer: who loads it need not have this package."""
         state = {key: value for key, value in self.__dict__.items() if key != "_adarank"}
         return _reconstructor, (_plain_class(type(self)), object, None), state
@@ -248,7 +248,9 @@ def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     return [finished(*each) for each in zip(outputs, weights, own_biases, terms, strict=True)]
 
 
-def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _forward_compiled(
+    layer: Layer, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor:
     """What torch.compile traces: the same, with nothing remembered between calls."""
     _finish_watching()
     state: LayerState = layer._adarank
