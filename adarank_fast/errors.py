@@ -9,6 +9,7 @@ from adarank_kernels.errors import (
     AdarankRuntimeError,
     AdarankTimeoutError,
     AdarankTypeError,
+    printable,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "AdarankRuntimeError",
     "AdarankTimeoutError",
     "AdarankTypeError",
+    "printable",
 ]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
+from adarank_fast.json_values import MOST
 
 T = TypeVar("T")
 TASKS = ("classification", "causal-lm")
@@ -80,15 +81,109 @@ def refuse_unknown(function: str, options: dict[str, Any], *classes: type) -> No
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a value that is none of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         said = f"{argument} {value!r}" if argument.startswith("-") else f"{argument}={value!r}"
         raise AdarankError(f"{said} is unknown; use one of {', '.join(choices)}")
 
 
+@dataclass(frozen=True)
+class Range:
+    """What a number may be.
+
+    Attributes:
+        least, most: the smallest and the largest value.
+        whole: integers only.
+        above: `least` itself is too small.
+    """
+
+    least: float
+    most: float
+    whole: bool = True
+    above: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        if not _is_number(value) or self.whole and not isinstance(value, Integral):
+            return False
+        # NaN is in no range
+        return self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        what = "integer" if self.whole else "number"
+        if self.above and self.least == 0 or self.whole and self.least == 1:
+            return f"a positive {what}"
+        return f"{'an' if self.whole else 'a'} {what} of at least {self.least:g}"
+
+
+COUNT = Range(1, MOST)
+SEED = Range(0, 2**32 - 1)  # what numpy takes, and so transformers.set_seed
+POSITIVE = Range(0.0, 1e15, whole=False, above=True)
+
+# every number that a public function or a command takes, by its name
+RANGES = {
+    "average_rank": Range(0.0, MOST, whole=False, above=True),
+    "batch_size": COUNT,
+    "budget_parameters": Range(1, 2**63 - 1),
+    "early_stopping": COUNT,
+    "epochs": COUNT,
+    "items": COUNT,
+    "learning_rate": Range(0.0, 1e30, whole=False),
+    "lora_dropout": Range(0.0, 0.99, whole=False),
+    "max_length": COUNT,
+    "max_memory": Range(1, 2**63 - 1, whole=False),
+    "max_new_tokens": COUNT,
+    "max_rank": COUNT,
+    "max_seconds": POSITIVE,
+    "max_steps": COUNT,
+    "maximum": Range(2, MOST),
+    "min_rank": Range(0, MOST),
+    "minimum": Range(2, MOST),
+    "rank": COUNT,
+    "rank_multiple": COUNT,
+    "samples": COUNT,
+    "scaling": Range(0.0, 1e15, whole=False, above=True),
+    "seed": SEED,
+    "seeds": Range(1, 10_000),
+    "threads": Range(1, 1024),
+    "trial": Range(0, MOST),
+    "trials": COUNT,
+}
+
+
+def check_number(argument: str, value: Any, within: Range | None = None) -> Any:
+    """The value as Python's own int or float, also where it is numpy's.
+
+    Args:
+        argument: its name in `RANGES`, which is its name in the message too; with `--` and hyphens
+            where it is an option of a command.
+        value: what was given.
+        within: another range than that of the name.
+
+    Raises:
+        AdarankError: it is outside of its range, NaN, or no number.
+    """
+    within = within or RANGES[argument.lstrip("-").replace("-", "_")]
+    if value not in within:
+        bound = f" and at most {within.most:g}" if _is_number(value) and value > within.most else ""
+        raise AdarankError(f"{argument} must be {within}{bound}, got {shown(value)}")
+    return int(value) if within.whole else float(value) if not isinstance(value, int) else value
+
+
 def check_integer(argument: str, value: object, least: int) -> None:
     """Refuse what is no integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise AdarankError(f"{argument} must be an integer of at least {least}, got {value!r}")
+    check_number(argument, value, Range(least, MOST))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "an integer of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:56]} ..."
 
 
 def load_function(argument: str, name: str) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """What the published notebook's procedure measures, beside the exact one.
 
-    python bench/accumulating.py    writes bench/results/accumulating.json, docs/accumulating.png
+    python -m bench.accumulating    writes bench/results/accumulating.json, docs/accumulating.png
 
 The notebook means to restore a module after each trial, but restores it from the perturbed module:
 nothing is undone, and the noise of a trial stays for all later trials and modules. Here a copy of
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, trec
@@ -108,13 +105,17 @@ def measure(name: str) -> dict[str, Any]:
     def by_type(found: Mapping[str, Any]) -> dict[str, list[Any]]:
         return {t: [found[m] for m in members] for t, members in types.items()}
 
-    row: dict[str, Any] = {"questions": questions, "trials": trials, "seed": SEED}
-    row["tokens"], row["modules"] = int(batch["attention_mask"].sum()), len(paths)
-    row["scores"] = {procedure: by_type(found) for procedure, found in scores.items()}
-    row["ranks"] = {procedure: by_type(found) for procedure, found in ranks.items()}
-    exact = ranks.pop("exact")
-    row["changed_ranks"] = {p: sum(r[m] != exact[m] for m in exact) for p, r in ranks.items()}
-    return row
+    exact = ranks["exact"]
+    return {
+        "questions": questions,
+        "trials": trials,
+        "seed": SEED,
+        "scores": {procedure: by_type(found) for procedure, found in scores.items()},
+        "ranks": {procedure: by_type(found) for procedure, found in ranks.items()},
+        "changed_ranks": {
+            p: sum(r[m] != exact[m] for m in exact) for p, r in ranks.items() if p != "exact"
+        },
+    }
 
 
 def draw(rows: Mapping[str, Row], path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adarank_kernels import pairwise_disagreement
 from bench.blocks import DTYPES
-from bench.materialised import materialised
+from bench.naive import materialised
 from bench.results_file import peak_resident, write_results
 
 K, N, D, V = 8, 2048, 576, 49152  # SmolLM2-135M's head

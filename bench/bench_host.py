@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -33,9 +33,9 @@ from adarank_kernels.lora import dropout as masks
 from adarank_kernels.lora import group, op, triton_kernels
 from adarank_kernels.lora.backends import triton
 from adarank_kernels.runtime import native, registry
-from bench.blocks import trained_a_little
+from bench.blocks import step_of, trained_a_little
 from bench.results_file import write_results
-from bench.slices import Row, Step, arguments, interleaved, medians, overhead_ratio
+from bench.slices import Row, Step, arguments, medians, overhead_ratio, timed
 
 CHARGE = 5e-6  # seconds a Triton launch, beyond the Python of `registry.launch`
 CALLS = 5  # steps a measurement
@@ -153,19 +153,7 @@ def models_of(key: str) -> dict[str, nn.Module]:
     models = {"frozen": frozen, "peft": peft}
     for name in ("ours", "python"):
         models[name] = ada.accelerate(copy.deepcopy(peft))
-    return {name: getattr(m, "base_model", m) for name, m in models.items()} | {"frozen": frozen}
-
-
-def step_of(model: nn.Module, x: Tensor, dYs: Sequence[Tensor]) -> Step:
-    model = getattr(model, "model", model)
-    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        torch.autograd.backward(model(x), dYs)
-
-    return step
+    return {"frozen": frozen} | {n: m.base_model.model for n, m in models.items() if n != "frozen"}
 
 
 def steps_of_row(key: str) -> dict[str, Step]:
@@ -183,10 +171,8 @@ def steps_of_row(key: str) -> dict[str, Step]:
 
     def computed(name: str) -> list[Tensor]:
         with torch.no_grad():
-            outputs = getattr(models[name], "model", models[name])(x)
-        steps[name]()
-        leaves = [x, *models[name].parameters()]
-        return [*outputs, *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
+            outputs = models[name](x)
+        return [*outputs, *steps[name]()]
 
     Stub.computes = True
     with ExitStack() as stack:
@@ -219,11 +205,11 @@ def measured(key: str, repetitions: int) -> Row:
         launches = {name: launches_of(step) for name, step in steps.items()}
 
         def several(step: Step) -> Step:
-            return lambda: [step() for _ in range(CALLS)] and None
+            return lambda: [step() for _ in range(CALLS)]
 
         gc.disable()
         several_steps = {name: several(step) for name, step in steps.items()}
-        seconds = interleaved(several_steps, repetitions, 60.0, time.thread_time)
+        seconds = timed(several_steps, repetitions, 60.0, time.thread_time)
         gc.enable()
     charged = {n: [v / CALLS + CHARGE * launches[n] for v in vs] for n, vs in seconds.items()}
     row = {"seconds": charged}

@@ -18,23 +18,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, mr, smollm2, trec
-from adarank_fast.models.outputs import mean_pool
 from adarank_fast.prediction.noise import Noise
-from bench.naive import across, naive_disagreements
+from bench.naive import Problem, across
 from bench.results_file import peak_resident, write_results
 
 TOKENS = 2048  # of a folded batch in the floor
@@ -42,39 +43,21 @@ SAMPLE = 24  # probes of the naive loop that are timed
 
 
 @dataclass
-class Case:
-    """A model, its batch and how it is predicted.
+class Case(Problem):
+    """What is predicted, and its floor.
 
     Attributes:
         floored: the model in the dtype of the probes, whose blocks give the floor.
         blocks: where they are in it.
-        read: the outputs that are compared.
-        options: of `predict_ranks`.
     """
 
-    model: Any
     floored: Any
     blocks: str
-    batch: dict[str, Tensor]
-    read: Callable[[Any, dict[str, Tensor]], Tensor]
-    options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.targets = ada.find_targets(self.model, self.options["target_modules"])
-        self.modules = {target.name: target.path for target in self.targets}
-        self.metric, self.trials = self.options["metric"], self.options["trials"]
+        super().__post_init__()
         self.tokens = int(self.batch["attention_mask"].sum())
         self.head = self.floored.get_output_embeddings() if self.metric == "tv" else None
-
-    def predict(self, **options: Any) -> ada.RankPlan:
-        options = self.options | options
-        return ada.predict_ranks(self.model, [self.batch], 8, progress=False, **options)
-
-    def naive(self, modules: dict[str, str], precise: bool = True) -> dict[str, list[float]]:
-        mask = "attention_mask" if self.head is not None else None
-        return naive_disagreements(
-            self.model, [self.batch], modules, self.read, 1, 0, mask, self.metric, precise
-        )
 
     def naive_seconds(self) -> float:
         """Of all probes, extrapolated from a stratified sample."""
@@ -109,11 +92,8 @@ def encoder(folder: Callable[[], Any], dtype: torch.dtype | None = None) -> Case
     tokenizer = AutoTokenizer.from_pretrained(folder())
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
 
-    def pooled(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        return mean_pool(outputs.last_hidden_state, batch["attention_mask"])
-
     options = {"target_modules": "attention", "metric": "l1", "trials": 5, "dtype": dtype}
-    return Case(model, floored, "encoder.layer", batch, pooled, options)
+    return Case(model, batch, options, floored, "encoder.layer")
 
 
 def language_model(tokens: int, length: int) -> Case:
@@ -124,7 +104,7 @@ def language_model(tokens: int, length: int) -> Case:
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0, :tokens].view(-1, length)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     options = {"target_modules": "all-linear", "metric": "tv", "trials": 1}
-    return Case(model, model, "model.layers", batch, lambda outputs, _: outputs.logits, options)
+    return Case(model, batch, options, model, "model.layers")
 
 
 @torch.no_grad()
@@ -160,15 +140,12 @@ def timed(blocks: list[nn.Module]) -> Iterator[list[float]]:
     def tick(*_: Any, index: int, sign: int) -> None:
         seconds[index] += sign * time.perf_counter()
 
-    hooks = []
-    for index, block in enumerate(blocks):
-        hooks.append(block.register_forward_pre_hook(partial(tick, index=index, sign=-1)))
-        hooks.append(block.register_forward_hook(partial(tick, index=index, sign=1)))
-    try:
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            before, after = (partial(tick, index=index, sign=sign) for sign in (-1, 1))
+            hooks.callback(block.register_forward_pre_hook(before).remove)
+            hooks.callback(block.register_forward_hook(after).remove)
         yield seconds
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -186,12 +163,8 @@ def head_seconds(head: nn.Linear, tokens: int) -> float:
 def gemm_rate(dtype: torch.dtype) -> float:
     """FLOP per second of one large product."""
     a, b = torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 2048, dtype=dtype)
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048 * 1024 * 2048 / median(seconds)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * 2048 * 1024 * 2048 / timer.blocked_autorange().median
 
 
 @contextmanager
@@ -204,17 +177,15 @@ def noise_clock() -> Iterator[list[float]]:
         draw(self, *args)
         spent[0] += time.perf_counter() - start
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Noise, "__init__", counted)
+    with patch.object(Noise, "__init__", counted):
         yield spent
 
 
 def check_float32(case: Case) -> dict[str, Any]:
     """All modules, the first trial: the naive loop's numbers and ranks."""
-    exact, plan = case.naive(case.modules), case.predict(trials=1)
-    for module, (value,) in exact.items():
-        assert plan.scores[module].trials[0] == pytest.approx(value, rel=1e-5)
-    means = {module: value for module, (value,) in exact.items()}
+    means, plan = case.naive(case.modules), case.predict(trials=1)
+    found = {module: score.trials[0] for module, score in plan.scores.items()}
+    assert found == pytest.approx(means, rel=1e-5)
     assert plan.ranks == ada.allocate_ranks(means, 8, sizes=plan.sizes)
     checked = "first trial of every module within 1e-5 of the naive loop, ranks equal"
     return {"checked": f"{case.tokens} tokens, {checked}"}
@@ -239,7 +210,7 @@ CASES: dict[str, tuple[Callable[[], Case], int]] = {  # and how many rounds
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prediction(benchmark, capsys, name):
+def test_prediction(capsys, name):
     make, rounds = CASES[name]
     case, low = make(), name.endswith("bfloat16")
     if low:
@@ -247,50 +218,40 @@ def test_prediction(benchmark, capsys, name):
     else:  # a language model on less, or the naive loop takes hours
         checked = check_float32(language_model(128, 64) if case.head is not None else case)
     case.floor_seconds()  # to warm up
-    floors, noises, peaks = [], [], []
     with peak_resident() as ordinary, torch.no_grad():
         case.model(**case.batch)
-
-    def predict() -> None:
-        with noise_clock() as noise, peak_resident() as peak:
+    ours, noise, peaks, around = [], 0.0, [], [case.floor_seconds()]
+    for _ in range(rounds):
+        with noise_clock() as spent, peak_resident() as peak:
+            start = time.perf_counter()
             case.predict()
-        noises.append(noise[0]), peaks.append(peak[1])
-
-    benchmark.pedantic(predict, setup=lambda: floors.append(case.floor_seconds()), rounds=rounds)
-    floors.append(case.floor_seconds())
-    ours = list(benchmark.stats.stats.data)
-    floors = [(before + after) / 2 for before, after in pairwise(floors)]
+            ours.append(time.perf_counter() - start)
+        noise += spent[0]
+        peaks.append(peak[1])
+        around.append(case.floor_seconds())
+    floors = [(before + after) / 2 for before, after in pairwise(around)]
     naive = case.naive_seconds()
     row = {
         "seconds": ours,
         "floor_seconds": floors,
         "over_floor": median(a / b for a, b in zip(ours, floors, strict=True)),
         "naive_seconds_extrapolated": naive,
-        "naive_sample": SAMPLE,
         "naive_over_ours": naive / median(ours),
-        "rounds": rounds,
         "gemm_floor": case.flops() / gemm_rate(torch.bfloat16 if low else torch.float32),
-        "noise_share": sum(noises) / sum(ours),
+        "noise_share": noise / sum(ours),
         "peak_over_ordinary_forward": max(peaks) / ordinary[1],
         "modules": len(case.modules),
         "trials": case.trials,
-        "items": len(case.batch["input_ids"]),
         "tokens": case.tokens,
         "padded_tokens": case.batch["input_ids"].numel(),
         **checked,
     }
-    benchmark.extra_info.update(row)
-    with capsys.disabled():
-        print(f"\n{name}: {row}")
-        write_results("prediction", {name: row})
+    report(capsys, name, row)
 
 
 def test_adaptive_trials(capsys):
     """How many trials adaptive sampling saves against as many for every module."""
-    case = encoder(minilm)
-    plan = ada.predict_ranks(
-        case.model, [case.batch], 32, trials=ada.AdaptiveTrials(2, 40), progress=False
-    )
+    plan = encoder(minilm).predict(budget=32, trials=ada.AdaptiveTrials(2, 40))
     counts = [len(score.trials) for score in plan.scores.values()]
     all_alike = len(counts) * max(counts)
     row = {
@@ -301,6 +262,10 @@ def test_adaptive_trials(capsys):
         "fewest": min(counts),
         "most": max(counts),
     }
+    report(capsys, "minilm-adaptive", row)
+
+
+def report(capsys: Any, name: str, row: dict[str, Any]) -> None:
     with capsys.disabled():
-        print(f"\nadaptive trials on MiniLM: {row}")
-        write_results("prediction", {"minilm-adaptive": row})
+        print(f"\n{name}: {row}")
+        write_results("prediction", {name: row})

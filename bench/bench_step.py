@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 import adarank_fast as ada
 from adarank_fast.demo.assets import minilm, mpnet, smollm2
 from bench.blocks import ADAPTERS32, DTYPES, check, trained_a_little, variants, with_scores
-from bench.results_file import write_results
-from bench.slices import Row, Slices, Step, arguments, describe, medians, overhead_ratio
+from bench.slices import Row, Slices, Step, arguments, medians, overhead_ratio
 
 FOLDERS = {"MiniLM": minilm, "MPNet-base": mpnet, "SmolLM2-135M": smollm2}
 RANK, CLASSES, PROMPT, NEW = 8, 6, 128, 16
@@ -207,17 +207,11 @@ def main() -> None:
     parser = arguments("Training steps of whole models.", repetitions=10)
     parser.add_argument("--compiled", action="store_true", help="MiniLM, float32, torch.compile")
     options = parser.parse_args()
-    keys = ["MiniLM, float32"] if options.compiled else [k for k in ROWS if options.only in k]
-    name = "step_compiled" if options.compiled else "step"
-    slices = Slices(name, keys, options, __file__)
-    if rows := slices.finish(lambda key: steps_of_row(key, options.compiled)):
-        for key, row in rows.items():
-            print(f"{key}: {describe(row['seconds'])}")
-            for name, found in figures(row).items():
-                if name.startswith("overhead"):
-                    print(f"   {name}: {found}")
-        if not options.only:
-            write_results(name, {key: figures(row) for key, row in rows.items()}, keep=False)
+    Slices("step_compiled" if options.compiled else "step", __file__, options).finish(
+        ["MiniLM, float32"] if options.compiled else ROWS,
+        partial(steps_of_row, compiled=options.compiled),
+        lambda rows: {key: figures(row) for key, row in rows.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -29,26 +29,22 @@ class Target:
     limit: float
     least: bool = False  # at least the limit; else at most
 
-    def said(self, value: float, interval: Sequence[float] | None = None) -> str:
-        good = value >= self.limit if self.least else value <= self.limit
+    def said(self, ratio: float, interval: Sequence[float] | None = None) -> str:
+        good = ratio >= self.limit if self.least else ratio <= self.limit
         verdict = "reached" if good else "**missed**"
         if interval and interval[0] <= self.limit <= interval[1]:
             verdict += ", target within the interval"
         return verdict
 
 
-OVER_FLOOR, NAIVE = Target(1.15), Target(2.5, least=True)  # about 3: what rounds to it
-MATCHING, DEFAULT, MIXED = Target(0.5), Target(0.25), Target(0.03)
-
-
 def value(
-    *path: str, form: str, scale: float = 1.0, target: Target | None = None, less: float = 0.0
+    path: str, form: str, scale: float = 1.0, target: Target | None = None, less: float = 0.0
 ) -> Cell:
     """The figure at the end of `path`, times `scale`, less `less`; "-" where a row lacks it."""
 
     def cell(_: str, row: Row) -> str:
         found: Any = row
-        for key in path:
+        for key in path.split("/"):
             if (found := found.get(key)) is None:
                 return NONE
         number = found * scale - less
@@ -57,14 +53,22 @@ def value(
     return cell
 
 
-def ratio(key: str) -> Cell:
+def with_interval(found: Row) -> str:
     """0.66 (0.60 to 0.72)"""
-    return lambda _, row: _with_interval(row[key]) if key in row else NONE
-
-
-def _with_interval(found: Row) -> str:
     low, high = found["interval"]
     return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def ratio(key: str, target: Callable[[str], Target | None] = lambda name: None) -> Cell:
+    """0.28 (0.27 to 0.29): reached"""
+
+    def cell(name: str, row: Row) -> str:
+        if key not in row:
+            return NONE
+        limit, told = target(name), with_interval(row[key])
+        return f"{told}: {limit.said(**row[key])}" if limit else told
+
+    return cell
 
 
 def overhead(arm: str) -> Cell:
@@ -73,18 +77,6 @@ def overhead(arm: str) -> Cell:
     def cell(_: str, row: Row) -> str:
         middle = row["median_seconds"]
         return f"{(middle[arm] - middle['frozen']) * 1e6:.0f}" if arm in middle else NONE
-
-    return cell
-
-
-def held(key: str, target: Callable[[str], Target | None]) -> Cell:
-    """0.28 (0.27 to 0.29): reached"""
-
-    def cell(name: str, row: Row) -> str:
-        limit, told = target(name), ratio(key)(name, row)
-        if limit is None or key not in row:
-            return told
-        return f"{told}: {limit.said(row[key]['ratio'], row[key]['interval'])}"
 
     return cell
 
@@ -112,12 +104,12 @@ def over_floor(_: str, row: Row) -> str:
     spread = ", one round"
     if len(found) > 1:
         spread = f" ({min(found):.2f} to {max(found):.2f} over {len(found)} rounds)"
-    return f"{row['over_floor']:.2f}{spread}: {OVER_FLOOR.said(row['over_floor'])}"
+    return f"{row['over_floor']:.2f}{spread}: {Target(1.15).said(row['over_floor'])}"
 
 
 def over_naive(name: str, row: Row) -> str:
-    target = NAIVE if name.endswith("float32") else None
-    return value("naive_over_ours", form=".2f", target=target)(name, row)
+    target = Target(2.5, least=True) if name.endswith("float32") else None  # what rounds to 3
+    return value("naive_over_ours", ".2f", target=target)(name, row)
 
 
 def pytest(file: str, which: Callable[[str], str]) -> Cell:
@@ -125,88 +117,77 @@ def pytest(file: str, which: Callable[[str], str]) -> Cell:
     return lambda name, _: f"`python -m pytest bench/bench_{file}.py -s -k {which(name)}`"
 
 
-def of_model(name: str) -> str:
-    return "smollm2" if name.startswith("smollm2") else name
-
-
+REPETITIONS = value("repetitions", ".0f")
 TIMED: Mapping[str, Cell] = {
     "prediction, s": lambda _, row: f"{median(row['seconds']):.1f}",
     "floor, s": lambda _, row: f"{median(row['floor_seconds']):.1f}",
-    "GEMM alone, s": value("gemm_floor", form=".1f"),
+    "GEMM alone, s": value("gemm_floor", ".1f"),
     "over the floor (at most 1.15)": over_floor,
     "naive loop over ours (float32: about 3)": over_naive,
-    "noise (at most 5%)": value("noise_share", form=".1%", target=Target(0.05)),
+    "noise (at most 5%)": value("noise_share", ".1%", target=Target(0.05)),
     "peak memory over one forward's (at most 1.5)": value(
-        "peak_over_ordinary_forward", form=".2f", target=Target(1.5)
+        "peak_over_ordinary_forward", ".2f", target=Target(1.5)
     ),
-    "command": pytest("prediction", of_model),
+    "command": pytest("prediction", lambda n: "smollm2" if n.startswith("smollm2") else n),
 }
 ADAPTIVE: Mapping[str, Cell] = {
-    "trials": value("trials", form=",.0f"),
-    "trials if all modules had as many as the most": value(
-        "trials_if_all_had_as_many", form=",.0f", scale=1, less=0
-    ),
+    "trials": value("trials", ",.0f"),
+    "trials if all modules had as many as the most": value("trials_if_all_had_as_many", ",.0f"),
     "trials of a module": lambda _, row: f"{row['fewest']} to {row['most']}",
-    "saved (at least 1.5)": value("saved_ratio", form=".2f", target=Target(1.5, least=True)),
+    "saved (at least 1.5)": value("saved_ratio", ".2f", target=Target(1.5, least=True)),
     "command": pytest("prediction", lambda _: "adaptive"),
 }
 DISAGREEMENT: Mapping[str, Cell] = {
     "ours, s (all rounds)": rounds("adarank_fast_seconds"),
     "materialised, s (all rounds)": rounds("materialised_seconds"),
     "materialised over ours (at least 1)": value(
-        "materialised_over_adarank_fast", form=".2f", target=Target(1.0, least=True)
+        "materialised_over_adarank_fast", ".2f", target=Target(1.0, least=True)
     ),
-    "ours, extra MB": value("adarank_fast_peak_extra_bytes", form=",.0f", scale=1e-6),
-    "materialised, extra MB": value("materialised_peak_extra_bytes", form=",.0f", scale=1e-6),
+    "ours, extra MB": value("adarank_fast_peak_extra_bytes", ",.0f", 1e-6),
+    "materialised, extra MB": value("materialised_peak_extra_bytes", ",.0f", 1e-6),
     "extra memory, share of [K, N, V] in float32 (at most 5%)": value(
-        "peak_share_of_outputs", form=".1%", target=Target(0.05)
+        "peak_share_of_outputs", ".1%", target=Target(0.05)
     ),
     "command": pytest("disagreement", lambda name: "-".join(reversed(name.split()))),
 }
+VARIANTS = ("ours", "ours, uniform", "peft default", "ours, float32 adapters")
+TITLES = ("ours", "ours, uniform ranks", "PEFT's default", "ours, float32 adapters")
 BLOCK: Mapping[str, Cell] = {
-    "frozen step, ms": value("median_seconds", "frozen", form=".1f", scale=1e3),
-    "overhead of PEFT": value("overhead", "peft", form=".1%"),
-    "of ours": value("overhead", "ours", form=".1%"),
-    "of ours, uniform ranks": value("overhead", "ours, uniform", form=".1%"),
-    "of PEFT's default": value("overhead", "peft default", form=".1%"),
-    "of ours, float32 adapters": value("overhead", "ours, float32 adapters", form=".1%"),
+    "frozen step, ms": value("median_seconds/frozen", ".1f", 1e3),
+    "overhead of PEFT": value("overhead/peft", ".1%"),
+    **{f"of {t}": value(f"overhead/{v}", ".1%") for t, v in zip(TITLES, VARIANTS, strict=True)},
     "ours / PEFT": ratio("ours_over_peft"),
-    "LoRA's FLOPs at the base's rate": value("arithmetic", form=".1%"),
-    "in our node, profiled": value("profiled_overhead", "python", form=".1%"),
+    "LoRA's FLOPs at the base's rate": value("arithmetic", ".1%"),
+    "in our node, profiled": value("profiled_overhead/python", ".1%"),
     "peak / PEFT's": lambda _, row: f"{peak(row):.3f}",
-    "repetitions": value("repetitions", form=".0f"),
+    "repetitions": REPETITIONS,
 }
 STEP: Mapping[str, Cell] = {
-    "frozen step, ms": value("median_seconds", "frozen", form=".0f", scale=1e3),
-    "PEFT over frozen": value("over_frozen", "peft", form=".3f"),
-    "ours": value("over_frozen", "ours", form=".3f"),
-    "ours, uniform ranks": value("over_frozen", "ours, uniform", form=".3f"),
-    "PEFT's default": value("over_frozen", "peft default", form=".3f"),
-    "ours, float32 adapters": value("over_frozen", "ours, float32 adapters", form=".3f"),
-    "overhead, ours / PEFT": held("overhead_over_peft", step_target(True)),
-    "overhead, ours / PEFT's default": held("overhead_over_peft_default", step_target(False)),
-    "mixed over uniform": value("mixed_step_over_uniform", form="+.1%", less=1.0),
-    "repetitions": value("repetitions", form=".0f"),
+    "frozen step, ms": value("median_seconds/frozen", ".0f", 1e3),
+    "PEFT over frozen": value("over_frozen/peft", ".3f"),
+    **{t: value(f"over_frozen/{v}", ".3f") for t, v in zip(TITLES, VARIANTS, strict=True)},
+    "overhead, ours / PEFT": ratio("overhead_over_peft", step_target(True)),
+    "overhead, ours / PEFT's default": ratio("overhead_over_peft_default", step_target(False)),
+    "mixed over uniform": value("mixed_step_over_uniform", "+.1%", less=1.0),
+    "repetitions": REPETITIONS,
 }
-
-
 HOST: Mapping[str, Cell] = {
-    "frozen, us": value("median_seconds", "frozen", form=".0f", scale=1e6),
+    "frozen, us": value("median_seconds/frozen", ".0f", 1e6),
     "PEFT over it, us": overhead("peft"),
     "ours, C++": overhead("ours"),
     "ours, Python": overhead("python"),
     "launches": lambda _, row: " / ".join(str(n) for n in list(row["launches"].values())[2:]),
-    "C++ / PEFT (at most 0.3)": held("ours_over_peft", lambda _: Target(0.3)),
-    "Python / PEFT (at most 0.6)": held("python_over_peft", lambda _: Target(0.6)),
-    "repetitions": value("repetitions", form=".0f"),
+    "C++ / PEFT (at most 0.3)": ratio("ours_over_peft", lambda _: Target(0.3)),
+    "Python / PEFT (at most 0.6)": ratio("python_over_peft", lambda _: Target(0.6)),
+    "repetitions": REPETITIONS,
 }
 COMPARISON: Mapping[str, Cell] = {
-    "all, minutes (at most 20)": value("seconds", form=".1f", scale=1 / 60, target=Target(20.0)),
-    "runs, minutes": value("run_seconds", form=".1f", scale=1 / 60),
-    "training steps, minutes": value("training_seconds", form=".1f", scale=1 / 60),
-    "prediction, s": value("prediction_seconds", form=".1f"),
-    "added to the runs (at most 5%)": value("added", form=".1%", target=Target(0.05)),
-    "added to training steps": value("added_to_steps", form=".1%"),
+    "all, minutes (at most 20)": value("seconds", ".1f", 1 / 60, Target(20.0)),
+    "runs, minutes": value("run_seconds", ".1f", 1 / 60),
+    "training steps, minutes": value("training_seconds", ".1f", 1 / 60),
+    "prediction, s": value("prediction_seconds", ".1f"),
+    "added to the runs (at most 5%)": value("added", ".1%", target=Target(0.05)),
+    "added to training steps": value("added_to_steps", ".1%"),
 }
 
 
@@ -227,10 +208,10 @@ def peak(row: Row) -> float:
 
 
 SUMMED = (  # ratios over all rows: in the file, on the page, target
-    ("matching dtypes, all rows", "overhead over PEFT's, matching dtypes", MATCHING),
-    ("matching dtypes, float32", "the same, float32", MATCHING),
-    ("matching dtypes, bfloat16", "the same, bfloat16", MATCHING),
-    ("PEFT's default on bfloat16", "overhead over PEFT's default on a bfloat16 base", DEFAULT),
+    ("matching dtypes, all rows", "overhead over PEFT's, matching dtypes", Target(0.5)),
+    ("matching dtypes, float32", "the same, float32", Target(0.5)),
+    ("matching dtypes, bfloat16", "the same, bfloat16", Target(0.5)),
+    ("PEFT's default on bfloat16", "overhead over PEFT's default on a bfloat16 base", Target(0.25)),
     ("mixed over uniform ranks", "overhead of mixed over uniform ranks", None),
 )
 COUNTED = (
@@ -245,14 +226,12 @@ def lora(rows: Mapping[str, Row]) -> str:
     lines = []
     for key, title, target in SUMMED:
         if found := summary.get(key):
-            said = target.said(found["ratio"], found["interval"]) if target else NONE
-            limit = f"at most {target.limit:g}" if target else NONE
-            lines.append((title, _with_interval(found), limit, said))
+            limit = (f"at most {target.limit:g}", target.said(**found)) if target else (NONE, NONE)
+            lines.append((title, with_interval(found), *limit))
     for key, title in (("median", "median over the rows"), ("max", "largest of a row")):
         if found := summary.get("mixed step over uniform step"):
-            told = f"mixed step over the uniform one, {title}"
-            limit = f"at most +{MIXED.limit:.0%}"
-            lines.append((told, f"{found[key]:+.1%}", limit, MIXED.said(found[key])))
+            said = (f"{found[key]:+.1%}", "at most +3%", Target(0.03).said(found[key]))
+            lines.append((f"mixed step over the uniform one, {title}", *said))
     for key, title in COUNTED:
         if key in summary:
             told = f"{len(summary[key])} of {len(blocks)}"
@@ -270,8 +249,7 @@ BENCHMARKS: Mapping[str, tuple[str, str, Callable[[Mapping[str, Row]], str]]] = 
     "LoRA, one block": ("lora", "make bench-lora", lora),
     "LoRA, whole models": ("step", "make bench-step", partial(one_table, STEP)),
     "LoRA, whole model compiled": (
-        "step_compiled",
-        "python -m bench.bench_step --compiled",
+        *("step_compiled", "python -m bench.bench_step --compiled"),
         partial(one_table, STEP),
     ),
     "LoRA, host time": ("host", "make bench-host", partial(one_table, HOST)),

@@ -117,6 +117,49 @@ def variants(
     return models
 
 
+def block_variants(
+    block: Block, targets: str, average_rank: int, dtype: torch.dtype, **lora_config: Any
+) -> dict[str, nn.Module]:
+    """Every variant of a float32 block, on a base of `dtype`."""
+
+    def make(adapters: torch.dtype, mixed: bool) -> nn.Module:
+        model = adapted(block, targets, average_rank, mixed, **lora_config)
+        return model.to(dtype) if adapters == dtype else cast_base(model, dtype)
+
+    def fused(model: nn.Module) -> nn.Module:
+        return ada.accelerate(copy.deepcopy(model))
+
+    return variants(copy.deepcopy(block).to(dtype), make, fused, dtype)
+
+
+def backward_of(
+    model: nn.Module, x: Tensor, dY: Any
+) -> tuple[Callable[[], None], Callable[[], list[Tensor]]]:
+    """What drops the gradients, and a forward and backward pass, which returns new ones."""
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def clear() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    def run() -> list[Tensor]:
+        torch.autograd.backward(model(x), dY)
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    return clear, run
+
+
+def step_of(model: nn.Module, x: Tensor, dY: Any) -> Callable[[], list[Tensor]]:
+    """Both."""
+    clear, run = backward_of(model, x, dY)
+
+    def step() -> list[Tensor]:
+        clear()
+        return run()
+
+    return step
+
+
 def check(
     models: Mapping[str, nn.Module],
     computed: Callable[[nn.Module], list[Tensor]],

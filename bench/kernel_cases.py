@@ -22,6 +22,8 @@ TENSOR_CORE = {
     "gfx942": r"^v_mfma",
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INT32, INT64, FP32 = (MockTensor(t) for t in (torch.int32, torch.int64, torch.float32))
+PRECISION = {"PRECISION": "tf32"}
 
 
 @dataclass
@@ -43,81 +45,47 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every kernel x configuration x dtype that the launchers can ask for."""
-    int32, int64, fp32 = (MockTensor(t) for t in (torch.int32, torch.int64, torch.float32))
-    precision = {"PRECISION": "tf32"}
     for name, dtype in DTYPES.items():
-        t = MockTensor(dtype)
-        for R, even, dropout in itertools.product(
-            launch.SHRINK_BLOCKS_R, (True, False), (False, True)
-        ):
-            K = 4096 if even else 4112
-            options = launch.SHRINK | precision
-            options |= {"BLOCK_R": R, "EVEN_K": even, "DROPOUT": dropout}
-            yield Case(
-                "shrink",
-                f"R={R}{'' if even else ' ragged'}{' dropout' if dropout else ''}",
-                name,
-                lora.shrink_kernel,
-                [t, t, t, int64, 8192, K, R, K, 6554],
-                options,
-                2 * launch.SHRINK["BLOCK_M"] * launch.SHRINK["BLOCK_K"] * R,
-                aligned=R == 64,  # of fewer, a thread holds less than 16 bytes
-                skinny=True,
-            )
-        for b, aligned in itertools.product((t, fp32), (True, False)):
-            suffix = (" B fp32" if b is fp32 else "") + ("" if aligned else " ragged")
-            M, N, R = (launch.EXPAND[f"BLOCK_{axis}"] for axis in "MNR")
-            yield Case(
-                "expand",
-                f"{M}x{N}{suffix}",
-                name,
-                lora.expand_kernel,
-                [t, *[t] * 4, *[b] * 4, fp32, int32, 8192, 48],
-                launch.EXPAND | precision | {"ALIGNED": aligned},
-                2 * M * N * R,
-                aligned,
-            )
-        for add in (True, False):
-            yield Case(
-                "drop",
-                "add" if add else "copy",
-                name,
-                lora.drop_kernel,
-                [t, t, int64, 8192, 4096, 4096, 6554],
-                launch.DROP | {"ADD": add},
-            )
+        yield from lora_cases(name, MockTensor(dtype))
     yield from disagreement_cases()
     for name, dtype in {"fp32": torch.float32, **DTYPES}.items():
-        yield Case(
-            "philox fill",
-            "normals",
-            name,
-            philox.fill_kernel,
-            [MockTensor(dtype), int64, 4096 * 4096],
-            philox.FILL | {"WORDS": False},
-        )
+        args = [MockTensor(dtype), INT64, 4096 * 4096]
+        options = philox.FILL | {"WORDS": False}
+        yield Case("philox fill", "normals", name, philox.fill_kernel, args, options)
+
+
+def lora_cases(name: str, t: MockTensor) -> Iterator[Case]:
+    for R, even, dropout in itertools.product(launch.SHRINK_BLOCKS_R, (True, False), (False, True)):
+        K = 4096 if even else 4112
+        config = f"R={R}{'' if even else ' ragged'}{' dropout' if dropout else ''}"
+        args = [t, t, t, INT64, 8192, K, R, K, 6554]
+        options = launch.SHRINK | PRECISION | {"BLOCK_R": R, "EVEN_K": even, "DROPOUT": dropout}
+        flops = 2 * launch.SHRINK["BLOCK_M"] * launch.SHRINK["BLOCK_K"] * R
+        aligned = R == 64  # of fewer, a thread holds less than 16 bytes
+        kernel = lora.shrink_kernel
+        yield Case("shrink", config, name, kernel, args, options, flops, aligned, skinny=True)
+    M, N, R = (launch.EXPAND[f"BLOCK_{axis}"] for axis in "MNR")
+    for b, aligned in itertools.product((t, FP32), (True, False)):
+        config = f"{M}x{N}{' B fp32' if b is FP32 else ''}{'' if aligned else ' ragged'}"
+        args = [t, *[t] * 4, *[b] * 4, FP32, INT32, 8192, 48]
+        options = launch.EXPAND | PRECISION | {"ALIGNED": aligned}
+        kernel = lora.expand_kernel
+        yield Case("expand", config, name, kernel, args, options, 2 * M * N * R, aligned)
+    for add in (True, False):
+        args = [t, t, INT64, 8192, 4096, 4096, 6554]
+        options = launch.DROP | {"ADD": add}
+        yield Case("drop", "add" if add else "copy", name, lora.drop_kernel, args, options)
 
 
 def disagreement_cases() -> Iterator[Case]:
-    """Outputs are float32: products of a head always are."""
-    fp32 = MockTensor(torch.float32)
+    """Outputs are float32: products of a head always are. A few sums are stored per 4,096."""
     sizes = [512, 49152, 512 * 49152, 49152, disagreement.SPLIT]  # tokens, V, two strides
     for metric, K, ALL in itertools.product(disagreement.METRICS, (8, 16), (True, False)):
-        yield Case(
-            "pairs",
-            f"{metric} K={K}{'' if ALL else ' reference'}",
-            "fp32",
-            disagreement.pairs_kernel,
-            [*[fp32] * 5, K, *sizes],
-            disagreement.pairs_options(metric) | {"METRIC": metric, "K": K, "ALL": ALL},
-            aligned=False,  # a few sums per 4,096 outputs
-        )
-    yield Case(
-        "rows",
-        f"{disagreement.PAIRS['M']}x{disagreement.PAIRS['BLOCK_V']}",
-        "fp32",
-        disagreement.rows_kernel,
-        [*[fp32] * 5, 8, *sizes],
-        disagreement.PAIRS,
-        aligned=False,  # a number a row
-    )
+        config = f"{metric} K={K}{'' if ALL else ' reference'}"
+        args = [*[FP32] * 5, K, *sizes]
+        options = disagreement.pairs_options(metric) | {"METRIC": metric, "K": K, "ALL": ALL}
+        kernel = disagreement.pairs_kernel
+        yield Case("pairs", config, "fp32", kernel, args, options, aligned=False)
+    config, args = "{M}x{BLOCK_V}".format(**disagreement.PAIRS), [*[FP32] * 5, 8, *sizes]
+    kernel = disagreement.rows_kernel
+    yield Case("rows", config, "fp32", kernel, args, disagreement.PAIRS, aligned=False)

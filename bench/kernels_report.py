@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -33,9 +32,10 @@ from triton.backends.compiler import GPUTarget
 
 from bench.counts import PASSES
 from bench.kernel_cases import Case, cases
+from bench.pages import DOCS, table, template, write_page
+from bench.results_file import FOLDER
 
-ROOT = Path(__file__).resolve().parent.parent
-FIGURES, PAGE = ROOT / "bench" / "results" / "kernels.csv", ROOT / "docs" / "kernels.md"
+FIGURES, PAGE = FOLDER / "kernels.csv", DOCS / "kernels.md"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -106,28 +106,30 @@ def _count(ops: list[str], pattern: str) -> int:
     return sum(bool(re.match(pattern, op)) for op in ops)
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
-    """(spill store bytes, stack bytes) as ptxas reports them."""
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"{pattern} in {text[:1000]}"
+    return int(found[1])
+
+
+def _ptxas(ptx: str, arch: int) -> str:
+    """What ptxas reports of spills and stack."""
     newer = getattr(knobs.nvidia, "ptxas_blackwell", None) if arch >= 100 else None
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
         file.flush()
         name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        log = _tool((newer or knobs.nvidia.ptxas).path, "-v", name, file.name, "-o", os.devnull)
-    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
-    assert found, log
-    return int(found[2]), int(found[1])
+        return _tool((newer or knobs.nvidia.ptxas).path, "-v", name, file.name, "-o", os.devnull)
 
 
 def read_cuda(compiled: Any, target: str, case: Case) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = re.search(r"REG:(\d+)", _tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name))
+        usage = _tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
         code = _sass(file.name)
-    assert usage
-    registers, ops = int(usage[1]), [op for _, op, _ in code]
-    spill, stack = _ptxas(compiled.asm["ptx"], TARGETS[target].arch)
+    registers, ops = _number(r"REG:(\d+)", usage), [op for _, op, _ in code]
+    log = _ptxas(compiled.asm["ptx"], TARGETS[target].arch)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = min(
         65536 // 4 // (math.ceil(registers * 32 / 256) * 256) * 4 // warps,
@@ -137,8 +139,8 @@ def read_cuda(compiled: Any, target: str, case: Case) -> dict[str, Any]:
     )
     figures = {
         "registers": registers,
-        "spill_store_bytes": spill,
-        "stack_bytes": stack,
+        "spill_store_bytes": _number(r"(\d+) bytes spill stores", log),
+        "stack_bytes": _number(r"(\d+) bytes stack frame", log),
         "shared_bytes": shared,
         "occupancy": round(blocks * warps / 64, 3),
         "tensor_core": _count(ops, case.tensor_core(target)),
@@ -156,21 +158,15 @@ def read_cuda(compiled: Any, target: str, case: Case) -> dict[str, Any]:
 
 def read_amd(compiled: Any, target: str, case: Case) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
-
-    def number(key: str) -> int:
-        found = re.search(key + r"\s*(\d+)", text)
-        assert found, key
-        return int(found[1])
-
     ops = re.findall(r"^\s+((?:[vs]|buffer|global|flat|ds|scratch)_\w+)", text, re.MULTILINE)
-    registers, shared = number(r"\.vgpr_count:"), compiled.metadata.shared
+    registers, shared = _number(r"\.vgpr_count:\s*(\d+)", text), compiled.metadata.shared
     blocks = min(8, 512 // max(8, math.ceil(registers / 8) * 8)) * 4 // compiled.metadata.num_warps
     if shared:
         blocks = min(blocks, SHARED_PER_SM[target] // shared)
     return {
         "registers": registers,
-        "spill_store_bytes": 4 * number(r"\.vgpr_spill_count:"),
-        "stack_bytes": number(r"\.private_segment_fixed_size:"),
+        "spill_store_bytes": 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text),
+        "stack_bytes": _number(r"\.private_segment_fixed_size:\s*(\d+)", text),
         "shared_bytes": shared,
         "occupancy": round(blocks * compiled.metadata.num_warps / 32, 3),
         "tensor_core": _count(ops, case.tensor_core(target)),
@@ -221,19 +217,9 @@ def _measure_nth(target: str, index: int) -> dict[str, Any]:
     return measure(target, next(itertools.islice(cases(), index, None)))
 
 
-TRAFFIC = """## Bytes and FLOPs per step
+def passes() -> str:
+    """The table of bytes, of the counts that `bench.roofline` projects from."""
 
-Passes over activations beyond the frozen base's own products, in 16-bit elements, no dropout. X:
-one pass over [tokens, in]; Y: one pass over [tokens, sum of outputs]; M modules share the input;
-bytes = passes x tokens x in x 2. The counts of the others come from reading their code. Counts, not
-times.
-
-| | forward | backward | q/k/v: M = 3, Y = 1.5 X | gate/up: M = 2, Y = 7 X |
-|---|---|---|---|---|
-"""
-
-
-def traffic() -> str:
     def text(counts: tuple[int, int, int]) -> str:
         units = zip(counts, ("M·X", "X", "Y"), strict=True)
         return " + ".join(f"{n if n > 1 else ''}{unit}" for n, unit in units if n)
@@ -241,12 +227,10 @@ def traffic() -> str:
     lines = []
     for name, (forward, backward) in PASSES.items():
         mx, x, y = (sum(pair) for pair in zip(forward, backward, strict=True))
-        qkv, gate = (mx * M + x + y * Y for M, Y in ((3, 1.5), (2, 7)))
-        lines.append(f"| {name} | {text(forward)} | {text(backward)} | {qkv:g} X | {gate:g} X |")
-    return "\n".join(lines) + (
-        "\n\nFLOPs are the same for all: 6·tokens·sum r_m·(in + out_m), beside the frozen base's"
-        " 4·tokens·in·sum out_m.\n"
-    )
+        qkv, gate = (f"{mx * M + x + y * Y:g} X" for M, Y in ((3, 1.5), (2, 7)))
+        lines.append((name, text(forward), text(backward), qkv, gate))
+    header = ("", "forward", "backward", "q/k/v: M = 3, Y = 1.5 X", "gate/up: M = 2, Y = 7 X")
+    return table(header, lines)
 
 
 def figures() -> list[dict[str, Any]]:
@@ -255,70 +239,59 @@ def figures() -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+HEADER = ("kernel", "configuration", "dtype", "registers", "spill", "stack", "shared")
+HEADER += ("occupancy", "TC", "16-byte / plain loads", "16-byte stores", "issue / MMA", "note")
+
+
+def cells(r: dict[str, Any]) -> list[Any]:
+    named = [r["kernel"], r["config"], r["dtype"]]
+    if not r.get("registers"):  # it does not compile
+        return [*named, *[""] * 9, r["broken"].replace("|", "/").replace("\n", " ")]
+    return [
+        *(*named, r["registers"], r["spill_store_bytes"], r["stack_bytes"]),
+        *(f"{int(r['shared_bytes']):,}", r["occupancy"], r["tensor_core"]),
+        *(f"{r['loads_16B']} / {r['loads']}", f"{r['stores_16B']} of {r['stores']}"),
+        f"{r['issue_clocks']} / {r['mma_clocks']}" if r.get("issue_clocks") else "",
+        r["broken"],
+    ]
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/kernels.md, of rows as `measure` or `figures` gives them."""
-    out = [
-        "# The Triton kernels, as compiled\n",
-        f"Written by `make kernels-report` with triton {rows[0]['triton']}; the same rows are in"
-        " `bench/results/kernels.csv`. No GPU was involved: these are compilers' figures, **not"
-        " speeds**. What each kernel computes is said where it stands, under"
-        " `kernels/adarank_kernels`; its numbers are proved under the interpreter"
-        " (`tests/interpreter`) and again, once, on each device before first use.\n",
-        "Registers per thread; spill stores and stack in bytes; shared memory in bytes a block;"
-        " occupancy: share of the warps an SM can hold; TC: tensor-core instructions; 16-byte loads"
-        " (asynchronous copies included) and all plain ones; 16-byte stores of all. Issue / MMA:"
-        " clocks per iteration of one block's hot loop that four schedulers need to issue it, and"
-        " that the tensor cores need at peak. Where issue is far above MMA, the tensor cores idle;"
-        " a skinny product is bound by memory before either.\n",
-    ]
+    sections = []
     for target in dict.fromkeys(r["target"] for r in rows):
         rules = "rules enforced" if target in STRICT else "figures only"
-        out.append(f"## {target} ({rules})\n")
-        out.append(
-            "| kernel | configuration | dtype | registers | spill | stack | shared | occupancy | TC"
-            " | 16-byte / plain loads | 16-byte stores | issue / MMA | note |\n|" + "---|" * 13
-        )
-        for r in rows:
-            if r["target"] != target:
-                continue
-            cells = [r["kernel"], r["config"], r["dtype"]]
-            if r.get("registers"):
-                cells += [r["registers"], r["spill_store_bytes"], r["stack_bytes"]]
-                cells += [f"{int(r['shared_bytes']):,}", r["occupancy"], r["tensor_core"]]
-                cells += [f"{r['loads_16B']} / {r['loads']}", f"{r['stores_16B']} of {r['stores']}"]
-                bound = f"{r['issue_clocks']} / {r['mma_clocks']}" if r.get("issue_clocks") else ""
-                cells += [bound, r["broken"]]
-            else:
-                cells += [""] * 9 + [r["broken"].replace("|", "/").replace("\n", " ")]
-            out.append("| " + " | ".join(map(str, cells)) + " |")
-        out.append("")
-    return "\n".join(out) + "\n" + TRAFFIC + traffic()
+        lines = [cells(r) for r in rows if r["target"] == target]
+        sections.append(f"## {target} ({rules})\n\n{table(HEADER, lines, left=3)}")
+    version = rows[0]["triton"]
+    return template(PAGE.name).format(
+        version=version, targets="\n\n".join(sections), passes=passes()
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--kernels", nargs="+", help="only these; prints, writes nothing")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    arguments = parser.parse_args()
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, help="only these; write nothing")
+    parser.add_argument("--kernels", nargs="+", help="only these; write nothing")
+    only = parser.parse_args()
+    names = [case.kernel for case in cases()]
     chosen = [
         (target, i)
-        for i, case in enumerate(cases())
-        if not arguments.kernels or case.kernel in arguments.kernels
-        for target in arguments.targets
+        for target in only.targets or TARGETS
+        for i, kernel in enumerate(names)
+        if kernel in (only.kernels or names)
     ]
     rows = []
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         for row in pool.map(_measure_nth, *zip(*chosen, strict=True)):
             rows.append(row)
-            print(*(str(v) for v in row.values()), file=sys.stderr, flush=True)
-    rows.sort(key=lambda r: list(TARGETS).index(r["target"]))
-    if not (arguments.dry_run or arguments.kernels):
+            print(*row.values(), file=sys.stderr, flush=True)
+    if not (only.targets or only.kernels):
         with FIGURES.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        PAGE.write_text(page(rows))
+        write_page(PAGE, page(rows))
     failures = [
         r
         for r in rows

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from adarank_fast.files import replacing
-from bench.results_file import Row
+from bench.results_file import Row, write_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 NONE = "-"
 
 
+def template(name: str) -> str:
+    """What bench/texts has for a page."""
+    return (Path(__file__).parent / "texts" / name).read_text(encoding="utf-8")
+
+
 def texts(name: str) -> tuple[str, dict[str, str]]:
-    """What bench/texts has for a page: its lead, and for each section's title the words."""
-    text = (Path(__file__).parent / "texts" / name).read_text(encoding="utf-8")
-    lead, *sections = text.split("\n## ")
+    """The same, taken apart: the lead, and for each section's title the words, to be wrapped."""
+    lead, *sections = template(name).split("\n## ")
     pairs = (section.partition("\n") for section in sections)
-    return lead.rstrip(), {title: wrapped(words) for title, _, words in pairs}
+    return lead.rstrip(), {title: words for title, _, words in pairs}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown, all columns but the first one to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """In Markdown, all columns but the first `left` ones to the right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
 
 
 def wrapped(text: str, hanging: str = "") -> str:
@@ -33,15 +36,18 @@ def wrapped(text: str, hanging: str = "") -> str:
     return textwrap.fill(words, 100, subsequent_indent=hanging, break_on_hyphens=False)
 
 
+def packages(machine: Row) -> str:
+    return ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
+
+
 def machines(rows: Mapping[str, Row]) -> str:
     """On what the rows were measured, a line for each machine, set of versions and date."""
     groups: dict[str, list[str]] = {}
     for name, row in rows.items():
         here = row["machine"]
-        packages = ", ".join(f"{p} {number}" for p, number in here["versions"].items() if number)
         cpu = f"{here['cpu']} ({here['cpu_capability']}), {here['threads']} threads"
         gpu = f"{here['gpu']} beside " if here.get("gpu") else ""
-        told = f"{gpu}{cpu}; Python {here['python']}, {packages}; {here['date']}"
+        told = f"{gpu}{cpu}; Python {here['python']}, {packages(here)}; {here['date']}"
         groups.setdefault(told, []).append(name)
     if len(groups) == 1:
         return f"Measured on {next(iter(groups))}."
@@ -51,7 +57,5 @@ def machines(rows: Mapping[str, Row]) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Replace the page."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     print(f"wrote {path.name}")

@@ -60,12 +60,21 @@ def read_results(name: str, folder: Path | None = None) -> dict[str, Row]:
 
 def write_results(name: str, rows: Mapping[str, Row], keep: bool = True) -> None:
     """Put rows into bench/results/NAME.json, each with the machine; `keep` the others there."""
-    path, here = FOLDER / f"{name}.json", machine()
-    content = read_results(name) if keep else {}
+    here, content = machine(), read_results(name) if keep else {}
     content |= {key: {**row, "machine": here} for key, row in rows.items()}
+    write_json(FOLDER / f"{name}.json", content)
+    print(f"wrote {name}.json")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """To a temporary name, then renamed; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path.name}")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _version(name: str) -> str | None:

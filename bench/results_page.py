@@ -18,7 +18,7 @@ from adarank_fast.comparison.findings import NONE, remarks, say, say_interval, t
 from bench.pages import DOCS, machines, table, texts, wrapped, write_page
 from bench.results_file import Row, read_results
 from bench.study import TRAINING, Experiment
-from bench.study_plans import METRICS, MODELS, SEEDS, TEXTS, USUAL, looks
+from bench.study_plans import EXPERIMENTS, METRICS, MODELS, SEEDS, TEXTS, USUAL, planned
 
 PAGE = DOCS / "results.md"
 
@@ -74,7 +74,7 @@ def agreements(plans: Mapping[str, Row], accumulating: Mapping[str, Row]) -> dic
 
 def command(name: str) -> str:
     if name == "accumulating":
-        return "`python bench/accumulating.py`"
+        return "`python -m bench.accumulating`"
     return f'`make study ARGS="--only {name}"`'
 
 
@@ -156,8 +156,8 @@ def detail(experiment: Experiment, name: str, row: Row | None) -> str:
 
 def plan_table(found: Mapping[str, Agreement]) -> str:
     """Every prediction beside the usual one."""
-    planned = [key for mine in looks().values() for keys in mine.values() for key in keys]
-    keys = dict.fromkeys([*planned, *QUESTIONS["noise that accumulates"][1]])
+    rows = [row.partition(": ")[2] for name in EXPERIMENTS for row in planned(name)]
+    keys = dict.fromkeys([*rows, *QUESTIONS["noise that accumulates"][1]])
 
     def cell(a: Agreement | None) -> str:
         if a is None:
@@ -202,11 +202,11 @@ def page(folder: Path | None = None) -> str:
         lead,
         table(("model, data: claim", *over, "command"), lines),
         table(asked, [question(title, found) for title in QUESTIONS]),
-        f"## Training\n\n{words['Training']}",
+        f"## Training\n\n{wrapped(words['Training'])}",
         *(detail(one, name, trained.get(name)) for name, one in TRAINING.items()),
-        f"## Plans\n\n{words['Plans']}",
+        f"## Plans\n\n{wrapped(words['Plans'])}",
         plan_table(found),
-        f"## Cost\n\n{words['Cost']}",
+        f"## Cost\n\n{wrapped(words['Cost'])}",
         cost(trained, plans),
     ]
     if trained or plans:

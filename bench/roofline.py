@@ -1,25 +1,17 @@
 """Projected times of LoRA steps on GPUs that nobody measured here: bytes and FLOPs over peak rates.
 
-    python bench/roofline.py                          (or `make roofline`)
-    python bench/roofline.py --card H100 --model Llama-3-8B --rank 16 --json
+    python -m bench.roofline            (or `make roofline`)
 
-Every figure is a projection; `python -m bench.gpu` measures. Needs no GPU and no torch.
+Every figure is a projection; `python -m bench.gpu` measures. Needs no GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-from rich.console import Console
-from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from itertools import product
+from typing import NamedTuple
 
 from bench.counts import PASSES, SHAPES, Cost, Shape, pass_elements
+from bench.pages import table, template
 
 
 class Card(NamedTuple):
@@ -37,6 +29,7 @@ CARDS = {"A100": Card(2.039e12, 312e12), "H100": Card(3.35e12, 989.4e12)}
 BANDWIDTH_REACHED, RATE_REACHED = 0.9, 0.7
 MODELS = ("Llama-3-8B", "Qwen3-0.6B")
 RANKS = (8, 16, 64)
+TOKENS = 8192  # a step
 SEQUENCE = 2048  # tokens that attend to each other
 BYTES = 2  # of a bfloat16 element
 STORED_PASSES = 6  # over [tokens, rank]: S written, read twice; dS likewise
@@ -47,20 +40,6 @@ FORMS = {
     "ours": "here",
     "floor": "floor with S stored",
 }
-
-ASSUMPTIONS = f"""Everything below is a projection: counted, not measured. Formula, per group of linears that share X:
-  base     = 4 tokens in sum(out) / F                      forward and dX of the frozen weights
-  adapters = max(bytes / B, 6 tokens sum(r (in + out)) / F)
-  bytes    = 2 tokens (passes(X, Y) + {STORED_PASSES} sum(r)), passes as in docs/kernels.md
-  step     = layers sum(base + adapters) + common
-  common   = attention, head, norms, residuals, rotary, activation, loss: the same for everyone
-  F = {RATE_REACHED:.0%} of the peak dense bfloat16 rate, B = {BANDWIDTH_REACHED:.0%} of the peak bandwidth
-Peaks (data sheets): {"; ".join(f"{name} SXM {card.rate / 1e12:g} TFLOP/s, {card.bandwidth / 1e12:g} TB/s" for name, card in CARDS.items())}.
-Assumed: bfloat16 throughout, the same rank on every linear, no dropout, no recomputation, launches
-hidden, sequences of {SEQUENCE}, flash attention; parameters, their gradients and the optimizer's step
-are not counted. Fused GEMMs (LoRAFusion's too) are taken to be as fast as the vendor's, which is the open
-question.
-"""  # noqa: E501
 
 
 def base_cost(tokens: int, width: int, outs: tuple[int, ...]) -> Cost:
@@ -107,61 +86,28 @@ def project(card: Card, shape: Shape, tokens: int, rank: int) -> dict[str, dict[
     return found
 
 
-def table(title: str, found: dict[str, dict[str, float]]) -> Table:
-    drawn = Table(title=f"Projection, not measured: {title}")
-    drawn.add_column("projection of")
-    drawn.add_column("frozen base\nprojection, ms", justify="right")
-    for form in FORMS:
-        drawn.add_column(f"{form}\nprojection, ms\n(over base)", justify="right")
-    for name, seconds in found.items():
-        if name == "step":
-            drawn.add_section()
-        cells = [
-            f"{seconds[form] * 1e3:.3g} ({seconds[form] / seconds['base'] - 1:+.0%})"
-            for form in FORMS
+def projections() -> str:
+    """The assumptions and a table for each card, model and rank."""
+    peaks = "; ".join(
+        f"{name} SXM {card.rate / 1e12:g} TFLOP/s, {card.bandwidth / 1e12:g} TB/s"
+        for name, card in CARDS.items()
+    )
+    parts = [
+        template("roofline.md").format(
+            stored=STORED_PASSES, rate=RATE_REACHED, bandwidth=BANDWIDTH_REACHED, peaks=peaks,
+            tokens=TOKENS, sequence=SEQUENCE,
+        )
+    ]  # fmt: skip
+    for (name, card), model, rank in product(CARDS.items(), MODELS, RANKS):
+        lines = [
+            (group, f"{seconds['base'] * 1e3:.3g}")
+            + tuple(f"{s * 1e3:.3g} ({s / seconds['base'] - 1:+.0%})" for s in seconds.values())[1:]
+            for group, seconds in project(card, SHAPES[model], TOKENS, rank).items()
         ]
-        drawn.add_row(name, f"{seconds['base'] * 1e3:.3g}", *cells)
-    return drawn
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return value
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="roofline", description="Projected times of LoRA steps; nothing measured.")
-    parser.add_argument("--card", choices=CARDS, help="all, unless given")
-    parser.add_argument("--model", choices=MODELS, help="all, unless given")
-    parser.add_argument("--rank", type=positive, help=f"{RANKS}, unless given")
-    parser.add_argument("--tokens", type=positive, default=8192, help="a step (8192)")
-    parser.add_argument("--json", action="store_true", help="for machines")
-    options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    rows: list[dict[str, Any]] = []
-    if not options.json:
-        console.print(ASSUMPTIONS, highlight=False, markup=False, soft_wrap=True)
-    for name in [options.card] if options.card else CARDS:
-        for model in [options.model] if options.model else MODELS:
-            for rank in [options.rank] if options.rank else RANKS:
-                found = project(CARDS[name], SHAPES[model], options.tokens, rank)
-                said = {"card": name, "model": model, "rank": rank, "tokens": options.tokens}
-                rows.append(said | {"projected_seconds": found})
-                if not options.json:
-                    title = f"{model} on {name} SXM, rank {rank}, {options.tokens:,} tokens"
-                    console.print(table(title, found))
-    if options.json:
-        print(json.dumps({"projection": True, "assumptions": ASSUMPTIONS, "rows": rows}, indent=1))
-    return 0
+        parts.append(f"Projection, not measured: {model} on {name} SXM, rank {rank}\n")
+        parts.append(table(("projection of", "frozen base", *FORMS), lines) + "\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(projections())

@@ -54,48 +54,46 @@ class Look:
     trials: int = 5
 
 
-def looks() -> dict[str, dict[str, dict[str, Look]]]:
-    """Experiment -> model -> what is different -> prediction."""
-    usual = Look(texts=4, trials=3)
-    outputs = {
-        LANGUAGE: {
-            USUAL: usual,
-            "last hidden state": replace(usual, output="last_hidden_state"),
-            **{f"logits, {m}": replace(usual, output="logits", metric=m) for m in METRICS},
-        }
-    }
-    stability = {
-        LANGUAGE: {
-            "seed 1": replace(usual, seed=1),
-            "8 texts": replace(usual, texts=8),
-            "other questions": replace(usual, skip=4),
-            "MR": replace(usual, source="MR"),
-        }
-    }
-    encoder_outputs = {
-        USUAL: Look(),
-        "last hidden state": Look("last_hidden_state"),
-        "first token": Look("first token"),
-        "untrained pooler": Look("pooler"),
-    }
-    encoder_stability = {
-        **{f"seed {seed}": Look(seed=seed) for seed in SEEDS},
-        **{f"{texts} texts": Look(texts=texts) for texts in TEXTS},
-        "other questions": Look(skip=128),
-        "yet other questions": Look(skip=160),
-        "MR": Look(source="MR"),
-    }
-    encoders = [model for model in MODELS if model != LANGUAGE]
-    return {
-        "outputs": dict.fromkeys(encoders, encoder_outputs) | outputs,
-        "stability": dict.fromkeys(encoders, encoder_stability) | stability,
-    }
+Changes = dict[str, dict[str, dict[str, Any]]]
+ENCODERS: Changes = {  # experiment -> what is different from `Look()`
+    "outputs": {
+        USUAL: {},
+        "last hidden state": {"output": "last_hidden_state"},
+        "first token": {"output": "first token"},
+        "untrained pooler": {"output": "pooler"},
+    },
+    "stability": {
+        **{f"seed {seed}": {"seed": seed} for seed in SEEDS},
+        **{f"{texts} texts": {"texts": texts} for texts in TEXTS},
+        "other questions": {"skip": 128},
+        "yet other questions": {"skip": 160},
+        "MR": {"source": "MR"},
+    },
+}
+LANGUAGE_MODEL: Changes = {  # the same, from four texts and three trials
+    "outputs": {
+        USUAL: {},
+        "last hidden state": {"output": "last_hidden_state"},
+        **{f"logits, {metric}": {"output": "logits", "metric": metric} for metric in METRICS},
+    },
+    "stability": {
+        "seed 1": {"seed": 1},
+        "8 texts": {"texts": 8},
+        "other questions": {"skip": 4},
+        "MR": {"source": "MR"},
+    },
+}
 
 
 def planned(name: str) -> dict[str, tuple[str, Look]]:
     """Row of the results -> (model, prediction); none of "accumulating", which has its own file."""
-    models = looks().get(name, {})
-    return {f"{m}: {key}": (m, look) for m, mine in models.items() for key, look in mine.items()}
+    rows: dict[str, tuple[str, Look]] = {}
+    for model in MODELS:
+        language = model == LANGUAGE
+        usual = Look(texts=4, trials=3) if language else Look()
+        for key, changes in (LANGUAGE_MODEL if language else ENCODERS).get(name, {}).items():
+            rows[f"{model}: {key}"] = model, replace(usual, **changes)
+    return rows
 
 
 def predict(name: str, heard: Callable[[str], object]) -> None:

@@ -12,9 +12,15 @@ from typing import Any
 from torch import nn
 
 from adarank_fast.adapters.fusion_report import fusion_report
-from adarank_fast.adapters.torch_private import let_parameter_shapes_vary, mark_dynamic
+from adarank_fast.adapters.torch_private import (
+    mark_dynamic,
+    parameter_shape_settings,
+    set_parameter_shape_settings,
+    undo_compile,
+)
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.targets import find_blocks, unwrap
+from adarank_fast.undo import undone_on_error
 
 
 def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
@@ -44,13 +50,29 @@ def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
         raise AdarankError(
             f"{type(inner).__name__} has no ModuleList of blocks; use torch.compile on the model"
         )
-    let_parameter_shapes_vary()
-    for path in report:
-        layer: Any = peft_model.get_submodule(path)
-        for lora_A in getattr(layer, "lora_A", {}).values():
-            mark_dynamic(lora_A.weight, 0)
-        for lora_B in getattr(layer, "lora_B", {}).values():
-            mark_dynamic(lora_B.weight, 1)
-    for path in blocks:
-        inner.get_submodule(path).compile(**compile_kwargs)
+    modules = [inner.get_submodule(path) for path in blocks]
+    layers: list[Any] = [peft_model.get_submodule(path) for path in report]
+    factors = [
+        (part.weight, dimension)
+        for layer in layers
+        for dimension, name in enumerate(("lora_A", "lora_B"))
+        for part in getattr(layer, name, {}).values()
+    ]
+    undo_calls = undo_compile(modules)
+    marks = [(weight, dict(vars(weight))) for weight, _ in factors]
+    shapes = parameter_shape_settings()
+
+    def undo() -> None:
+        set_parameter_shape_settings(shapes)
+        for weight, attributes in marks:
+            vars(weight).clear()
+            vars(weight).update(attributes)
+        undo_calls()
+
+    with undone_on_error(undo):
+        set_parameter_shape_settings(dict.fromkeys(shapes, False))
+        for weight, dimension in factors:
+            mark_dynamic(weight, dimension)
+        for module in modules:
+            module.compile(**compile_kwargs)
     return peft_model

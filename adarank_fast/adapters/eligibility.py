@@ -1,20 +1,17 @@
-"""Whether a call of a PEFT layer may be fused, and what the answer rests on."""
+"""Whether a call of a PEFT layer may be fused, and if not why."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from adarank_fast.adapters.peft_private import DoraLinearLayer, DoraLinearVariant, caches_dora
+from adarank_fast.adapters.terms import has_plain_base, is_plain, names_of
+
 Layer = Any  # a PEFT LoRA layer
-SAFE_BASES = (
-    "Linear",
-    "Linear4bit",
-    "Linear8bitLt",
-)  # nobody else holds what their forward returns
 
 
 def why_not_here(x: Tensor) -> str:
@@ -38,32 +35,18 @@ def why_not(layer: Layer, x: Tensor) -> str:
         return reason
     if layer.merged:
         return "merged"
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1:
-        return "several active adapters" if names else "no active adapter here"
-    name = names[0]
-    if name in layer.lora_variant:
-        return f"a LoRA variant ({type(layer.lora_variant[name]).__name__})"
-    base, lora_A, lora_B = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    if lora_B.bias is not None:
-        return "lora_bias"
-    if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
-        return f"dropout is a {type(layer.lora_dropout[name]).__name__}"
-    for module in (base, lora_A, lora_B):
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "hooks inside the layer"
-        if module._backward_hooks or module._backward_pre_hooks:
-            return "hooks inside the layer"
-        if hasattr(module, "_hf_hook"):
-            return "offloaded"
-        if "forward" in module.__dict__:
-            return "a forward replaced inside the layer"
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-        return f"lora_A is a {type(lora_A).__name__}"
-    if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)):
-        return f"its parameters are {type(lora_A.weight).__name__}"
-    if lora_A.weight.dim() != 2 or lora_A.weight.shape[0] != lora_B.weight.shape[-1]:
-        return "lora_A and lora_B do not fit each other"
+    names = names_of(layer)
+    for name in names:
+        if reason := _why_not_adapter(layer, name):
+            return reason
+    if len(names) > 1:
+        if any([name in layer.lora_variant for name in names]):
+            return "several active adapters, DoRA among them"
+        if any([_drops(layer, name) for name in names]):
+            return "several active adapters with dropout"  # PEFT draws a mask for each
+    base = layer.base_layer
+    if reason := _why_not_module(base):
+        return reason
     if not isinstance(base, nn.Linear) and type(base).__name__ != "Conv1D":
         return f"base layer is a {type(base).__name__}"
     if type(base.weight).__name__ == "DTensor":
@@ -74,16 +57,72 @@ def why_not(layer: Layer, x: Tensor) -> str:
     return "" if x.is_floating_point() else "integer input"
 
 
-def has_plain_base(layer: Layer) -> bool:
-    """A weight to multiply with; otherwise (quantised) the base layer computes its own product."""
-    base = layer.base_layer
-    plain_class = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
-    return plain_class and _is_plain(base.weight)
+def _why_not_adapter(layer: Layer, name: str) -> str:
+    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+    if name in layer.lora_variant and (reason := _why_not_variant(layer, name)):
+        return reason
+    if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+        return f"dropout is a {type(layer.lora_dropout[name]).__name__}"
+    for module in (lora_A, lora_B):
+        if reason := _why_not_module(module):
+            return reason
+        if type(module) is not nn.Linear:
+            return f"lora_A is a {type(module).__name__}"
+        for parameter in (module.weight, module.bias):
+            if parameter is not None and not is_plain(parameter):
+                return f"its parameters are {type(parameter).__name__}"
+    A, B = lora_A.weight, lora_B.weight
+    if lora_A.bias is not None or A.dim() != 2 or A.shape[0] != B.shape[-1]:
+        return "lora_A and lora_B do not fit each other"
+    return ""
 
 
-def _is_plain(parameter: Tensor) -> bool:
-    """No DTensor, no quantised subclass."""
-    return type(parameter) in (nn.Parameter, Tensor)
+def _why_not_variant(layer: Layer, name: str) -> str:
+    """Of the variants DoRA is fused, where it needs no second base product."""
+    variant = layer.lora_variant[name]
+    if type(variant) is not DoraLinearVariant:
+        return f"a LoRA variant ({type(variant).__name__})"
+    dora = layer.lora_magnitude_vector[name]
+    if type(dora) is not DoraLinearLayer:
+        return f"a LoRA variant ({type(dora).__name__})"
+    if _drops(layer, name):
+        return "DoRA with dropout"
+    if not has_plain_base(layer):
+        return "DoRA on a base layer with a product of its own"
+    if caches_dora() and not dora.training:
+        return "DoRA whose norms PEFT caches"
+    if not is_plain(dora.weight):
+        return f"its parameters are {type(dora.weight).__name__}"
+    if dora.weight.device != layer.base_layer.weight.device:
+        return "offloaded"
+    return _why_not_module(dora)
+
+
+def _why_not_module(module: nn.Module) -> str:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "hooks inside the layer"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "hooks inside the layer"
+    if hasattr(module, "_hf_hook"):
+        return "offloaded"
+    if "forward" in module.__dict__:
+        return "a forward replaced inside the layer"
+    return ""
+
+
+def _drops(layer: Layer, name: str) -> bool:
+    """Whether a dropout is in force now."""
+    module = layer.lora_dropout[name]
+    return type(module) is nn.Dropout and module.training and module.p > 0
+
+
+def dropout_of(layer: Layer) -> float | None:
+    """The probability in force now; None without an active adapter."""
+    names = names_of(layer)
+    if not names:
+        return None
+    module = layer.lora_dropout[names[0]]
+    return module.p if type(module) is nn.Dropout and module.training else 0.0
 
 
 def returns_its_own(base: nn.Module) -> bool:
@@ -93,121 +132,3 @@ def returns_its_own(base: nn.Module) -> bool:
         cls.__module__.startswith("bitsandbytes.")
         and cls.__name__ in ("Linear4bit", "Linear8bitLt")
     )
-
-
-def active_name(layer: Layer) -> str:
-    return next(name for name in layer.active_adapters if name in layer.lora_A)
-
-
-def dropout_of(layer: Layer) -> float:
-    """The probability in force now."""
-    module = layer.lora_dropout[active_name(layer)]
-    return module.p if type(module) is nn.Dropout and module.training else 0.0
-
-
-class Member:
-    """A layer that was found fusable, with everything that this rested on.
-
-    `holds` compares it with the layer's attributes. It goes through `__dict__`: an attribute of a
-    module costs a microsecond, of its parameters and submodules several, thousands of times a step.
-    Shapes, dtypes and storages of the parameters are compared by `adarank_kernels.lora.group.Group`
-    and by the operators themselves.
-
-    Attributes:
-        foreign: the base layer computes its own product (quantised weights, a subclass of Linear).
-        weight, bias: of a base layer that is not foreign; [out, in], a view for a Conv1D.
-        A, B: the adapter's parameters.
-        scaling: a number; layers with a tensor as scaling are not remembered.
-    """
-
-    __slots__ = (
-        "active", "name", "base", "lora_A", "lora_B", "drop", "foreign", "base_class", "own_weight",
-        "own_bias", "weight", "bias", "A", "B", "scaling", "trained", "bias_trained", "inner",
-    )  # fmt: skip
-
-    def __init__(self, layer: Layer) -> None:
-        self.active = copy.copy(layer._active_adapter)
-        self.name = name = active_name(layer)
-        self.base, self.lora_A = layer.base_layer, layer.lora_A[name]
-        self.lora_B, self.drop = layer.lora_B[name], layer.lora_dropout[name]
-        self.foreign = not has_plain_base(layer)
-        self.base_class = type(self.base)
-        self.own_weight, self.own_bias = self.base.weight, getattr(self.base, "bias", None)
-        self.weight = self.bias = None
-        if not self.foreign:
-            transposed = self.base_class is not nn.Linear
-            self.weight = self.own_weight.t() if transposed else self.own_weight
-            self.bias = self.own_bias
-        self.A, self.B, self.scaling = self.lora_A.weight, self.lora_B.weight, layer.scaling[name]
-        # a foreign base computes its own gradients
-        self.trained = not self.foreign and self.own_weight.requires_grad
-        self.bias_trained = self.bias is not None and self.bias.requires_grad
-        self.inner = (self.base.__dict__, self.lora_A.__dict__, self.lora_B.__dict__)
-
-    @property
-    def dropout(self) -> float:
-        drop = self.drop
-        return drop.p if type(drop) is nn.Dropout and drop.training else 0.0
-
-    def is_active(self, own: dict[str, Any]) -> bool:
-        """The part of `holds` that may change between two calls of one forward."""
-        _, of_A, of_B = self.inner
-        return not (
-            own["_disable_adapters"]
-            or own["merged_adapters"]
-            or own["_active_adapter"] != self.active
-            or of_A["_parameters"].get("weight") is not self.A
-            or of_B["_parameters"].get("weight") is not self.B
-            or own["scaling"].get(self.name) is not self.scaling
-        )
-
-    def holds(self, own: dict[str, Any]) -> bool:
-        """Whether the layer with these attributes is still what it was."""
-        if own["_disable_adapters"] or own["merged_adapters"] or "_is_replica" in own:
-            return False
-        name = self.name
-        scaling = own["scaling"].get(name)
-        if own["_active_adapter"] != self.active or name in own["lora_variant"]:
-            return False
-        if scaling is not self.scaling and (
-            type(scaling) not in (float, int) or scaling != self.scaling
-        ):
-            return False
-        parts = own["_modules"]
-        if (
-            parts["base_layer"] is not self.base
-            or parts["lora_A"]._modules.get(name) is not self.lora_A
-            or parts["lora_B"]._modules.get(name) is not self.lora_B
-            or parts["lora_dropout"]._modules.get(name) is not self.drop
-            or type(self.base) is not self.base_class
-            or type(self.lora_A) is not nn.Linear
-            or type(self.lora_B) is not nn.Linear
-        ):
-            return False
-        for inside in self.inner:
-            if (
-                inside["_forward_hooks"]
-                or inside["_forward_pre_hooks"]
-                or inside["_backward_hooks"]
-                or inside["_backward_pre_hooks"]
-                or "_hf_hook" in inside
-                or "forward" in inside
-            ):
-                return False
-        base, of_A, of_B = self.inner
-        weight = self.own_weight
-        return (
-            base["_parameters"].get("weight") is weight
-            and base["_parameters"].get("bias") is self.own_bias
-            and of_A["_parameters"].get("weight") is self.A
-            and of_B["_parameters"].get("weight") is self.B
-            and of_B["_parameters"].get("bias") is None
-            and (self.foreign or weight.requires_grad is self.trained)
-            and (self.bias is None or self.bias.requires_grad is self.bias_trained)
-        )
-
-
-def remember(layer: Layer) -> Member | None:
-    """What a fusable layer rests on; None if that cannot be compared."""
-    scaling = layer.scaling[active_name(layer)]
-    return Member(layer) if type(scaling) in (float, int) else None

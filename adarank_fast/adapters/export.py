@@ -7,58 +7,35 @@ without an adapter get one of zeros, so that every layer of a kind has one.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adarank_fast.adapters.peft_private import BaseTunerLayer, is_target, pattern_value
+from adarank_fast.adapters.adapter_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    check_tensors,
+    refuse_unsupported,
+    split,
+)
+from adarank_fast.adapters.patterns import check_patterns
+from adarank_fast.adapters.peft_private import BaseTunerLayer, is_target
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
+from adarank_fast.options import check_number
 
 RANKS = (8, 16, 32, 64)  # what every engine's kernels take
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every tensor in an adapter file
-
-# An adapter with one of these computes something that A and B alone do not say.
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias on lora_B",
-    "target_parameters": "parameters that belong to no module (experts)",
-    "layer_replication": "replicated layers",
-    "trainable_token_indices": "trained tokens",
-    "alora_invocation_tokens": "an invocation of its own (aLoRA)",
-    "use_bdlora": "block-diagonal factors",
-    "use_qalora": "QALoRA",
-}
-
-PLAIN_INITS = ("gaussian", "eva", "orthogonal")  # others change the base model's weights
-
-
-@dataclass
-class Adapter:
-    """An adapter's tensors and what they mean; names are module paths in the base model.
-
-    Attributes:
-        config: PEFT's.
-        factors: path -> (A [r, in], B [out, r]).
-        scales: path -> what B A is multiplied with.
-        others: whole modules (`modules_to_save`), by their name in the adapter file.
-    """
-
-    config: LoraConfig
-    factors: dict[str, tuple[Tensor, Tensor]]
-    scales: dict[str, float]
-    others: dict[str, Tensor]
 
 
 def export_uniform(
@@ -85,6 +62,7 @@ def export_uniform(
         AdarankError: `rank` is too small or none of those, `folder` is not empty, there is no such
             adapter, or it is of a kind that engines do not load (DoRA, biases, parameters).
     """
+    check_rank(rank)
     with new_folder(folder) as temporary:
         return _write(from_model(peft_model, adapter_name), peft_model, temporary, rank)
 
@@ -106,9 +84,20 @@ def export_saved(
     Raises:
         AdarankError: as `export_uniform`; or the adapter does not fit `base_model`.
     """
+    check_rank(rank)
     with new_folder(folder) as temporary:
         check_fits(adapter, base_model)
         return _write(adapter, base_model, temporary, rank)
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse what engines do not take.
+
+    Raises:
+        AdarankError: none of `RANKS`.
+    """
+    if rank is not None and check_number("rank", rank) not in RANKS:
+        raise AdarankError(f"rank={rank} is none of {', '.join(map(str, RANKS))}")
 
 
 def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
@@ -122,12 +111,14 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     if not isinstance(config, LoraConfig):
         there = ", ".join(configs) or "none"
         raise AdarankError(f"{adapter_name!r} is no LoRA adapter of the model; it has: {there}")
-    _refuse_unsupported(config)
+    refuse_unsupported(config)
     state = get_peft_model_state_dict(
         peft_model, adapter_name=adapter_name, save_embedding_layers=False
     )
-    factors, others = _split(state)
+    factors, others = split(state)
     base = cast(Any, peft_model).get_base_model()
+    if _is_resized(base, config.base_model_name_or_path):
+        others = {**_vocabulary(base), **others}
     if config.task_type is None and config.auto_mapping is None:  # as save_pretrained does
         mapping = {
             "base_model_class": type(base).__name__,
@@ -142,50 +133,36 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     return Adapter(config, factors, scales, others)
 
 
-def read_adapter(folder: str | os.PathLike[str], only_plain: bool = True) -> Adapter:
-    """The adapter in a folder, after its two files were found to agree.
+def _is_resized(base: Any, name: str | None) -> bool:
+    """Whether the model's vocabulary is of another size than its checkpoint's."""
+    size = _vocabulary_size(getattr(base, "config", None))
+    if size is None:
+        return False
+    if name:
+        try:
+            return _vocabulary_size(type(base.config).from_pretrained(name)) not in (None, size)
+        except Exception:  # no such checkpoint, or the hub cannot be reached
+            pass
+    # modules note the size that they were made with, and resizing does not touch the inner ones
+    noted = {getattr(module, "vocab_size", size) for module in base.modules()}
+    return any(isinstance(other, int) and other != size for other in noted)
 
-    Args:
-        folder: what `PeftModel.save_pretrained` wrote.
-        only_plain: refuse what A, B and a scale do not say, such as DoRA.
 
-    Raises:
-        AdarankError: it is no folder of a LoRA adapter, or a file is damaged, or they disagree.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise AdarankError(f"adapter {str(folder)!r} is not a folder")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            within = next(
-                (f"; {str(f.parent)!r} has one" for f in sorted(folder.glob(f"*/{name}"))), ""
-            )
-            raise AdarankError(
-                f"{str(folder)!r} is not an adapter folder: it has no {name}, which "
-                f"save_pretrained of a PEFT model writes{within}"
-            )
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except Exception as error:
-        raise AdarankError(f"{CONFIG} in {str(folder)!r} cannot be read: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise AdarankError(f"the adapter in {str(folder)!r} is {config.peft_type.value}, not LoRA")
-    if only_plain:
-        _refuse_unsupported(config)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise AdarankError(f"{WEIGHTS} in {str(folder)!r} cannot be read: {error}") from error
-    factors, others = _split(state, only_plain)
-    scales = {}
-    for path, (lora_A, _) in factors.items():
-        rank, scales[path] = _configured(config, path)
-        if lora_A.shape[0] != rank and not config.target_parameters:  # theirs: rank x experts
-            raise AdarankError(
-                f"{CONFIG} and {WEIGHTS} disagree: {path} has rank {lora_A.shape[0]}, the "
-                f"configuration says {rank}; they are not of one adapter"
-            )
-    return Adapter(config, factors, scales, others)
+def _vocabulary_size(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _vocabulary(base: Any) -> dict[str, Tensor]:
+    """The weights of the embedding and the head, by their names in an adapter file."""
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    found: dict[str, Tensor] = {}
+    for path, module in base.named_modules():
+        if any(module is end for end in ends):
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            weights: Iterator[tuple[str, Tensor]] = layer.named_parameters(recurse=False)
+            found |= {f"{PREFIX}{path}.{part}": weight for part, weight in weights}
+    return found
 
 
 def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
@@ -195,6 +172,7 @@ def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
         AdarankError: which module is too many or missing.
     """
     shapes = _module_shapes(base_model, adapter.config)
+    check_patterns(adapter.config, list(shapes))
     chosen = {
         path
         for path, shape in shapes.items()
@@ -217,9 +195,14 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
     for path in adapter.factors:
         if shapes.get(path) is None:
             raise AdarankError(f"{path} is not a linear layer; engines do not load its adapter")
-    tensors = dict(adapter.others)
     names, paths = _targets(shapes, adapter.factors.keys())
-    dtype = next(iter(adapter.factors.values()))[0].dtype
+    layers = {f"{PREFIX}{path}.": f"{PREFIX}{path}.base_layer." for path in paths}
+    tensors = {}
+    for name, tensor in adapter.others.items():  # a resized head gets zeros as an adapter, say
+        layer, _, part = name.rpartition(".")
+        tensors[layers.get(f"{layer}.", f"{layer}.") + part] = tensor
+    factors = [factor for pair in adapter.factors.values() for factor in pair]
+    dtype = reduce(torch.promote_types, (factor.dtype for factor in factors))
     for path in paths:
         shape = shapes[path]
         assert shape is not None
@@ -253,8 +236,13 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
         inference_mode=True,
     )
     config.save_pretrained(folder)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    # clones, since a file cannot have one storage twice, as of a head tied to the embedding
+    saved = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    check_tensors(saved, floating=False)
+    save_file(saved, folder / WEIGHTS, metadata={"format": "pt"})
     return rank
 
 
@@ -269,60 +257,11 @@ def _common_rank(adapter: Adapter, rank: int | None) -> int:
         )
     if rank is None:
         return fitting[0]
-    if rank not in RANKS:
-        raise AdarankError(f"rank={rank} is none of {', '.join(map(str, RANKS))}")
     if rank < ranks[widest]:
         raise AdarankError(
             f"rank={rank} is too small: {widest} has rank {ranks[widest]}; use {fitting[0]}"
         )
     return rank
-
-
-def _refuse_unsupported(config: LoraConfig) -> None:
-    found = [what for field, what in UNSUPPORTED.items() if getattr(config, field, None)]
-    if config.bias != "none":
-        found.append(f"trained biases (bias={config.bias!r})")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        found.append(f"a base model changed by init_lora_weights={init!r}")
-    if found:
-        raise AdarankError(
-            f"the adapter has {found[0]}, which a plain LoRA adapter cannot express; merge it into "
-            "the model instead (adarank merge)"
-        )
-
-
-def _split(
-    state: Mapping[str, Tensor], only_plain: bool = True
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """(path -> (A, B), the tensors of whole modules)."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for name, tensor in state.items():
-        path, _, half = name.removesuffix(".weight").rpartition(".")
-        if half in ("lora_A", "lora_B") and tensor.ndim == 2:
-            halves.setdefault(path.removeprefix(PREFIX), {})[half] = tensor
-        elif "lora_" in name and only_plain:
-            raise AdarankError(
-                f"the adapter's tensor {name} is not that of a linear layer; engines do not load it"
-            )
-        else:
-            others[name] = tensor
-    if not halves:
-        raise AdarankError("the adapter has no lora_A and lora_B tensors")
-    factors = {}
-    for path, pair in halves.items():
-        if len(pair) < 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
-            raise AdarankError(f"the adapter's lora_A and lora_B of {path} do not belong together")
-        factors[path] = (pair["lora_A"], pair["lora_B"])
-    return factors, others
-
-
-def _configured(config: LoraConfig, path: str) -> tuple[int, float]:
-    """(rank, scale) of a module, as PEFT reads them."""
-    rank = int(pattern_value(config.rank_pattern, path, config.r))
-    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _module_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, int] | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any
 
@@ -19,37 +19,39 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from adarank_fast.adapters.eligibility import (
-    Layer,
-    Member,
-    active_name,
     dropout_of,
-    has_plain_base,
-    remember,
     returns_its_own,
     why_not,
     why_not_here,
 )
 from adarank_fast.adapters.groups import (
     LayerState,
-    Owner,
     Run,
     ThreadState,
     Waiting,
     form_group,
     may_be_repeated,
     modes_of,
-    owner_path,
     repeat_guard,
 )
+from adarank_fast.adapters.members import AnyMember, remember
 from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
-from adarank_fast.adapters.torch_private import constant_result, is_compiled
-from adarank_fast.errors import AdarankError
+from adarank_fast.adapters.terms import (
+    Layer,
+    adapters_of,
+    bias_of,
+    finished,
+    has_plain_base,
+    low_rank,
+    weight_of,
+)
+from adarank_fast.adapters.torch_private import constant_result
 from adarank_kernels import grouped_lora_linear
 from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
 from adarank_kernels.lora.op import run as run_group
 
-_thread = ThreadState()
+thread = ThreadState()
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -63,13 +65,13 @@ class _Fused:
             return _forward_compiled(self, x, args, kwargs)
         own = self.__dict__
         state: LayerState = own["_adarank"]
-        waiting = _thread.waiting
+        waiting = thread.waiting
         if waiting is not None and waiting.x is x and not (args or kwargs):
             output = waiting.take(state, own)
             if output is not None:
                 state.fused += 1
                 if not waiting.left:
-                    _thread.waiting, waiting.group.missed = None, 0
+                    thread.waiting, waiting.group.missed = None, 0
                 return output
         reason = "extra arguments" if args or kwargs else why_not_here(x)
         member = state.member
@@ -79,16 +81,16 @@ class _Fused:
             state.member = member = None if reason else remember(self)
         if reason:
             state.fallbacks[reason] += 1
-            _thread.clear()
+            thread.clear()
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         state.fused += 1
-        run = _thread.run
+        run = thread.run
         if run is not None and not run.goes_on(x, self):
-            _thread.clear()  # which may make this layer a member: known before it is computed
+            thread.clear()  # which may make this layer a member: known before it is computed
         if state.candidates is not None:
             form_group(self)
         if state.group is not None:
-            _thread.clear()  # which may dissolve the group
+            thread.clear()  # which may dissolve the group
         group = state.group
         if group is None:
             return _alone(self, x)
@@ -99,7 +101,9 @@ class _Fused:
             members = [layer._adarank.member for layer in group.layers]
             if None not in members:
                 dropout = members[0].dropout
-                _thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
+                if dropout is None:
+                    dropout = _dropout_among(members)
+                thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
         return outputs[0]
 
     def _get_name(self) -> str:
@@ -125,34 +129,34 @@ class FusedTorchaoLinear(_Fused, TorchaoLoraLinear):
     """PEFT's layer for weights quantised by torchao, with a fused forward."""
 
 
-_FUSED: dict[type, type] = {lora.Linear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLinear}
+FUSED: dict[type, type] = {lora.Linear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLinear}
 
 
-def _fused_classes() -> dict[type, type]:
+def fused_classes() -> dict[type, type]:
     """PEFT class -> fused class; bitsandbytes' only where it is installed."""
     for plain in bitsandbytes_layers():
-        if plain not in _FUSED:
+        if plain not in FUSED:
             fused = type(f"Fused{plain.__name__}", (_Fused, plain), {"__module__": __name__})
-            globals()[fused.__name__] = _FUSED[plain] = fused
-    return _FUSED
+            globals()[fused.__name__] = FUSED[plain] = fused
+    return FUSED
 
 
 def _plain_class(fused: type) -> type:
     """PEFT's class behind a fused one, or behind what something else made of it."""
-    for plain, cls in _FUSED.items():
+    for plain, cls in FUSED.items():
         if issubclass(fused, cls):
             return plain if fused is cls else fused
     return fused
 
 
-def _same_kind(member: Member, x: Tensor) -> bool:
+def _same_kind(member: AnyMember, x: Tensor) -> bool:
     return member.foreign or member.own_weight.dtype is x.dtype
 
 
 def _alone(layer: Layer, x: Tensor) -> Tensor:
     """A layer that is in no group: watched, and under one dropout mask with its neighbours."""
     state: LayerState = layer._adarank
-    run = _thread.watch(layer, x)
+    run = thread.watch(layer, x)
     output = _compute([layer], x, run)[0]
     if run is not None and may_be_repeated():
         repeat_guard(output, state.owner)
@@ -171,12 +175,19 @@ def _alike(layers: Sequence[Layer], x: Tensor) -> bool:
             if why_not(layer, x):
                 return False
             state.member = member = remember(layer)
-        p = dropout_of(layer) if member is None else member.dropout
+        if member is None:  # examined in every call
+            return False
+        p = member.dropout
         if dropout is None:
             dropout = p
-        elif p != dropout:
+        elif p != dropout and p is not None:
             return False
     return True
+
+
+def _dropout_among(members: Sequence[AnyMember]) -> float:
+    """Of those with an active adapter, which are alike."""
+    return next((p for m in members if (p := m.dropout) is not None), 0.0)
 
 
 def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequence[Tensor]:
@@ -185,19 +196,15 @@ def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequ
     members: list[Any] = [layer._adarank.member for layer in layers]
     if None in members or torch.is_autocast_enabled(x.device.type):
         return _compute_anew(layers, x)
-    dropout, call = members[0].dropout, state.call
+    dropout, call, made = members[0].dropout, state.call, False
+    if dropout is None:  # no active adapter in the first
+        dropout = _dropout_among(members)
     if call is None or call[1] != members or call[2] != dropout or not call[0].fits(x):
-        group = Group(
-            x,
-            [m.weight for m in members],
-            [m.bias for m in members],
-            [m.A for m in members],
-            [m.B for m in members],
-            [m.scaling for m in members],
-            dropout,
-            frozenset(i for i, m in enumerate(members) if returns_its_own(m.base)),
-        )
-        state.call = call = group, members, dropout
+        made = any([m.made for m in members])
+        W, b, A, B, scalings = zip(*[m.parts() for m in members], strict=True)
+        safe = frozenset(i for i, m in enumerate(members) if returns_its_own(m.base))
+        call = Group(x, W, b, A, B, scalings, dropout, safe), members, dropout
+        state.call = None if made else call
     bases: Sequence[Tensor | None] = ()
     if any([m.foreign for m in members]):
         bases = [m.base(x) if m.foreign else None for m in members]
@@ -206,39 +213,40 @@ def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequ
         if run.seed is None:
             run.seed = draw_seed(x.device)
         seed = run.seed
-    return run_group(call[0], x, seed, bases)
+    outputs = run_group(call[0], x, seed, bases)
+    if made:
+        return [m.finished(Y) if m.made else Y for m, Y in zip(members, outputs, strict=True)]
+    return outputs
 
 
 def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
-    weights, biases = [], []
-    lora_As, lora_Bs, scalings = [], [], []
+    """The same, with nothing remembered."""
+    terms = [adapters_of(layer) for layer in layers]
+    own_biases = [getattr(layer.base_layer, "bias", None) for layer in layers]
+    weights: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
     bases: list[Tensor | None] = []
-    for layer in layers:
-        name = active_name(layer)
+    for layer, adapters, bias in zip(layers, terms, own_biases, strict=True):
         base = layer.base_layer
-        if has_plain_base(layer):
-            weights.append(base.weight if type(base) is nn.Linear else base.weight.t())
-            biases.append(base.bias)
-            bases.append(None)
-        else:
-            weights.append(None)
-            biases.append(None)
-            output = base(x)
-            safe = returns_its_own(base) or _is_compiling()
-            bases.append(output if safe else output.clone())
-        lora_As.append(layer.lora_A[name].weight)
-        lora_Bs.append(layer.lora_B[name].weight)
-        scalings.append(layer.scaling[name])
-    return grouped_lora_linear(
+        plain = has_plain_base(layer)
+        weights.append(weight_of(layer) if plain else None)
+        biases.append(bias_of(bias, adapters, base.weight.dtype) if plain else None)
+        output = None if plain else base(x)
+        if output is not None and not (returns_its_own(base) or _is_compiling()):
+            output = output.clone()
+        bases.append(output)
+    lora_As, lora_Bs, scalings = zip(*[low_rank(adapters) for adapters in terms], strict=True)
+    outputs = grouped_lora_linear(
         x,
         weights,
         lora_As,
         lora_Bs,
         scalings,
         biases,
-        dropout=dropout_of(layers[0]),
+        dropout=next((p for layer in layers if (p := dropout_of(layer)) is not None), 0.0),
         base_outputs=bases,
     )
+    return [finished(*each) for each in zip(outputs, weights, own_biases, terms, strict=True)]
 
 
 def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -261,9 +269,10 @@ def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
                 group.traced = traced
             return output
         return _compute_anew([layer], x)[0]
-    for other in group.layers[1:]:
-        if why_not(other, x) or dropout_of(other) != dropout_of(layer):
-            return _compute_anew([layer], x)[0]
+    if any(why_not(other, x) for other in group.layers[1:]):
+        return _compute_anew([layer], x)[0]
+    if len({dropout_of(member) for member in group.layers} - {None}) > 1:
+        return _compute_anew([layer], x)[0]
     outputs = _compute_anew(group.layers, x)
     group.traced = x, outputs
     return outputs[0]
@@ -272,7 +281,7 @@ def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
 @constant_result
 def _finish_watching() -> bool:
     """The last layers that an eager forward called become a group before a compiler looks at it."""
-    _thread.clear()
+    thread.clear()
     return True
 
 
@@ -284,90 +293,6 @@ def _warn_compiled_early() -> bool:
         stacklevel=2,
     )
     return True
-
-
-def accelerate(peft_model: nn.Module, example: Mapping[str, Any] | None = None) -> nn.Module:
-    """Fuse the LoRA layers of a PEFT model, in place; a second call changes nothing.
-
-    Layers that share an input are found in the first eager forward, or now from `example`.
-
-    Args:
-        peft_model: a `peft.PeftModel`, of uniform or mixed ranks, or any module with PEFT layers.
-        example: keyword inputs for one forward in eval mode without gradients.
-
-    Returns:
-        `peft_model`.
-
-    Raises:
-        AdarankError: there is no layer to fuse, or LoRA layers were sharded one by one before.
-    """
-    classes = _fused_classes()
-    found = {path: m for path, m in peft_model.named_modules() if type(m) in classes}
-    if found:
-        _check_not_compiled(peft_model)
-    owners: dict[str, Owner] = {}
-    for path, layer in found.items():
-        where = owner_path(peft_model, path)
-        if where not in owners:
-            owners[where] = Owner()
-        layer._adarank = LayerState(owners[where])
-        layer.__class__ = classes[type(layer)]
-    if not found and not any(fused_layers(peft_model)):
-        for module in peft_model.modules():
-            if isinstance(module, tuple(classes)):
-                raise AdarankError(
-                    f"its LoRA layers are of class {type(module).__name__}, which something else "
-                    "made; accelerate first, then shard or wrap them"
-                )
-        raise AdarankError(
-            f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
-            "adarank_fast.inject or peft.get_peft_model first"
-        )
-    if example is not None:
-        _watch(peft_model, example)
-    return peft_model
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    """Compiled code was made of PEFT's own layers."""
-    for path, module in model.named_modules():
-        if is_compiled(module):
-            where = path or type(model).__name__
-            raise AdarankError(f"{where} is compiled already; accelerate first, then torch.compile")
-
-
-def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(**example)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    _thread.clear()
-    for _, layer in fused_layers(model):
-        form_group(layer)
-
-
-def restore(peft_model: nn.Module) -> nn.Module:
-    """Plain PEFT again: the same weights, classes and hooks as before `accelerate`.
-
-    Raises:
-        AdarankError: LoRA layers got another class since (`fully_shard` on each); none changes.
-    """
-    plain = {fused: cls for cls, fused in _FUSED.items()}
-    layers = list(fused_layers(peft_model))
-    for path, layer in layers:
-        if type(layer) not in plain:
-            raise AdarankError(
-                f"{path} became a {type(layer).__name__} after accelerate; restore before sharding"
-            )
-    _thread.clear()
-    for _, layer in layers:
-        layer.__class__ = plain[type(layer)]
-        del layer._adarank
-    return peft_model
 
 
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:

@@ -9,6 +9,7 @@ from peft.tuners import lora
 from torch import nn
 
 from adarank_fast.adapters.fused_linear import fused_layers
+from adarank_fast.adapters.gated_mlp import gated_mlps
 from adarank_fast.adapters.groups import LayerState
 from adarank_fast.errors import AdarankError
 from adarank_kernels.runtime import native
@@ -40,9 +41,11 @@ class FusionReport(dict[str, LayerReport]):
     Attributes:
         kernels: device of fused layers -> Triton kernel -> "passed" its check there, "failed: why",
             "not checked yet" or "no Triton". The CPU uses none and is not listed.
+        recomputed_mlps: gated MLPs that keep only gate(x) and up(x).
     """
 
     kernels: dict[str, dict[str, str]]
+    recomputed_mlps: int = 0
 
     @property
     def fused_share(self) -> float:
@@ -69,6 +72,8 @@ class FusionReport(dict[str, LayerReport]):
         ]
         lines += [f"  {count} calls through PEFT: {why}" for why, count in reasons.most_common()]
         lines += [f"  {count} layers left to PEFT: {why}" for why, count in others.most_common()]
+        if self.recomputed_mlps:
+            lines.append(f"  {self.recomputed_mlps} gated MLPs keep only gate and up for backward")
         for device, kernels in self.kernels.items():
             status = ", ".join(f"{name} {what}" for name, what in kernels.items())
             lines.append(f"  Triton kernels on {device}: {status}")
@@ -88,6 +93,7 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
     report = FusionReport()
     devices = {p.device for layer in layers.values() for p in layer.parameters()}
     report.kernels = {str(d): kernel_status(d) for d in devices if d.type == "cuda"}
+    report.recomputed_mlps = sum(1 for _ in gated_mlps(peft_model))
     for path, layer in layers.items():
         state: LayerState = layer._adarank
         group = state.group

@@ -22,7 +22,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.adapters.eligibility import Member
+from adarank_fast.adapters.members import AnyMember
+from adarank_fast.undo import undone
 from adarank_kernels.lora.group import Group
 
 Layer = Any  # a fused PEFT layer
@@ -81,8 +82,8 @@ class LayerState:
         self.position = 0
         self.fused = 0
         self.fallbacks: Counter[str] = Counter()
-        self.member: Member | None = None
-        self.call: tuple[Group, list[Member], float] | None = None
+        self.member: AnyMember | None = None
+        self.call: tuple[Group, list[AnyMember], float] | None = None
         self.candidates: list[Layer] | None = None
         self.alone = 0  # forwards in which it shared its input with nobody
 
@@ -104,7 +105,7 @@ class Waiting:
         modes: tuple[Any, ...],
         dropout: float,
         outputs: Sequence[Tensor],
-        members: Sequence[Member],
+        members: Sequence[AnyMember],
     ) -> None:
         self.group, self.x, self.version = group, x, x._version
         self.modes, self.dropout = modes, dropout
@@ -124,11 +125,12 @@ class Waiting:
             return None
         self.left -= 1
         x = self.x
+        dropout = member.dropout
         if (
             x._version != self.version
             or modes_of(x) != self.modes
             or not member.is_active(own)
-            or member.dropout != self.dropout
+            or (dropout != self.dropout and dropout is not None)
             or (member.A._version, member.B._version) != self.versions[position]
         ):
             self.left += 1  # computed in vain
@@ -162,8 +164,10 @@ class Run:
         )
 
     def close(self) -> None:
-        """It is over: its layers are candidates for a group."""
-        first: LayerState = self.layers[0]._adarank
+        """It is over: its layers are candidates for a group, unless they were restored since."""
+        first: LayerState | None = self.layers[0].__dict__.get("_adarank")
+        if first is None or not all("_adarank" in layer.__dict__ for layer in self.layers):
+            return
         if len(self.layers) > 1:
             first.candidates = self.layers
             form_group(self.layers[0])
@@ -279,7 +283,7 @@ def find_groups(
     modules = {name: model.get_submodule(path) for name, path in paths.items()}
     runs: list[tuple[Any, int, str, list[str]]] = []
 
-    def watch(name: str, module: nn.Module) -> Any:
+    def watch(name: str, module: nn.Module) -> None:
         owner = owner_path(model, paths[name])
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -291,12 +295,17 @@ def find_groups(
             else:
                 runs.append((ref(x), version_of(x), owner, [name]))
 
-        return module.register_forward_pre_hook(hook)
+        module.register_forward_pre_hook(hook)
 
-    hooks = [watch(name, module) for name, module in modules.items()]
-    try:
+    before = [(m._forward_pre_hooks, dict(m._forward_pre_hooks)) for m in modules.values()]
+
+    def undo() -> None:
+        for hooks, others in before:
+            hooks.clear()
+            hooks.update(others)
+
+    with undone(undo):
+        for name, module in modules.items():
+            watch(name, module)
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [tuple(names) for *_, names in runs if len(names) > 1]

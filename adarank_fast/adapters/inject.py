@@ -5,21 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import accelerate
+from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
 from adarank_fast.plan.lora_config import alpha_rule, lora_config
 from adarank_fast.plan.rank_plan import RankPlan
+from adarank_fast.undo import undone_on_error
 
 
 def inject(
@@ -76,7 +76,7 @@ def inject(
     if any(type(found[path].module).__name__ == "Conv1D" for path in planned):
         lora_config_kwargs.setdefault("fan_in_fan_out", True)  # its weight is [in, out]
     config = lora_config(planned, scaling, parameters=experts, **lora_config_kwargs)
-    with _unchanged_on_error(model), warnings.catch_warnings():
+    with undone_on_error(_undo(model)), warnings.catch_warnings():
         # for models that mix Conv1D and Linear PEFT corrects fan_in_fan_out layer by layer
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
@@ -84,7 +84,7 @@ def inject(
         keep_unpacked(model)
         if planned.keys() - experts:
             accelerate(peft_model, example)
-    _warn_of_fast_path(model, planned)
+        _warn_of_fast_path(model, planned)
     return peft_model
 
 
@@ -194,30 +194,41 @@ def _verify(
             )
 
 
-@contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """On an exception, put back modules, parameters, requires_grad and attributes of the model."""
-    attributes = set(model.__dict__)
-    children = [(module, dict(module._modules)) for module in model.modules()]
+def _undo(model: nn.Module) -> Callable[[], None]:
+    """What puts back modules, parameters, classes, modes, hooks and all other attributes."""
+    modules = [
+        (module, type(module), dict(module.__dict__), _registries(module))
+        for module in model.modules()
+    ]
     # .detach() shares the storage, so no weight is copied; PiSSA and others swap `.data`
     parameters = [(p, p.detach(), p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, before in children:
-            module._modules.clear()
-            module._modules.update(before)
+    config = getattr(model, "config", None)
+    settings = dict(getattr(config, "__dict__", {}))
+
+    def undo() -> None:
+        for module, cls, attributes, registries in modules:
+            module.__class__ = cls
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            for registry, entries in registries:
+                registry.clear()
+                registry.update(entries)
         for parameter, data, requires_grad in parameters:
             if parameter.data_ptr() != data.data_ptr():
                 with torch.no_grad():
                     parameter.data = data
             parameter.requires_grad_(requires_grad)
-        for module, training in modes:
-            module.training = training
-        for name in set(model.__dict__) - attributes:
-            del model.__dict__[name]
-        raise
+        if settings:
+            vars(config).clear()
+            vars(config).update(settings)
+
+    return undo
+
+
+def _registries(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """The module's children, parameters, buffers and hooks: (a dict of it, its entries now)."""
+    return [(value, dict(value)) for value in module.__dict__.values() if isinstance(value, dict)]
 
 
 def _by(shape: tuple[int, int]) -> str:

@@ -14,11 +14,15 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
-from adarank_fast.adapters.export import PREFIX, Adapter, check_fits, read_adapter
+from adarank_fast.adapters.adapter_files import PREFIX, Adapter, read_adapter
+from adarank_fast.adapters.export import check_fits
+from adarank_fast.adapters.patterns import check_patterns
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
+from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, loading
 
 TASK_CLASSES = {
@@ -42,7 +46,6 @@ def _without_expected_warnings() -> Iterator[None]:
         yield
 
 
-@_without_expected_warnings()
 def merge_adapter(
     model: str,
     adapter: str | os.PathLike[str],
@@ -63,10 +66,12 @@ def merge_adapter(
     Raises:
         AdarankError: the adapter does not fit the model, or one of them cannot be loaded or merged.
     """
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, _without_expected_warnings():
         found = read_adapter(adapter, only_plain=False)
         skeleton, config = base_skeleton(found, model, "MODEL")
-        if not found.config.target_parameters:
+        if found.config.target_parameters:
+            check_patterns(found.config, [path for path, _ in skeleton.named_modules() if path])
+        else:
             check_fits(found, skeleton)
         if getattr(config, "quantization_config", None) is not None:
             raise AdarankError(
@@ -100,18 +105,13 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
         raise AdarankError(f"the adapter does not say what its base model is; give {argument}")
     name = os.path.expanduser(name)
     with loading("configuration of the base model", name, f"; give {argument}"):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
     if labels := _label_count(adapter):
         config.num_labels = labels
     wanted = {path.replace(".base_layer", "") for path in adapter.factors}  # of experts
     for class_name in _class_names(adapter, config):
-        model_class = getattr(transformers, class_name, None)
-        if model_class is None:
-            continue
-        try:
-            with torch.device("meta"):
-                skeleton = getattr(model_class, "from_config", model_class)(config)
-        except (ValueError, RuntimeError):  # no model of that kind for this task, or none on meta
+        skeleton = _without_weights(getattr(transformers, class_name, None), config)
+        if skeleton is None:
             continue
         if wanted <= {path for path, _ in skeleton.named_modules()}:
             return skeleton, config
@@ -119,6 +119,19 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
         f"the adapter does not fit {name!r} ({config.model_type}): no model of it has a module "
         f"{min(wanted)}"
     )
+
+
+def _without_weights(model_class: Any, config: Any) -> Any:
+    """A model on the meta device; None where the class is no model's, or the model is not of it."""
+    try:
+        with torch.device("meta"):
+            if hasattr(model_class, "from_config"):  # of the Auto classes
+                return model_class.from_config(config, trust_remote_code=is_trusted())
+            if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+                return model_class(config)
+    except Exception:  # whatever a configuration of somebody else's makes of a model's own code
+        return None
+    return None
 
 
 def _class_names(adapter: Adapter, config: Any) -> Iterator[str]:
@@ -129,7 +142,7 @@ def _class_names(adapter: Adapter, config: Any) -> Iterator[str]:
     if task in TASK_CLASSES:
         yield TASK_CLASSES[task]
     yield "AutoModel"
-    yield from getattr(config, "architectures", None) or []
+    yield from map(str, getattr(config, "architectures", None) or [])
 
 
 def _label_count(adapter: Adapter) -> int | None:
@@ -171,6 +184,7 @@ def _merge(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head of other size: the adapter has its own
         )
+        _resize_vocabulary(base, adapter)
         peft_model = PeftModel.from_pretrained(base, folder)
     except Exception as error:
         raise AdarankError(f"{failed}: {first_line(error)}") from error
@@ -178,12 +192,21 @@ def _merge(
     _untie(base)
     try:
         merged = peft_model.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # NaN, say
+    except (ValueError, RuntimeError) as error:  # NaN, say, or an adapter that cannot be merged
         raise AdarankError(f"{failed}: {first_line(error)}") from error
     if tied:
         _say_untied(merged)
     fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     return merged, fresh - {key.removeprefix(PREFIX) for key in adapter.others}
+
+
+def _resize_vocabulary(base: Any, adapter: Adapter) -> None:
+    """Make room for the tokens that were added before training: the adapter has their embedding."""
+    end = base.get_input_embeddings()
+    path = next((path for path, module in base.named_modules() if module is end), "")
+    for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
+        if name in adapter.others and len(adapter.others[name]) != len(end.weight):
+            base.resize_token_embeddings(len(adapter.others[name]), mean_resizing=False)
 
 
 def _tied_ends(model: Any) -> tuple[Any, Any] | None:
@@ -227,8 +250,15 @@ def _save_tokenizer(folders: list[str], target: Path) -> None:
         if os.path.isdir(folder) and not any(Path(folder).glob("*token*")):
             continue
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=is_trusted()
+            )
             tokenizer.save_pretrained(target)
             return
         except (OSError, ValueError, KeyError):
             continue
+        except Exception as error:  # of the library in Rust
+            raise AdarankError(
+                f"the tokenizer of {folder!r} cannot be loaded: {first_line(error)}; replace its "
+                "files or remove them"
+            ) from error

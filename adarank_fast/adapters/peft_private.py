@@ -19,6 +19,20 @@ except ImportError:
 
 
 try:
+    from peft.tuners.lora import dora
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+except ImportError:
+    dora = None
+
+    class DoraLinearLayer:  # type: ignore[no-redef]
+        """Stands in: no module is of this class, and DoRA goes through PEFT."""
+
+    class DoraLinearVariant:  # type: ignore[no-redef]
+        """Likewise."""
+
+
+try:
     from peft.tuners.tuners_utils import check_target_module_exists
 except ImportError:  # the method that calls it
     check_target_module_exists = lora.LoraModel._check_target_module_exists
@@ -35,8 +49,11 @@ except ImportError:
 
 __all__ = [
     "BaseTunerLayer",
+    "DoraLinearLayer",
+    "DoraLinearVariant",
     "TorchaoLoraLinear",
     "bitsandbytes_layers",
+    "caches_dora",
     "is_target",
     "pattern_value",
 ]
@@ -50,6 +67,11 @@ def bitsandbytes_layers() -> list[type]:
 
     names = ("Linear4bit", "Linear8bitLt")
     return [getattr(bnb, name) for name in names if hasattr(bnb, name)]
+
+
+def caches_dora() -> bool:
+    """Whether PEFT keeps DoRA's norms in eval mode."""
+    return bool(getattr(dora, "ENABLE_DORA_CACHING", False))
 
 
 def is_target(config: LoraConfig, path: str) -> bool:

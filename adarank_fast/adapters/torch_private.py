@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,12 +10,25 @@ from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankRuntimeError
 
+_COMPILED = "_compiled_call_impl"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile(module)` or `module.compile()` was called."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return hasattr(module, "_orig_mod") or getattr(module, _COMPILED, None) is not None
+
+
+def undo_compile(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    """What takes back later calls of `module.compile()`."""
+    before = [(m, {k: v for k, v in vars(m).items() if k == _COMPILED}) for m in modules]
+
+    def undo() -> None:
+        for module, attributes in before:
+            vars(module).pop(_COMPILED, None)
+            vars(module).update(attributes)
+
+    return undo
 
 
 def constant_result(function: Function) -> Function:
@@ -24,20 +37,28 @@ def constant_result(function: Function) -> Function:
     return function
 
 
-def let_parameter_shapes_vary() -> None:
-    """Have the compiler take parameters' shapes as variables where they are marked, process-wide.
+def parameter_shape_settings() -> dict[str, bool]:
+    """Whether the compiler takes parameters' shapes as constants, process-wide: its two settings.
 
     Raises:
         AdarankRuntimeError: this torch has no such setting.
     """
     config = torch._dynamo.config
+    settings = {}
     for name in ("force_parameter_static_shapes", "force_nn_module_property_static_shapes"):
         if not hasattr(config, name):
             raise AdarankRuntimeError(
                 f"torch {torch.__version__} has no torch._dynamo.config.{name}, without which "
                 "every rank needs a graph of its own; use another release of torch"
             )
-        setattr(config, name, False)
+        settings[name] = bool(getattr(config, name))
+    return settings
+
+
+def set_parameter_shape_settings(settings: dict[str, bool]) -> None:
+    """As `parameter_shape_settings` returns them; False: variable where a shape is marked."""
+    for name, value in settings.items():
+        setattr(torch._dynamo.config, name, value)
 
 
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:

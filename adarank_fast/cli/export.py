@@ -85,9 +85,11 @@ def _export_adapter(
     source: Path, output: Path, rank: int | None, base: str | None, as_json: bool
 ) -> None:
     check_folder(output)
-    from adarank_fast.adapters.export import export_saved, read_adapter
+    from adarank_fast.adapters.adapter_files import read_adapter
+    from adarank_fast.adapters.export import check_rank, export_saved
     from adarank_fast.adapters.merge import base_skeleton
 
+    check_rank(rank)
     quiet_transformers()
     adapter = read_adapter(source)
     skeleton, _ = base_skeleton(adapter, base, "--base")

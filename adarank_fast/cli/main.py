@@ -18,6 +18,7 @@ from adarank_fast.cli.demo import demo
 from adarank_fast.cli.evaluate import evaluate
 from adarank_fast.cli.export import export
 from adarank_fast.cli.merge import merge
+from adarank_fast.cli.options import checked
 from adarank_fast.cli.plot import plot
 from adarank_fast.cli.predict import predict
 from adarank_fast.cli.train import train
@@ -97,4 +98,4 @@ def _options(
 
 
 for command in (predict, train, evaluate, apply, compare, plot, export, merge, demo):
-    app.command()(command)
+    app.command()(checked(command))

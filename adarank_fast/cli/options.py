@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import DTYPES
+from adarank_fast.options import DTYPES, RANGES, check_number
 from adarank_fast.options import parse_scaling as parse_scaling
 
 MODEL = Annotated[
@@ -39,6 +39,9 @@ DTYPE = Annotated[str, typer.Option(help=f"Of the frozen weights: {', '.join(DTY
 TEXT_COLUMN = Annotated[str | None, typer.Option(help="Column of the texts; guessed if left out.")]
 LABEL_COLUMN = Annotated[
     str | None, typer.Option(help="Column of the labels; guessed if left out.")
+]
+TRUST_REMOTE_CODE = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings along.")
 ]
 JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
@@ -74,9 +77,46 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
 
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in parameters}
+        owned = (_called(one) for cls in classes for one in fields(cls))
+        run.checked_elsewhere = frozenset(owned)  # type: ignore[attr-defined]
         return run
 
     return decorate
+
+
+def checked(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose numbers are in their ranges, and that runs a model's own code if told to.
+
+    Numbers are checked by their name in `RANGES`; those of `flat` are, by their class. A command
+    that loads a model gets --trust-remote-code.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters = list(signature.parameters.values())
+    loads = any(one.name in ("model", "base") for one in parameters)
+    if loads:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        annotation = TRUST_REMOTE_CODE
+        parameters.append(
+            inspect.Parameter("trust_remote_code", kind, default=False, annotation=annotation)
+        )
+    elsewhere = getattr(command, "checked_elsewhere", ())
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        trust = given.pop("trust_remote_code", False)
+        for name, value in given.items():
+            if name in RANGES and name not in elsewhere and isinstance(value, (int, float)):
+                check_number(f"--{name.replace('_', '-')}", value)
+        if not loads:
+            return command(**given)
+        from adarank_fast.models.remote_code import trusting
+
+        with trusting(trust):
+            command(**given)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
 
 
 def _with_flags(message: str, cls: type) -> str:

@@ -119,15 +119,10 @@ def _show_cost(
     targets: Sequence[Target], cost: CostEstimate, understood: Mapping[str, Any] | None
 ) -> None:
     if understood is not None:
+        sizes = ("name", "in_features", "out_features", "block")
         modules = [
-            {
-                "name": target.name,
-                "in_features": target.in_features,
-                "out_features": target.out_features,
-                "block": target.block,
-                "route": cost.routes[target.name],
-            }
-            for target in targets
+            {**{key: getattr(t, key) for key in sizes}, "route": cost.routes[t.name]}
+            for t in targets
         ]
         numbers = {key: value for key, value in vars(cost).items() if key != "routes"}
         print(json.dumps({"modules": modules, "cost": numbers, "understood": understood}))

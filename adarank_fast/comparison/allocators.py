@@ -86,9 +86,9 @@ class Problem:
         plan = replace(self.uniform, settings={**self.uniform.settings, **settings})
         ranks = {name: int(weight) for name, weight in weights.items()}
         asked = replace(plan, ranks=ranks)
-        if ranks == dict(weights) and asked.parameters == self.uniform.parameters:
+        if ranks == dict(weights) and asked.parameters == self.budget:
             return asked
-        ranks = allocate_ranks(weights, sizes=plan.sizes, budget_parameters=self.uniform.parameters)
+        ranks = allocate_ranks(weights, sizes=plan.sizes, budget_parameters=self.budget)
         return replace(plan, ranks=ranks)
 
 
@@ -125,12 +125,10 @@ def random(problem: Problem) -> RankPlan:
 @allocator
 def reversed(problem: Problem) -> RankPlan:
     """AdaRank's ranks in reverse order: the highest rank to the module that earned the lowest."""
-    names = list(problem.adarank.ranks)
-    scores = problem.adarank.scores
-    order = sorted(names, key=lambda name: (scores[name].mean, name))
-    by_score = [problem.adarank.ranks[name] for name in order]
-    turned = dict(zip(order, by_score[::-1], strict=True))
-    return _dealt_out(problem, [turned[name] for name in names], "reversed")
+    ranks, scores = problem.adarank.ranks, problem.adarank.scores
+    order = sorted(ranks, key=lambda name: (scores[name].mean, name))
+    turned = {name: ranks[other] for name, other in zip(order, order[::-1], strict=True)}
+    return _dealt_out(problem, [turned[name] for name in ranks], "reversed")
 
 
 def _dealt_out(problem: Problem, ranks: Sequence[int], allocation: str) -> RankPlan:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from adarank_fast.comparison.allocators import (
     ALLOCATORS,
@@ -20,13 +18,16 @@ from adarank_fast.comparison.allocators import (
 from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
 from adarank_fast.options import (
     DTYPES,
+    RANGES,
     TASKS,
     check_choice,
     check_integer,
+    check_number,
     load_function,
     option,
     parse_numbers,
     parse_scaling,
+    shown,
 )
 from adarank_fast.plan.lora_config import alpha_rule
 
@@ -113,22 +114,22 @@ class Design:
     def __post_init__(self) -> None:
         self._check_arms()
         seeds = self.all_seeds
-        if not seeds or isinstance(seeds, list) and not _are_seeds(seeds):
+        if not seeds or isinstance(self.seeds, bool) or not _are_seeds(seeds):
             raise AdarankError(
                 "seeds must be a positive number or different numbers of at least 0 and below "
-                f"2**32, got {self.seeds!r}"
+                f"2**32, got {shown(self.seeds)}"
             )
-        for name in ("average_rank", "epochs", "batch_size", "max_length", "trials"):
-            check_integer(name, getattr(self, name), 1)
-        if self.max_steps is not None:
-            check_integer("max_steps", self.max_steps, 1)
+        check_integer("average_rank", self.average_rank, 1)
+        for name in ("epochs", "batch_size", "max_length", "trials", "max_steps"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_number(name, value))
         check_choice("task", self.task, ("auto", *TASKS))
         check_choice("dtype", self.dtype, DTYPES)
         if self.metric is not None and not callable(self.metric):
             raise AdarankError(f"metric must be a function or None, got {self.metric!r}")
         if self.learning_rates is not None:
             rates = list(self.learning_rates)
-            numbers = all(isinstance(rate, Real) and 0 <= rate < math.inf for rate in rates)
+            numbers = all(rate in RANGES["learning_rate"] for rate in rates)
             if not numbers or not 0 < len(rates) == len(set(rates)):
                 raise AdarankError(
                     f"learning_rates must be different numbers of at least 0, got {rates}"
@@ -138,7 +139,10 @@ class Design:
     @property
     def all_seeds(self) -> Sequence[int]:
         """The seeds, one for each run of an arm."""
-        return range(self.seeds) if isinstance(self.seeds, int) else list(self.seeds)
+        if self.seeds in RANGES["seeds"]:
+            return range(cast(int, self.seeds))
+        listed = isinstance(self.seeds, Sequence) and not isinstance(self.seeds, str)
+        return list(cast(Sequence[int], self.seeds)) if listed else []
 
     @property
     def labels(self) -> dict[str, str | Allocator]:
@@ -174,9 +178,9 @@ class Design:
                 raise AdarankFileNotFoundError(f"there is no plan file {file!r}; name another")
 
 
-def _are_seeds(numbers: list[int]) -> bool:
+def _are_seeds(numbers: Sequence[int]) -> bool:
     """Whether they are different, and random number generators take them."""
-    good = all(isinstance(number, int) and 0 <= number < 2**32 for number in numbers)
+    good = all(number in RANGES["seed"] for number in numbers)
     return good and len(set(numbers)) == len(numbers)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from adarank_fast.comparison.statistics import Interval
@@ -10,6 +11,8 @@ from adarank_fast.comparison.statistics import Interval
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
 UNSTEADY, UNSTEADY_NATS = 0.2, 0.3  # of the sweep's loss; or this much
 NONE = "-"
+Numbers = Mapping[str, Any]  # of an arm or a run
+Columns = list[tuple[str, Callable[[Numbers], str]]]  # header, what a row's numbers say there
 
 
 def say(results: Mapping[str, Any], value: float | None, difference: bool = False) -> str:
@@ -34,65 +37,56 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     """What is told of each arm: quality, and cost."""
     settings, baseline = results["settings"], results["baseline"]
     metric = settings["metric"]
-    quality, cost = [], []
-    has_variation = any("tv" in numbers["seeds_disagree"] for numbers in results["arms"].values())
-    for arm, numbers in results["arms"].items():
-        difference = results["differences"].get(arm)
-        seeds = len(numbers["by_seed"])
-        value = f"{len(numbers['diverged'])} of {seeds} diverged"
-        if numbers["value"]:
-            value = _with_interval(results, numbers["value"])
-        apart = numbers["seeds_disagree"]
-        change = difference and difference["seeds"]
-        quality.append(
-            (
-                arm,
-                value,
-                _with_interval(results, change, True) if change else NONE,
-                _say_p(change["p_value"]) if change else NONE,
-                f"{apart['argmax']:.1%}" if "argmax" in apart else NONE,
-                *([f"{apart['tv']:.3f}" if "tv" in apart else NONE] if has_variation else []),
-            )
-        )
-        seconds, memory = numbers["prediction_seconds"], numbers["peak_memory_bytes"]
-        low, high = numbers["lowest_rank"], numbers["highest_rank"]
-        cost.append(
-            (
-                arm,
-                str(low) if low == high else f"{low} to {high}",
-                f"{numbers['parameters']:,}",
-                f"{numbers['learning_rate']:g}",
-                f"{numbers['step_seconds']:.3f}",
-                f"{numbers['tokens_per_second']:,.0f}",
-                NONE if seconds is None else f"{seconds:.1f}",
-                NONE if memory is None else f"{memory / 2**20:,.0f}",
-            )
-        )
     better = "" if settings["greater_is_better"] else " (lower is better)"
     unit = ", in points" if metric == "accuracy" else ""
-    header = (
-        *("arm", f"{metric} (95% interval)", f"difference from {baseline}{unit} (95% interval)"),
-        *("p", "items that seeds predict differently"),
-        *(["total variation between seeds"] if has_variation else []),
-    )
-    return [
-        (f"Held-out {metric}{better}, mean over seeds", header, quality),
+
+    def value(n: Numbers) -> str:
+        if not n["value"]:
+            return f"{len(n['diverged'])} of {len(n['by_seed'])} diverged"
+        return _with_interval(results, n["value"])
+
+    def change(n: Numbers) -> str:
+        return _with_interval(results, n["seeds"], True) if n["seeds"] else NONE
+
+    quality: Columns = [
+        ("arm", itemgetter("arm")),
+        (f"{metric} (95% interval)", value),
+        (f"difference from {baseline}{unit} (95% interval)", change),
+        ("p", lambda n: _say_p(n["seeds"]["p_value"] if n["seeds"] else None)),
         (
-            "Cost",
-            (
-                *(
-                    "arm",
-                    "ranks",
-                    "parameters",
-                    "learning rate",
-                    "s/step",
-                    "tokens/s",
-                ),
-                *("prediction, s", "peak memory, MiB"),
-            ),
-            cost,
+            "items that seeds predict differently",
+            lambda n: _known(n["seeds_disagree"].get("argmax"), ".1%"),
         ),
     ]
+    if any("tv" in numbers["seeds_disagree"] for numbers in results["arms"].values()):
+        title = "total variation between seeds"
+        quality.append((title, lambda n: _known(n["seeds_disagree"].get("tv"), ".3f")))
+    cost: Columns = [
+        ("arm", itemgetter("arm")),
+        ("ranks", lambda n: " to ".join(map(str, sorted({n["lowest_rank"], n["highest_rank"]})))),
+        ("parameters", lambda n: f"{n['parameters']:,}"),
+        ("learning rate", lambda n: f"{n['learning_rate']:g}"),
+        ("s/step", lambda n: f"{n['step_seconds']:.3f}"),
+        ("tokens/s", lambda n: f"{n['tokens_per_second']:,.0f}"),
+        ("prediction, s", lambda n: _known(n["prediction_seconds"], ".1f")),
+        ("peak memory, MiB", lambda n: _known(n["peak_memory_bytes"], ",.0f", 2**20)),
+    ]
+    arms = [
+        {"arm": arm, "seeds": (results["differences"].get(arm) or {}).get("seeds"), **numbers}
+        for arm, numbers in results["arms"].items()
+    ]
+    return [
+        _table(f"Held-out {metric}{better}, mean over seeds", quality, arms),
+        _table("Cost", cost, arms),
+    ]
+
+
+def _table(title: str, columns: Columns, rows: Sequence[Numbers]) -> Table:
+    return title, [name for name, _ in columns], [[cell(n) for _, cell in columns] for n in rows]
+
+
+def _known(value: float | None, how: str, unit: float = 1) -> str:
+    return NONE if value is None else format(value / unit, how)
 
 
 def _with_interval(
@@ -107,38 +101,34 @@ def _with_interval(
 
 
 def _say_p(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value is not None and value < 0.001 else _known(value, ".3f")
 
 
 def detail_tables(results: Mapping[str, Any]) -> list[Table]:
     """Every run, and the sweep."""
     metric = results["settings"]["metric"]
-    runs = [
-        (
-            run["arm"],
-            str(run["seed"]),
-            run["diverged"] or say(results, run["value"]),
-            NONE if run["loss"] is None else f"{run['loss']:.4f}",
-            f"{run['training_seconds']:.1f}",
-        )
-        for run in results["runs"]
+
+    def value(n: Numbers) -> str:
+        return n["diverged"] or say(results, n["value"])
+
+    def loss(n: Numbers) -> str:
+        return _known(n["loss"], ".4f")
+
+    runs: Columns = [
+        ("arm", itemgetter("arm")),
+        ("seed", lambda n: str(n["seed"])),
+        (metric, value),
+        ("held-out loss", loss),
+        ("training, s", lambda n: f"{n['training_seconds']:.1f}"),
     ]
-    made: list[Table] = [("Runs", ("arm", "seed", metric, "held-out loss", "training, s"), runs)]
-    sweep = [
-        (
-            cell["arm"],
-            f"{cell['learning_rate']:g}",
-            cell["diverged"] or say(results, cell["value"]),
-            NONE if cell["loss"] is None else f"{cell['loss']:.4f}",
-        )
-        for cell in results["sweep"]
+    sweep: Columns = [
+        ("arm", itemgetter("arm")),
+        ("learning rate", lambda n: f"{n['learning_rate']:g}"),
+        (f"validation {metric}", value),
+        ("validation loss", loss),
     ]
-    if sweep:
-        header = ("arm", "learning rate", f"validation {metric}", "validation loss")
-        made.append(("Learning rates", header, sweep))
-    return made
+    made = [_table("Runs", runs, results["runs"])]
+    return [*made, _table("Learning rates", sweep, results["sweep"])] if results["sweep"] else made
 
 
 def reading(results: Mapping[str, Any]) -> list[str]:
@@ -208,16 +198,16 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
             f"The best learning rate lies at the edge of the sweep for {', '.join(edge)}; a wider "
             "one may suit better."
         )
+    variation = ""
+    if settings["task"] == "classification":
+        variation = (
+            " and by the total variation distance of their probabilities (0: the same, 1: "
+            "nothing in common)"
+        )
     if all(arm["seeds_disagree"] for arm in results["arms"].values()):
         lines.append(
             "Between seeds: models of one arm that differ only in their seed are compared two by "
-            "two, by the share of items that they predict differently"
-            + (
-                " and by the total variation distance of their probabilities (0: the same, 1: "
-                "nothing in common)."
-                if settings["task"] == "classification"
-                else "."
-            )
+            f"two, by the share of items that they predict differently{variation}."
         )
     return lines
 

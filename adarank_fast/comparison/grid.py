@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
         if result["name"] != path.stem or not 0 < result["steps"] == int(result["steps"]):
             raise ValueError("another cell")
         return result
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise _damaged(path) from None
 
 

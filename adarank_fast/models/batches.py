@@ -73,6 +73,8 @@ def prepare_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
                 f"{where} must be a dict of the model's keyword inputs, got {type(batch).__name__}"
             )
         inputs = dict(batch)
+        with torch.inference_mode(False):  # no code of ours or the model's can rely on the others
+            inputs = map_leaves(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
         _check_keys(where, inputs, parameters)
         labels = inputs.pop("labels", None)
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)

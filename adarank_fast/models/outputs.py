@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.models.batches import Batch, batch_size
-from adarank_fast.models.forward_patching import Forward, ForwardPatches, StopForward
-from adarank_fast.models.targets import base_model_prefix
+from adarank_fast.models.batches import Batch, batch_size, take
+from adarank_fast.models.forward_patching import (
+    ForwardPatches,
+    StopForward,
+    flags_restored,
+)
+from adarank_fast.models.targets import base_model_prefix, is_adapter
 from adarank_fast.models.transformers_private import came_from_checkpoint
 from adarank_fast.options import OUTPUTS
 
@@ -70,14 +75,11 @@ class OutputReader:
         """
         hidden: list[Tensor] = []
 
-        def read_input(_: Forward) -> Forward:
-            def forward(x: Tensor) -> Tensor:
-                hidden.append(x)
-                raise StopForward
+        def keep(x: Tensor) -> Tensor:
+            hidden.append(x)
+            raise StopForward
 
-            return forward
-
-        last = ForwardPatches({self.head: read_input} if self.head else {})
+        last = ForwardPatches({self.head: lambda _: keep} if self.head else {})
         arguments = accepted(self.root, batch)
         try:
             with (patches or ForwardPatches()).applied(), last.applied():
@@ -151,24 +153,23 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
     base = base_model_prefix(model).rstrip(".")
 
     def pooled(outputs: Any, inputs: Batch) -> Tensor:
-        hidden = outputs.last_hidden_state
-        return mean_pool(hidden, position_mask(model, inputs))
+        return mean_pool(outputs.last_hidden_state, position_mask(model, inputs))
 
     if callable(choice):
         return Output("callable", "", lambda outputs, inputs: choice(outputs))
-    if choice == "logits":
-        return _checked(model, Output("logits", "", _attribute("logits")), sample)
-    if choice == "pooler":
-        return _checked(model, Output("pooler", base, _attribute("pooler_output")), sample)
-    if choice == "last_hidden_state":
-        name = "last_hidden_state"
-        return _checked(model, Output(name, base, _attribute(name)), sample)
+    logits = Output("logits", "", _attribute("logits"))
+    known = {
+        "logits": logits,
+        "pooler": Output("pooler", base, _attribute("pooler_output")),
+        "last_hidden_state": Output("last_hidden_state", base, _attribute("last_hidden_state")),
+    }
+    if choice in known:
+        return _checked(model, known[choice], sample)
     if choice != "auto":
         raise AdarankError(
             f"output={choice!r} is unknown; use one of {', '.join(OUTPUTS)} or a callable"
         )
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        logits = Output("logits", "", _attribute("logits"))
         if not _untrained_on_path(model, logits, sample):
             return logits
     elif not hasattr(model, "config"):
@@ -177,16 +178,40 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
     return _checked(model, Output("mean_pooled_hidden_state", base, pooled), sample)
 
 
+def small_sample(model: nn.Module, batch: Batch) -> Batch:
+    """The first item of a batch; the whole batch for a model that rejects a part of it."""
+    return accepted_part(partial(_run, model, ""), batch, 1)
+
+
+def accepted_part(run: Callable[[Batch], object], batch: Batch, items: int) -> Batch:
+    """The first `items` items of a batch; all if `run` rejects those, as if its size were fixed."""
+    part = take(batch, items)
+    if batch_size(batch) > items:
+        try:
+            run(part)
+        except Exception:  # whatever a model says to inputs that it cannot take
+            return batch
+    return part
+
+
+def rejection(model: nn.Module, what: str, batch: Batch, error: Exception) -> AdarankError:
+    """The refusal of a batch that a model cannot take, in one line: its shapes and the reason."""
+    tensors = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
+    shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    ids = batch.get("input_ids")
+    if isinstance(longest, int) and isinstance(ids, Tensor) and ids.dim() == 2:
+        if ids.shape[1] > longest:
+            reason += f" (max_position_embeddings of its config is {longest}; use shorter items)"
+    return AdarankError(f"the model rejects {what} ({shapes}): {reason}")
+
+
 def _try(model: nn.Module, sample: Batch) -> None:
     try:
         _run(model, "", sample)
-    except Exception as error:  # whatever a model says to inputs that it cannot take
-        tensors = {key: list(v.shape) for key, v in sample.items() if isinstance(v, Tensor)}
-        shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AdarankError(
-            f"the model rejects the first item of batches ({shapes}): {reason}"
-        ) from error
+    except Exception as error:
+        raise rejection(model, "the first item of batches", sample, error) from error
 
 
 def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:
@@ -231,30 +256,19 @@ def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[
     fresh = {
         name: p
         for name, p in named.items()
-        if loaded and name not in loaded and p.is_floating_point() and not _is_adapter_name(name)
+        if loaded and name not in loaded and p.is_floating_point() and not is_adapter(name)
     }
     if not fresh:
         output.read(_run(model, output.root, sample), sample)  # AttributeError if it is not there
         return []
-    before = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for p in before:
-            p.requires_grad_(False)
-        for p in fresh.values():
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            value = output.read(_run(model, output.root, sample), sample)
-            if not value.requires_grad:
-                return []
-            grads = torch.autograd.grad(value.sum(), list(fresh.values()), allow_unused=True)
-        return [name for name, grad in zip(fresh, grads, strict=True) if grad is not None]
-    finally:
-        for p, flag in before.items():
-            p.requires_grad_(flag)
-
-
-def _is_adapter_name(name: str) -> bool:
-    return any(part.startswith("lora_") for part in name.split("."))
+    with flags_restored(model), torch.enable_grad():
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in fresh)
+        value = output.read(_run(model, output.root, sample), sample)
+        if not value.requires_grad:
+            return []
+        grads = torch.autograd.grad(value.sum(), list(fresh.values()), allow_unused=True)
+    return [name for name, grad in zip(fresh, grads, strict=True) if grad is not None]
 
 
 def _run(model: nn.Module, root: str, inputs: Batch) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.quantization import is_of_torchao
 from adarank_fast.models.transformers_private import is_moved_by_hooks
 
 
@@ -20,10 +21,7 @@ def copy_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         AdarankError: quantised or offloaded weights cannot be cast.
     """
-    packed = any(
-        not p.is_floating_point() or type(p).__module__.startswith("torchao.")
-        for p in model.parameters()
-    )
+    packed = any(not p.is_floating_point() or is_of_torchao(p) for p in model.parameters())
     if packed or getattr(model, "is_quantized", False):
         raise AdarankError(
             f"dtype={dtype}: the model is quantised and cannot be cast; leave dtype out"

@@ -16,15 +16,18 @@ from adarank_fast.models.bitsandbytes_private import (
     undo_repacking,
 )
 from adarank_fast.models.targets import linear_shape
+from adarank_fast.undo import undone
 
 
 def is_packed(module: nn.Module) -> bool:
     """True if a linear's weight is quantised: it cannot be computed with as it is."""
     weight, shape = module.weight, linear_shape(module)
     assert isinstance(weight, Tensor) and shape is not None
-    if type(weight).__module__.startswith("torchao."):  # a subclass that says it is float
-        return True
-    return not weight.is_floating_point() or weight.numel() != shape[0] * shape[1]
+    return (
+        is_of_torchao(weight)
+        or not weight.is_floating_point()
+        or weight.numel() != shape[0] * shape[1]
+    )
 
 
 def plain_weight(module: nn.Module, parameter: str = "") -> Tensor:
@@ -51,8 +54,12 @@ def plain_weight(module: nn.Module, parameter: str = "") -> Tensor:
 def stored(parameter: Tensor) -> Tensor:
     """A parameter as an ordinary tensor; torchao's own class takes few operations."""
     parameter = parameter.detach()
-    of_torchao = type(parameter).__module__.startswith("torchao.")
-    return parameter.dequantize() if of_torchao else parameter
+    return parameter.dequantize() if is_of_torchao(parameter) else parameter
+
+
+def is_of_torchao(tensor: Tensor) -> bool:
+    """True for torchao's subclasses, which say that they are floating point."""
+    return type(tensor).__module__.startswith("torchao.")
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -71,9 +78,11 @@ def keep_unpacked(model: nn.Module) -> None:
 def unpacked(model: nn.Module) -> Iterator[None]:
     """`keep_unpacked` for a while; afterwards bitsandbytes may pack again."""
     layers = list(filter(may_repack, model.modules()))
-    try:
-        keep_unpacked(model)
-        yield
-    finally:
+
+    def undo() -> None:
         for module in layers:
             set_repacking(module, True)
+
+    with undone(undo):
+        keep_unpacked(model)
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from adarank_fast.models.torch_private import (
 TargetModules = str | Iterable[str]
 
 
-WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP, torch.compile, PEFT
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")  # DDP, compile, PEFT
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,7 @@ def canonical_name(path: str, model: nn.Module | None = None) -> str:
     `module.`, `_orig_mod.`, PEFT's prefix and a trailing `.base_layer` are stripped; then the
     model's own `base_model_prefix` is: `bert.encoder.layer.0` and `encoder.layer.0` are one module.
     """
-    stripped = True
-    while stripped:
-        stripped = False
-        for wrapper in WRAPPERS:
-            if path.startswith(wrapper):
-                path, stripped = path[len(wrapper) :], True
-    path = path.replace("._orig_mod.", ".").removesuffix(".base_layer")
+    path = WRAPPERS.sub("", path).replace("._orig_mod.", ".").removesuffix(".base_layer")
     prefix = base_model_prefix(model) if model is not None else ""
     return path.removeprefix(prefix)
 
@@ -142,28 +136,29 @@ def find_targets(model: nn.Module, target_modules: TargetModules = "attention") 
         AdarankTypeError: `target_modules` is neither a string nor an iterable of strings.
     """
     model = unwrap(model)
-    candidates = {target.name: target for target in find_candidates(model)}
-    linears = {n: (t.path, t.module) for n, t in candidates.items() if not t.parameter}
-    if isinstance(target_modules, str) and target_modules in ("attention", "all-linear"):
-        chosen = _choose(target_modules, linears, model)
-    else:
-        named = {name: (target.path, target.module) for name, target in candidates.items()}
-        chosen = _choose(target_modules, named, model)
-    return [target for name, target in candidates.items() if name in chosen]
+    candidates = list({target.name: target for target in find_candidates(model)}.values())
+    linears = [target for target in candidates if not target.parameter]
+    if not isinstance(target_modules, str):
+        return _named(target_modules, candidates, model)
+    if target_modules == "attention":
+        return _of_attention(linears, model)
+    if target_modules == "all-linear":
+        return _all_linear(linears, model)
+    return _matching(target_modules, candidates)
 
 
 def find_candidates(model: nn.Module) -> list[Target]:
     """Everything in `model`, unwrapped, that can get a rank: linear modules, expert parameters."""
     found = []
     for path, module in model.named_modules():
-        if _is_adapter(path):
+        if is_adapter(path):
             continue
         if shape := linear_shape(module):
             name = canonical_name(path, model)
             found.append(Target(name, path, module, *shape, find_block(model, path)))
             continue
         for part, shape in expert_shapes(module).items():
-            whole = f"{path}.{part}"
+            whole = f"{path}.{part}" if path else part
             name = canonical_name(whole, model).replace(".base_layer", "")
             found.append(Target(name, whole, module, *shape, find_block(model, whole), part))
     return found
@@ -196,99 +191,107 @@ def find_blocks(model: nn.Module) -> list[str]:
 def find_block(model: nn.Module, path: str) -> str | None:
     """The block that holds `path`: an element of the outermost ModuleList above it, or None."""
     parts = path.split(".")
+    lists = (d for d, module in enumerate(_above(model, path)) if isinstance(module, nn.ModuleList))
+    depth = next(lists, None)
+    return None if depth is None else ".".join(parts[: depth + 1])
+
+
+def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that hold `path`, from the model down to its parent."""
     module = model
-    for depth, part in enumerate(parts):
-        if isinstance(module, nn.ModuleList):
-            return ".".join(parts[: depth + 1])
+    for part in path.split("."):
+        yield module
         module = getattr(module, part)
-    return None
 
 
 def alternatives(model: nn.Module, path: str) -> set[str]:
     """Paths as `path`, but in other elements of a ModuleList or ModuleDict: the other experts."""
     parts = path.split(".")
-    found: set[str] = set()
-    module = model
-    for depth, part in enumerate(parts):
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            others = [name for name, _ in module.named_children() if name != part]
-            found |= {".".join([*parts[:depth], o, *parts[depth + 1 :]]) for o in others}
-        module = getattr(module, part)
-    return found
+    return {
+        ".".join([*parts[:depth], name, *parts[depth + 1 :]])
+        for depth, module in enumerate(_above(model, path))
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        for name, _ in module.named_children()
+        if name != parts[depth]
+    }
 
 
-def _choose(
-    target_modules: TargetModules, linears: Mapping[str, tuple[str, nn.Module]], model: nn.Module
-) -> set[str]:
-    """The canonical names among `linears` that `target_modules` names; errors as `find_targets`."""
-    if target_modules == "attention":
-        chosen = {n for n, (path, _) in linears.items() if _beneath_attention(model, path)}
-        if not chosen:
-            classes = sorted({type(m).__name__ for m in model.modules() if any(m.children())})
-            if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
-                raise AdarankError(
-                    'target_modules="attention": torch.nn.MultiheadAttention reads the weights of '
-                    "its projections and never calls them, so they cannot get a rank; pass "
-                    f'"all-linear" or names, for example {list_names(sorted(linears))}'
-                )
-            raise AdarankError(
-                'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
-                f"name contains 'Attention' (classes here: {list_names(classes)}); "
-                f'pass "all-linear" or names, for example {list_names(sorted(linears))}'
-            )
+def _of_attention(linears: list[Target], model: nn.Module) -> list[Target]:
+    """Those beneath a module whose class name contains "Attention"."""
+    chosen = [
+        target
+        for target in linears
+        if any("Attention" in type(module).__name__ for module in _above(model, target.path))
+    ]
+    if chosen:
         return chosen
-    if target_modules == "all-linear":
-        prefix = base_model_prefix(model)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        of_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
-        left_out = HEADS | MAMBA_READS if of_mamba else HEADS
-        chosen = {
-            name
-            for name, (path, module) in linears.items()
-            if path.startswith(prefix)
-            and module is not head
-            and left_out.isdisjoint(path.split("."))
-        }
-        if not chosen:
-            raise AdarankError('target_modules="all-linear" found no Linear or Conv1D in the model')
-        return chosen
-    if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise AdarankError(
-                f"target_modules={target_modules!r} is not a valid regex: {error}"
-            ) from error
-        chosen = {
-            name
-            for name, (path, _) in linears.items()
-            if pattern.fullmatch(name) or pattern.fullmatch(path)
-        }
-        if not chosen:
-            raise AdarankError(
-                f"target_modules={target_modules!r} matches no linear module; a string is a regex "
-                "for the full name (pass a list for suffixes); "
-                f"near matches: {_near(target_modules, linears)}"
-            )
-        return chosen
+    names = list_names(sorted(target.name for target in linears))
+    if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        raise AdarankError(
+            'target_modules="attention": torch.nn.MultiheadAttention reads the weights of its '
+            "projections and never calls them, so they cannot get a rank; pass "
+            f'"all-linear" or names, for example {names}'
+        )
+    classes = sorted({type(m).__name__ for m in model.modules() if any(m.children())})
+    raise AdarankError(
+        'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
+        f"name contains 'Attention' (classes here: {list_names(classes)}); "
+        f'pass "all-linear" or names, for example {names}'
+    )
+
+
+def _all_linear(linears: list[Target], model: nn.Module) -> list[Target]:
+    """All of the base model but heads, poolers and what Mamba models read without calling."""
+    prefix = base_model_prefix(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
+    left_out = HEADS | MAMBA_READS if of_mamba else HEADS
+    chosen = [
+        target
+        for target in linears
+        if target.path.startswith(prefix)
+        and target.module is not head
+        and left_out.isdisjoint(target.path.split("."))
+    ]
+    if not chosen:
+        raise AdarankError('target_modules="all-linear" found no Linear or Conv1D in the model')
+    return chosen
+
+
+def _matching(regex: str, candidates: list[Target]) -> list[Target]:
+    """Those whose full name matches."""
     try:
-        wanted = list(target_modules)
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise AdarankError(f"target_modules={regex!r} is not a valid regex: {error}") from error
+    chosen = [t for t in candidates if pattern.fullmatch(t.name) or pattern.fullmatch(t.path)]
+    if not chosen:
+        raise AdarankError(
+            f"target_modules={regex!r} matches no linear module; a string is a regex "
+            "for the full name (pass a list for suffixes); "
+            f"near matches: {_near(regex, candidates)}"
+        )
+    return chosen
+
+
+def _named(names: Iterable[str], candidates: list[Target], model: nn.Module) -> list[Target]:
+    """Those whose full name, or its end, is among `names`."""
+    try:
+        wanted = list(names)
         if not all(isinstance(item, str) for item in wanted):
             raise TypeError
     except TypeError:
         raise AdarankTypeError(
-            f"target_modules must be a string or a list of strings, got {target_modules!r}"
+            f"target_modules must be a string or a list of strings, got {names!r}"
         ) from None
     if not wanted:
         raise AdarankError("target_modules is empty; name at least one module")
-    chosen = set()
+
+    def is_called(target: Target, item: str) -> bool:
+        return _ends_with(target.name, item) or _ends_with(target.path, item)
+
     for item in wanted:
-        found = {
-            name
-            for name, (path, _) in linears.items()
-            if _ends_with(name, item) or _ends_with(path, item)
-        }
-        if not found:
+        if not any(is_called(target, item) for target in candidates):
             other = [m for p, m in model.named_modules() if _ends_with(p, item)]
             why = "matches no module"
             if other:
@@ -296,22 +299,12 @@ def _choose(
                 if is_read_not_called(other[0]):
                     why = "names a projection that torch.nn.MultiheadAttention never calls"
             raise AdarankError(
-                f"target_modules: {item!r} {why}; near matches: {_near(item, linears)}"
+                f"target_modules: {item!r} {why}; near matches: {_near(item, candidates)}"
             )
-        chosen |= found
-    return chosen
+    return [t for t in candidates if any(is_called(t, item) for item in wanted)]
 
 
-def _beneath_attention(model: nn.Module, path: str) -> bool:
-    module = model
-    for part in path.split("."):
-        if "Attention" in type(module).__name__:
-            return True
-        module = getattr(module, part)
-    return False
-
-
-def _is_adapter(path: str) -> bool:
+def is_adapter(path: str) -> bool:
     """True for what PEFT adds inside its layers (`lora_A`, `lora_B`, ...)."""
     return any(part.startswith("lora_") for part in path.split("."))
 
@@ -320,8 +313,8 @@ def _ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
 
 
-def _near(item: str, linears: Iterable[str]) -> str:
+def _near(item: str, candidates: list[Target]) -> str:
     """Names, or last parts of names, that look like `item`; else the last parts there are."""
-    last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    last_parts = sorted({target.name.rsplit(".", 1)[-1] for target in candidates})
     near = difflib.get_close_matches(item.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
     return list_names(near or last_parts)

@@ -11,8 +11,12 @@ from adarank_fast.errors import AdarankError
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message that says something, or the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said if len(said) <= 600 else f"{said[:596]} ..."
 
 
 def list_names(names: Sequence[str], most: int = 8) -> str:
@@ -32,6 +36,11 @@ def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         where = "folder" if os.path.isdir(name) else "no such folder, so a hub name"
+        if "trust_remote_code" in str(error):
+            raise AdarankError(
+                f"the {what} {name!r} ({where}) brings code of its own; read it, and give "
+                "--trust-remote-code if it may be run (in Python: load the model yourself)"
+            ) from None
         raise AdarankError(
             f"cannot load the {what} {name!r} ({where}){remedy}: {first_line(error)}"
         ) from error

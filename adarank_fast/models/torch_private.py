@@ -25,8 +25,8 @@ def map_leaves(kind: type, change: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def version(tensor: Tensor) -> int:
-    """How often the tensor was written to in place."""
-    return tensor._version
+    """How often the tensor was written to in place; writes to inference tensors leave no trace."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def compiled_from(model: nn.Module) -> nn.Module | None:

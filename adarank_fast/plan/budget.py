@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from numbers import Real
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import check_choice, check_integer, option
+from adarank_fast.options import RANGES, check_choice, check_number, option
 
 ALLOCATIONS = ("exact", "paper")
 DEFAULT_AVERAGE_RANK = 8
@@ -52,20 +50,14 @@ class Budget:
                 f"average_rank={self.average_rank} and budget_parameters={self.budget_parameters} "
                 "are both given; keep one of them"
             )
-        if self.budget_parameters is not None:
-            check_integer("budget_parameters", self.budget_parameters, 1)
-        average = DEFAULT_AVERAGE_RANK if self.average_rank is None else self.average_rank
-        number = isinstance(average, Real) and not isinstance(average, bool)
-        if not (number and math.isfinite(average) and average > 0):
-            raise AdarankError(f"average_rank must be a positive number, got {average!r}")
-        check_integer("rank_multiple", self.rank_multiple, 1)
-        check_integer("min_rank", self.min_rank, 0)
-        if self.max_rank is not None:
-            check_integer("max_rank", self.max_rank, 1)
-            if self.max_rank < self.min_rank:
-                raise AdarankError(
-                    f"max_rank={self.max_rank} is below min_rank={self.min_rank}; raise max_rank"
-                )
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in RANGES and value is not None:
+                object.__setattr__(self, one.name, check_number(one.name, value))
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise AdarankError(
+                f"max_rank={self.max_rank} is below min_rank={self.min_rank}; raise max_rank"
+            )
         check_choice("allocation", self.allocation, ALLOCATIONS)
 
     @property

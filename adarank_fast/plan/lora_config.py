@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adarank_fast.errors import AdarankError
+from adarank_fast.options import RANGES, shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -66,11 +66,13 @@ def lora_config(
     if not names:
         raise AdarankError("every rank of the plan is 0, nothing gets an adapter; raise the budget")
     prefix = f"(?:{re.escape(optional_prefix)})?" if optional_prefix else ""
+    # PEFT's `$` also matches before a newline that ends a name
+    end = r"\Z" if any(name.endswith("\n") for name in ranks) else ""
 
     def any_of(these: Sequence[str]) -> str:
         return f"{prefix}(?:{'|'.join(map(re.escape, these))})"
 
-    keys = {rank: f"^{any_of(names[rank])}" for rank in sorted(names)}
+    keys = {rank: f"^{any_of(names[rank])}{end}" for rank in sorted(names)}
     modules = [name for name, rank in ranks.items() if rank > 0 and name not in parameters]
     experts = [name for name, rank in ranks.items() if rank > 0 and name in parameters]
     largest = max(keys)
@@ -94,11 +96,13 @@ def alpha_rule(scaling: str | float) -> Callable[[int], float]:
         return lambda rank: PAPER_ALPHA
     if scaling == "rslora":
         return lambda rank: RSLORA_ALPHA
-    constant = CONSTANT_SCALING if scaling == "constant" else scaling
-    if not isinstance(constant, (int, float)) or not 0 < constant < math.inf:
+    constant: Any = CONSTANT_SCALING if scaling == "constant" else scaling
+    if constant not in RANGES["scaling"]:
         raise AdarankError(
-            f'scaling must be "constant", "paper", "rslora" or a positive number, got {scaling!r}'
+            'scaling must be "constant", "paper", "rslora" or a positive number, got '
+            f"{shown(scaling)}"
         )
+    constant = float(constant)
 
     def proportional(rank: int) -> float:
         alpha = constant * rank

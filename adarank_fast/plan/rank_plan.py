@@ -9,18 +9,18 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
+from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import write_text
+from adarank_fast.json_values import MOST, Value, said
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
 from adarank_fast.models.text import plain_text
-from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.options import check_number, gather, refuse_unknown
 from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
-from adarank_fast.plan.budget import Budget, BudgetOptions
+from adarank_fast.plan.budget import ALLOCATIONS, Budget, BudgetOptions
 from adarank_fast.plan.lora_config import lora_config
 from adarank_fast.plan.uncertainty import chance_of_change
 
@@ -84,6 +84,11 @@ class RankPlan:
         for name, rank in self.ranks.items():
             if rank < 0:
                 raise AdarankError(f"ranks must not be negative, got {rank} for {name}")
+            if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise AdarankError(
+                    f"the module name {name!r} has half of a surrogate pair, which no file can "
+                    "hold; rename the module"
+                )
 
     @property
     def parameters(self) -> int:
@@ -99,8 +104,7 @@ class RankPlan:
         Raises:
             AdarankError: `rank` is below 1 or more than a module can hold; see also `find_targets`.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise AdarankError(f"rank must be a positive integer, got {rank!r}")
+        rank = check_number("rank", rank)
         if not isinstance(target_modules, str):
             target_modules = sorted(target_modules)
         sizes = {}
@@ -144,17 +148,29 @@ class RankPlan:
         ranks = allocate_ranks(means, budget, self.sizes)
         return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget.options})
 
+    def _budget(self) -> SharedBudget | None:
+        """What the ranks were shared out of; None if `allocate_ranks` did not make them.
+
+        Raises:
+            AdarankError: the settings do not say a budget that the modules can have.
+        """
+        if self.settings.get("allocation") not in ALLOCATIONS:
+            return None
+        known = {key: self.settings[key] for key in Budget().options if key in self.settings}
+        return SharedBudget(Budget(**known), self.ranks, self.sizes)
+
     def chance_of_change(self) -> dict[str, float] | None:
         """For each module, the chance that another seed of the noise gives it another rank.
 
         See `uncertainty.chance_of_change`. None if the trials cannot tell: one trial of
         each module, or a plan that no probing made.
         """
-        if self.scores.keys() != self.ranks.keys() or "allocation" not in self.settings:
+        budget = self._budget()
+        if self.scores.keys() != self.ranks.keys() or budget is None:
             return None
-        known = {key: self.settings[key] for key in Budget().options if key in self.settings}
-        budget = SharedBudget(Budget(**known), self.ranks, self.sizes)
         trials = {name: score.trials for name, score in self.scores.items()}
+        if not any(map(any, trials.values())):
+            return None
         return chance_of_change(trials, self.ranks, budget.ranks)
 
     def to_lora_config(
@@ -200,45 +216,9 @@ class RankPlan:
 
         Raises:
             AdarankFileNotFoundError: there is no such file.
-            AdarankError: it cannot be read, is not a plan, or a newer release wrote it.
+            AdarankError: it cannot be read, is not a plan, is damaged, or a newer release wrote it.
         """
-        remedy = "make the plan again with predict_ranks or `adarank predict`"
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise AdarankFileNotFoundError(
-                f"there is no plan file {str(path)!r}; {remedy}"
-            ) from None
-        except OSError as error:
-            raise AdarankError(f"cannot read plan {str(path)!r}: {error.strerror}") from error
-        except ValueError as error:  # not UTF-8, not JSON
-            raise AdarankError(
-                f"plan {str(path)!r} is not a JSON file ({error}); {remedy}"
-            ) from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise AdarankError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
-        schema = content.get("schema")
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise AdarankError(
-                f"plan {str(path)!r} has schema {schema}, this release reads up to {SCHEMA}; "
-                "upgrade adarank-fast"
-            )
-        try:
-            return cls(
-                ranks={str(name): int(rank) for name, rank in content["ranks"].items()},
-                sizes={str(name): (int(i), int(o)) for name, (i, o) in content["sizes"].items()},
-                scores={
-                    str(name): Score(
-                        float(score["mean"]),
-                        float(score["std"]),
-                        tuple(float(trial) for trial in score["trials"]),
-                    )
-                    for name, score in content["scores"].items()
-                },
-                settings=dict(content["settings"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise AdarankError(f"plan {str(path)!r} is damaged ({error!r}); {remedy}") from error
+        return read_plan(path)
 
     def table(self) -> str:
         """The plan as fixed-width text, one line per module, without colours.
@@ -262,7 +242,7 @@ class RankPlan:
         rows.add_column("parameters", f"{self.parameters:,}", justify="right", no_wrap=True)
         for name, rank in self.ranks.items():
             fan_in, fan_out = self.sizes[name]
-            cells = [name, f"{fan_in} x {fan_out}"]
+            cells = [printable(name), f"{fan_in} x {fan_out}"]
             if self.scores:
                 score = self.scores.get(name)
                 cells += ["", ""] if score is None else [_said(score), str(len(score.trials))]
@@ -271,6 +251,51 @@ class RankPlan:
                 cells.append(f"{chances[name]:.0%}")
             rows.add_row(*cells, f"{rank * (fan_in + fan_out):,}")
         return plain_text(rows)
+
+
+def read_plan(path: str | os.PathLike[str]) -> RankPlan:
+    """See `RankPlan.load`."""
+    remedy = "make the plan again with predict_ranks or `adarank predict`"
+    content = Value.read(path, "plan", remedy)
+    if not isinstance(content.value, dict) or content.value.get("format") != FORMAT:
+        raise AdarankError(f"{str(path)!r} is JSON but no adarank-fast plan; {remedy}")
+    schema = content.value.get("schema")
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        raise AdarankError(
+            f"plan {str(path)!r} has schema {said(schema)}, this release reads up to {SCHEMA}; "
+            "upgrade adarank-fast"
+        )
+    sizes = {}
+    for name, size in content["sizes"].items():
+        both = size.list()
+        if len(both) != 2:
+            raise size.damaged(f"{said(size.value)}, not [in_features, out_features]")
+        sizes[name] = (both[0].integer(1), both[1].integer(1))
+    ranks = {
+        name: rank.integer(0, min(sizes.get(name, (MOST,))))
+        for name, rank in content["ranks"].items()
+    }
+    scores = {name: _read_score(score) for name, score in content["scores"].items()}
+    settings = content["settings"]
+    for key in ("base_model_prefix", "metric", "model", "model_class", "allocation"):
+        if (text := settings.get(key)) is not None:
+            text.text()
+    if (experts := settings.get("expert_parameters")) is not None:
+        for expert in experts.list():
+            expert.text()
+    try:
+        plan = RankPlan(ranks, sizes, scores, settings.mapping())
+        plan._budget()
+    except AdarankError as error:
+        raise AdarankError(f"plan {str(path)!r} is damaged: {error}; {remedy}") from None
+    return plan
+
+
+def _read_score(score: Value) -> Score:
+    trials = tuple(trial.number() for trial in score["trials"].list())
+    if not trials:
+        raise score["trials"].damaged("empty; a score needs at least one trial")
+    return Score(score["mean"].number(), score["std"].number(), trials)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

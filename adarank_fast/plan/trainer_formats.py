@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from adarank_fast.errors import AdarankError
@@ -99,11 +100,17 @@ def _llama_factory(plan: RankPlan, config: LoraConfig) -> str:
             ".save_pretrained(folder) and set adapter_name_or_path to that folder: it goes on "
             "training with each module's rank"
         )
+    names = [name for name, rank in plan.ranks.items() if rank > 0]
+    if odd := [name for name in names if "," in name]:
+        raise AdarankError(
+            f"llama-factory takes a list with commas, which the name {odd[0]!r} has; use "
+            "format='peft'"
+        )
     return _yaml(
         finetuning_type="lora",
         lora_rank=config.r,
         lora_alpha=_whole(config.lora_alpha, "llama-factory"),
-        lora_target=",".join(name for name, rank in plan.ranks.items() if rank > 0),
+        lora_target=",".join(names),
         use_rslora=config.use_rslora,
     )
 
@@ -128,4 +135,12 @@ def _yaml(**settings: Any) -> str:
             lines += [f"{name}:", *(f"  {json.dumps(k)}: {json.dumps(value[k])}" for k in value)]
         else:
             lines.append(f"{name}: {json.dumps(value)}")
-    return "\n".join(lines) + "\n"
+    return PAIR.sub(_one_escape, "\n".join(lines) + "\n")
+
+
+PAIR = re.compile(r"\\ud[89ab]..\\ud[c-f]..")  # how JSON, and not YAML, says one character
+
+
+def _one_escape(pair: re.Match[str]) -> str:
+    character: str = json.loads(f'"{pair[0]}"')
+    return f"\\U{ord(character):08x}"

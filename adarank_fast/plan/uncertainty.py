@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adarank_fast.errors import AdarankError
+from adarank_fast.options import check_number
 
 HALF_WIDTH = 1.96  # standard errors: a 95% interval
 DRAWS = 200
@@ -32,8 +33,7 @@ class AdaptiveTrials:
 
     def __post_init__(self) -> None:
         for name, value in (("minimum", self.minimum), ("maximum", self.maximum)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-                raise AdarankError(f"AdaptiveTrials: {name} must be an integer >= 2, got {value!r}")
+            object.__setattr__(self, name, check_number(name, value))
         if self.maximum < self.minimum:
             raise AdarankError(
                 f"AdaptiveTrials: maximum={self.maximum} is below minimum={self.minimum}; raise it"
@@ -96,6 +96,8 @@ def chance_of_change(
         return None
     generator = random.Random(0)
     means = {name: math.fsum(values) / len(values) for name, values in trials.items()}
+    top = max(means.values())  # ranks depend on ratios; what is 1e-100 of the largest is nothing
+    means = {name: mean / top if mean / top > 1e-100 else 0.0 for name, mean in means.items()}
     changed = dict.fromkeys(trials, 0)
     for _ in range(draws):
         other = {

@@ -6,15 +6,18 @@ matplotlib is used through its objects only: no pyplot, so no global state and n
 from __future__ import annotations
 
 import os
+import re
 import statistics
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.plan.rank_plan import RankPlan
-from adarank_fast.plots.style import clean, line_style, new_figure, write
+from adarank_fast.plan.rank_plan import RankPlan, Score
+from adarank_fast.plots.style import clean, label, line_style, new_figure, write
 
 CELL = 0.34  # inches: a heat map cell with a three-digit number
+LAYER = re.compile("[0-9]{1,9}")  # a part of a name that numbers a layer
 UNSURE = 0.5  # chance of another rank that is worth a mark
 
 UNITS = {  # of a disagreement by its metric
@@ -87,13 +90,13 @@ def arrange(names: Iterable[str]) -> dict[str, Position]:
     split = {}
     for name in names:
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        at = next((i for i, part in enumerate(parts) if LAYER.fullmatch(part)), None)
         layer = None if at is None else int(parts[at])
         split[name] = layer, tuple(part for i, part in enumerate(parts) if i != at)
     types = sorted({kind for _, kind in split.values()})
     labels = {kind: _label(kind, types) for kind in types}
     taken = list(labels.values())
-    labels = {k: label if taken.count(label) == 1 else ".".join(k) for k, label in labels.items()}
+    labels = {k: one if taken.count(one) == 1 else ".".join(k) for k, one in labels.items()}
     return {name: (layer, labels[kind]) for name, (layer, kind) in split.items()}
 
 
@@ -123,27 +126,22 @@ def _columns(positions: Mapping[str, Position]) -> list[int | None]:
 def _types(positions: Mapping[str, Position]) -> list[str]:
     """Module types in the plan's order, which is the model's; those outside any layer come last."""
     outside: dict[str, bool] = {}
-    for layer, label in positions.values():
-        outside.setdefault(label, layer is None)
-    return sorted(outside, key=lambda label: outside[label])
+    for layer, kind in positions.values():
+        outside.setdefault(kind, layer is None)
+    return sorted(outside, key=lambda kind: outside[kind])
 
 
 def _draw_disagreement(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) -> None:
     column = {layer: x for x, layer in enumerate(_columns(positions))}
     types = _types(positions)
-    for index, label in enumerate(types):
+    for index, kind_of_line in enumerate(types):
         style = line_style(index)
-        mine = sorted(
-            (
-                (column[layer], plan.scores[name])
-                for name, (layer, kind) in positions.items()
-                if kind == label and name in plan.scores
-            ),
-            key=lambda point: point[0],
-        )
-        outside = column.get(None, -1)
-        line = [point for point in mine if point[0] != outside]
-        alone = [point for point in mine if point[0] == outside]
+        line: list[tuple[int, Score]] = []
+        alone: list[tuple[int, Score]] = []
+        for name, (layer, kind) in positions.items():
+            if kind == kind_of_line and name in plan.scores:
+                (alone if layer is None else line).append((column[layer], plan.scores[name]))
+        line.sort(key=itemgetter(0))
         for points, options in ((line, style), (alone, {**style, "linestyle": "none"})):
             if points:
                 axes.errorbar(
@@ -152,7 +150,7 @@ def _draw_disagreement(axes: Any, plan: RankPlan, positions: Mapping[str, Positi
                     yerr=[score.std for _, score in points],
                     capsize=2.5,
                     elinewidth=1,
-                    label=label if points is line or not line else None,
+                    label=label(kind_of_line) if points is line or not line else None,
                     **options,
                 )
     unit = UNITS.get(plan.settings.get("metric", ""))
@@ -176,8 +174,8 @@ def _draw_ranks(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) ->
     cells: dict[tuple[int, int], list[int]] = {}
     chances = plan.chance_of_change() or {}
     unsure = set()
-    for name, (layer, label) in positions.items():
-        key = (types.index(label), columns.index(layer))
+    for name, (layer, kind) in positions.items():
+        key = (types.index(kind), columns.index(layer))
         cells.setdefault(key, []).append(plan.ranks[name])
         if chances.get(name, 0.0) > UNSURE:
             unsure.add(key)
@@ -197,14 +195,13 @@ def _draw_ranks(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) ->
             fontsize=8,
             color="white" if dark else "black",
         )
-    axes.set_yticks(range(len(types)), labels=types, fontsize=9)
+    axes.set_yticks(range(len(types)), labels=[*map(label, types)], fontsize=9)
     axes.set_facecolor("0.93")  # a type that a layer does not have
     axes.set_xticks([x - 0.5 for x in range(1, len(columns))], minor=True)
     axes.set_yticks([y - 0.5 for y in range(1, len(types))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     title = f"Rank of each module, {plan.parameters:,} adapter parameters in all"
     if unsure:
         title += f"\n~: another seed gives another rank with a chance above {UNSURE:.0%}"
@@ -223,7 +220,7 @@ def _layer_axis(axes: Any, positions: Mapping[str, Position]) -> None:
 def _heat_size(positions: Mapping[str, Position]) -> tuple[float, float]:
     """Width and height in inches of a figure with a readable heat map."""
     types = _types(positions)
-    labels = 0.085 * max(map(len, types)) + 0.3
+    labels = 0.085 * max(len(label(kind)) for kind in types) + 0.3
     return max(CELL * len(_columns(positions)) + 2 * labels, 7.5), 0.3 * len(types) + 1.1
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.plots.style import GRID, clean, line_style, new_figure, write
+from adarank_fast.plots.style import clean, label, line_style, new_figure, write
 
 
 def plot_training(
@@ -29,9 +29,9 @@ def plot_training(
     figure = new_figure(5.5, 3.4)
     axes = figure.subplots()
     order = order or list(curves)
-    for label, points in curves.items():
-        style = line_style(order.index(label), marker=len(points) <= 40)
-        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+    for name, points in curves.items():
+        style = line_style(order.index(name), marker=len(points) <= 40)
+        axes.plot([x for x, _ in points], [y for _, y in points], label=label(name), **style)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     clean(axes)
     if ticks is not None:
@@ -61,8 +61,8 @@ def plot_intervals(
     figure = new_figure(5.5, 0.9 + 0.4 * len(rows))
     axes = figure.subplots()
     order = order or list(rows)
-    for row, (label, (values, low, high)) in enumerate(rows.items()):
-        color = f"C{order.index(label) % 10}"
+    for row, (name, (values, low, high)) in enumerate(rows.items()):
+        color = f"C{order.index(name) % 10}"
         if low is not None and high is not None:
             axes.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
         axes.plot(values, [row] * len(values), "o", color=color, alpha=0.45, markersize=5)
@@ -70,10 +70,8 @@ def plot_intervals(
             axes.plot([statistics.fmean(values)], [row], "D", color=color, markersize=7)
     if zero:
         axes.axvline(0, color="0.2", linewidth=1.5, linestyle="--")
-    axes.set_yticks(range(len(rows)), labels=list(rows))
+    axes.set_yticks(range(len(rows)), labels=[*map(label, rows)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(xlabel)
-    axes.grid(axis="x", **GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes, "x")
     write(figure, path)

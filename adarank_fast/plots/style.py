@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from adarank_fast.errors import AdarankError
+from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import replacing
 
 MARKERS = "osD^vPX*<>"
 DPI = 130
+MOST_PIXELS = 2**16 - 1  # of matplotlib, each way
+LONGEST = 80  # of a name in a picture
 GRID = {"color": "0.9", "linewidth": 0.8}
 
 
@@ -24,8 +26,15 @@ def line_style(index: int, marker: bool = True) -> dict[str, Any]:
     }
 
 
-def clean(axes: Any) -> None:
-    axes.grid(axis="y", **GRID)
+def label(name: str) -> str:
+    """A name as matplotlib draws it: `$` is no formula there, and a leading `_` hides nothing."""
+    shown = printable(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...")
+    shown = shown.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def clean(axes: Any, grid: str = "y") -> None:
+    axes.grid(axis=grid, **GRID)
     axes.set_axisbelow(True)
     axes.tick_params(axis="x", which="minor", length=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -34,6 +43,10 @@ def clean(axes: Any) -> None:
 def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
+    if max(width, height) * DPI > MOST_PIXELS:
+        raise AdarankError(
+            f"a picture of {width:.0f} x {height:.0f} inches is too large to draw; plot fewer names"
+        )
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 

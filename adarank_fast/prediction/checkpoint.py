@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from typing import Any
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import lock_file, writing
+from adarank_fast.json_values import Value, parse
 from adarank_fast.models.identity import same_output
 
 FORMAT = "adarank-fast checkpoint"
@@ -59,12 +61,13 @@ class Checkpoint:
             self._opened = stack.pop_all()
 
     def add(self, found: Mapping[tuple[str, int], float]) -> None:
-        """Write finished probes; they are on the disk when this returns.
+        """Write finished probes; they are on the disk when this returns. NaN is no result.
 
         Raises:
             AdarankError: they cannot be written; those of before are kept.
         """
-        lines = (json.dumps([name, trial, value]) for (name, trial), value in found.items())
+        finite = {key: value for key, value in found.items() if math.isfinite(value)}
+        lines = (json.dumps([name, trial, value]) for (name, trial), value in finite.items())
         self._write("".join(f"{line}\n" for line in lines))
 
     def __enter__(self) -> Checkpoint:
@@ -87,14 +90,13 @@ class Checkpoint:
                 if not (START.startswith(begun) or begun.startswith(START)):
                     raise ValueError("another first line")
                 return
-            header = json.loads(lines[0])
-            if header["format"] != FORMAT:
+            header = parse(lines[0])
+            if header["format"] != FORMAT or not isinstance(header["identity"], dict):
                 raise ValueError("another format")
             before = dict(header["identity"])
-            probes = [json.loads(line) for line in lines[1:]]
-            found = {(str(name), int(trial)): float(value) for name, trial, value in probes}
+            found = dict(_probe(line) for line in lines[1:])
             differing = [key for key in self._identity if not self._same(key, before)]
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise AdarankError(
                 f"checkpoint={str(file)!r} is no checkpoint of a prediction; {remedy}"
             ) from None
@@ -125,6 +127,11 @@ class Checkpoint:
             while data:
                 data = data[os.write(self._file, data) :]
             os.fsync(self._file)
+
+
+def _probe(line: str) -> tuple[tuple[str, int], float]:
+    name, trial, value = Value(parse(line), "line", "").list()
+    return (name.text(), trial.integer()), value.number()
 
 
 def _whole_lines(file: Path) -> list[str]:

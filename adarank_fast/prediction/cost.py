@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,18 +11,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adarank_fast.adapters.groups import find_groups
-from adarank_fast.models.batches import Batch, prepare_batches, take
+from adarank_fast.models.batches import Batch, prepare_batches
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.memory import default_memory, tokens
-from adarank_fast.models.outputs import OutputChoice, accepted, choose_output
+from adarank_fast.models.outputs import OutputChoice, accepted, choose_output, small_sample
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import TargetModules, find_targets, unwrap
+from adarank_fast.options import check_number
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.prediction.disagreement import disagreement_sums
+from adarank_fast.prediction.folding import FOLDED
 from adarank_fast.prediction.noise import noise_bytes
 from adarank_fast.prediction.padding import remove_padding
 from adarank_fast.prediction.prober import folds_for
-from adarank_fast.prediction.recording import FOLDED, record_clean_passes
+from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 
 
@@ -71,12 +74,13 @@ def estimate_cost(
     Raises:
         AdarankError: as `predict_ranks`.
     """
-    trials = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
+    most = trials.maximum if isinstance(trials, AdaptiveTrials) else trials
+    count: int = check_number("trials", most)
     inner = unwrap(model)
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner), unpacked(inner):
-        chosen = choose_output(inner, output, take(prepared[0], 1))
+        chosen = choose_output(inner, output, small_sample(inner, prepared[0]))
         parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
         parts.sort(key=tokens, reverse=True)
         clean = record_clean_passes(inner, chosen, parts[:1], targets)
@@ -84,7 +88,7 @@ def estimate_cost(
         with FlopCounterMode(display=False) as counter:
             root(**accepted(root, parts[0]))
         linears = {t.name: t.path for t in targets if not t.parameter}
-        small = accepted(inner, take(parts[0], 1))
+        small = accepted(inner, small_sample(inner, parts[0]))
         groups = find_groups(inner, linears, lambda: inner(**small))
         memory = default_memory(inner, parts[:1], clean.live_bytes, prepared)
         folds = folds_for(clean, 0, memory)
@@ -103,19 +107,18 @@ def estimate_cost(
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
     noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
-    flops = int((suffixes * trials + forward) * scale)
+    flops = int((suffixes * count + forward) * scale)
     slow = sum(clean.routes[t.name] != FOLDED for t in targets) / len(targets)
     rate = forward * folds / elapsed
-    in_blocks: dict[str | None, int] = {}
+    in_blocks: Counter[str | None] = Counter()
     for target in targets:
-        in_blocks.setdefault(target.block, 0)
-        in_blocks[target.block] += trials * noise_bytes(target)
+        in_blocks[target.block] += count * noise_bytes(target)
     probing = min(max(in_blocks.values()), memory.noise) + folds * clean.live_bytes[0] * 5 // 4
     return CostEstimate(
         modules=len(targets),
-        probes=len(targets) * trials * len(prepared),
+        probes=len(targets) * count * len(prepared),
         flops=flops,
-        naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * trials,
+        naive_flops=int(forward * sum(map(tokens, prepared)) / sizes[0]) * len(targets) * count,
         seconds=flops / rate * (1 + slow),
         memory_bytes=probing + int(clean.outputs[0].nbytes * scale),
         blocks=len(clean.blocks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,34 +30,37 @@ def disagreement_sums(
         [K, B] float64.
     """
     K, B = outputs.shape[:2]
-    if applies(mask, reference):
-        mask = (cast(Tensor, mask) != 0).view(*reference.shape[:2], *[1] * (reference.dim() - 3))
-        mask = mask.expand(reference.shape[:-1]).flatten()
-        if not mask.any():
-            return torch.zeros(K, B, dtype=torch.float64, device=outputs.device)
-        mask = None if mask.all() else mask
-    else:
-        mask = None
+    counted = flat_mask(mask, reference)
+    if counted is not None and not counted.any():
+        return torch.zeros(K, B, dtype=torch.float64, device=outputs.device)
     values = pairwise_disagreement(
         outputs.flatten(1, -2),
-        weight=None if head is None else cast(Tensor, head.weight),
-        bias=None if head is None else cast("Tensor | None", head.bias),
+        **as_head(head),
         metric=metric,
-        mask=mask,
+        mask=None if counted is None or counted.all() else counted,
         reference=reference.flatten(0, -2),
         reduction="none",
     )
     return values.view(K, B, -1).sum(-1)
 
 
+def as_head(head: nn.Module | None) -> dict[str, Any]:
+    """The keywords of `pairwise_disagreement` for outputs, or for hidden states under a head."""
+    return {} if head is None else {"weight": head.weight, "bias": head.bias}
+
+
+def flat_mask(mask: Tensor | None, reference: Tensor) -> Tensor | None:
+    """Bool over the positions of [B, ..., V], flattened: True where one counts; None if all do.
+
+    A mask [B, T] speaks about [B, T, ..., V] outputs and about no others.
+    """
+    if mask is None or reference.dim() < 3 or reference.shape[:2] != mask.shape:
+        return None
+    inner = [1] * (reference.dim() - 3)
+    return (mask != 0).view(*mask.shape, *inner).expand(reference.shape[:-1]).flatten()
+
+
 def positions(reference: Tensor, mask: Tensor | None) -> int:
     """How many positions `disagreement_sums` adds up over all items of [B, ..., V]."""
-    if applies(mask, reference):
-        per_position = reference[0, 0, ..., 0].numel()
-        return int((cast(Tensor, mask) != 0).sum()) * per_position
-    return reference[..., 0].numel()
-
-
-def applies(mask: Tensor | None, reference: Tensor) -> bool:
-    """A mask [B, T] speaks about [B, T, ..., V] outputs and about no others."""
-    return mask is not None and reference.dim() >= 3 and reference.shape[:2] == mask.shape
+    counted = flat_mask(mask, reference)
+    return reference[..., 0].numel() if counted is None else int(counted.sum())

@@ -44,8 +44,6 @@ class Processes:
         Raises:
             AdarankError: on every process, if one differs.
         """
-        if self.count == 1:
-            return
         for rank, other in enumerate(self._gather(dict(value))):
             odd = [key for key in value if other.get(key) != value[key]]
             if odd:
@@ -61,10 +59,6 @@ class Processes:
             found: this process's part.
             error: what went wrong in this process; raised in all of them, so that none waits.
         """
-        if self.count == 1:
-            if error:
-                raise error
-            return found
         parts = self._gather((found, None if error is None else str(error)))
         if error:
             raise error
@@ -74,6 +68,8 @@ class Processes:
         return {key: value for part, _ in parts for key, value in part.items()}
 
     def _gather(self, value: Any) -> list[Any]:
+        if self.count == 1:
+            return [value]
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, value)
         return parts

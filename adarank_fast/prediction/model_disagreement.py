@@ -6,31 +6,35 @@ arXiv 2408.09015, section 3, after Jiang et al., arXiv 2106.13799).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.models.batches import Batch, prepare_batches, take
-from adarank_fast.models.forward_patching import undisturbed
+from adarank_fast.models.batches import Batch, prepare_batches
+from adarank_fast.models.forward_patching import flags_restored, undisturbed
 from adarank_fast.models.outputs import (
     Output,
     OutputChoice,
     accepted,
     choose_output,
     position_mask,
+    small_sample,
 )
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import find_block, unwrap
 from adarank_fast.options import check_choice
-from adarank_fast.prediction.disagreement import applies, positions
+from adarank_fast.prediction.disagreement import as_head, flat_mask, positions
 from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
+from adarank_fast.undo import undone
 from adarank_kernels import pairwise_disagreement
 from adarank_kernels.disagreement.choices import METRICS
+
+Run = tuple[Tensor, "Tensor | None", "nn.Module | None"]  # [K, B, ...], mask [B, T], head
 
 
 def model_disagreement(
@@ -62,36 +66,37 @@ def model_disagreement(
         runs = _adapter_outputs(models, batches, output, list(adapters))
     else:
         runs = _model_outputs(models, batches, output)
+    with closing(runs):  # at once, also while an exception still refers to it
+        total, count = _sums(runs, metric)
+    if total is None:
+        raise AdarankError("batches: every position is masked; nothing to compare")
+    return total / count
+
+
+def _sums(runs: Iterator[Run], metric: str) -> tuple[Tensor | None, int]:
+    """The metric summed over unmasked positions of all batches, and how many there are."""
     total: Tensor | None = None
     count = 0
     for outputs, mask, head in runs:
+        flat = flat_mask(mask, outputs[0])
         counted = positions(outputs[0], mask)
-        flat = None
-        if applies(mask, outputs[0]):
-            shape = *outputs.shape[1:3], *[1] * (outputs.dim() - 4)
-            flat = (cast(Tensor, mask) != 0).view(shape).expand(outputs.shape[1:-1]).flatten()
         if counted:
+            rows = outputs.flatten(1, -2)
             sums = pairwise_disagreement(
-                outputs.flatten(1, -2).double() if head is None else outputs.flatten(1, -2),
-                weight=None if head is None else cast(Tensor, head.weight),
-                bias=None if head is None else cast("Tensor | None", head.bias),
+                rows.double() if head is None else rows,
+                **as_head(head),
                 metric=metric,
                 mask=flat,
                 reduction="sum",
             )
             total = sums.double().cpu() if total is None else total + sums.double().cpu()
             count += counted
-    if total is None:
-        raise AdarankError("batches: every position is masked; nothing to compare")
-    return total / count
-
-
-Run = tuple[Tensor, "Tensor | None", "nn.Module | None"]  # [K, B, ...], mask [B, T], head
+    return total, count
 
 
 def _model_outputs(
     models: Sequence[nn.Module] | nn.Module, batches: Iterable[Batch], output: OutputChoice
-) -> Iterator[Run]:
+) -> Generator[Run]:
     if isinstance(models, nn.Module) or len(models) < 2:
         raise AdarankError(
             "models must be a list of at least two; for adapters of one PeftModel name them in "
@@ -100,10 +105,10 @@ def _model_outputs(
     inners = [unwrap(model) for model in models]
     prepared = prepare_batches(inners[0], batches)
     with ExitStack() as stack:
+        stack.enter_context(undisturbed(*inners))
         for inner in dict.fromkeys(inners):
-            stack.enter_context(undisturbed(inner))
             stack.enter_context(unpacked(inner))
-        chosen = [_choose(inner, output, take(prepared[0], 1)) for inner in inners]
+        chosen = [_choose(inner, output, small_sample(inner, prepared[0])) for inner in inners]
         passes = [
             record_clean_passes(inner, how, prepared, (), skip_head=False)
             for inner, how in zip(inners, chosen, strict=True)
@@ -124,7 +129,7 @@ def _adapter_outputs(
     batches: Iterable[Batch],
     output: OutputChoice,
     adapters: list[str],
-) -> Iterator[Run]:
+) -> Generator[Run]:
     config: Mapping[str, Any] = getattr(model, "peft_config", {})
     unknown = [name for name in adapters if name not in config]
     if unknown or len(adapters) < 2:
@@ -137,7 +142,7 @@ def _adapter_outputs(
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner), unpacked(inner), _switching(peft_model):
         peft_model.set_adapter(adapters[0])
-        chosen = _choose(inner, output, take(prepared[0], 1))
+        chosen = _choose(inner, output, small_sample(inner, prepared[0]))
         clean = record_clean_passes(inner, chosen, prepared, ())
         replay = Replay(clean)
         adapted = [
@@ -157,21 +162,24 @@ def _adapter_outputs(
 def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
     """As for a prediction, but with logits first: these models were trained."""
     if output in ("auto", "logits"):
-        logits = Output("logits", "", lambda outputs, inputs: outputs.logits)
         outputs = model(**accepted(model, sample))
         if isinstance(getattr(outputs, "logits", None), Tensor):
-            return logits
+            return Output("logits", "", lambda outputs, inputs: outputs.logits)
     return choose_output(model, output, sample)
 
 
 @contextmanager
 def _switching(peft_model: Any) -> Iterator[None]:
     """The active adapter and what requires gradients, as before at the end."""
-    active = peft_model.active_adapter
-    flags = {p: p.requires_grad for p in peft_model.parameters()}
-    try:
+    names = ("active_adapter", "_active_adapter")
+    active = [
+        (module, {name: vars(module)[name] for name in names if name in vars(module)})
+        for module in peft_model.modules()
+    ]
+
+    def undo() -> None:
+        for module, attributes in active:
+            vars(module).update(attributes)
+
+    with flags_restored(peft_model), undone(undo):
         yield
-    finally:
-        peft_model.set_adapter(active)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import is_packed, plain_weight
 from adarank_fast.models.targets import Target, linear_shape
+from adarank_fast.options import check_number
 from adarank_kernels import philox_normal
 
 Stds = Mapping[str, tuple[float, float]]  # target name -> of its weight, of its bias
@@ -27,10 +29,13 @@ class Variant:
 
 def noise_bytes(target: Target, folded: bool = True) -> int:
     """The noise of one variant's weight."""
-    weight = target.weight
-    narrow = folded and isinstance(weight, Tensor) and weight.is_floating_point()
-    size = weight.element_size() if narrow else 4
-    return size * target.in_features * target.out_features
+    return _dtype(target, folded).itemsize * target.in_features * target.out_features
+
+
+def _dtype(target: Target, folded: bool) -> torch.dtype:
+    """A product takes noise of its own type; a perturbed copy is rounded after the sum."""
+    narrow = folded and target.weight.is_floating_point()
+    return target.weight.dtype if narrow else torch.float32
 
 
 class Noise:
@@ -39,29 +44,26 @@ class Noise:
     def __init__(self, chunk: Sequence[Variant], stds: Stds, seed: int, folded: bool) -> None:
         self._first: dict[Target, int] = {}
         self._weights: dict[Target, Tensor] = {}
-        self._biases: dict[Target, Tensor | None] = {}
+        self._biases: dict[Target, Tensor] = {}
         for index, variant in enumerate(chunk):
             self._first.setdefault(variant.target, index)
         for target in self._first:
             trials = [variant.trial for variant in chunk if variant.target is target]
-            weight, bias = target.weight, target.bias
-            assert isinstance(weight, Tensor)
-            # A product takes noise of its own type; a perturbed copy is rounded after the sum.
-            narrow = folded and weight.is_floating_point()
-            dtype = weight.dtype if narrow else torch.float32
-            of_weight, of_bias = stds[target.name]
-            keys = [noise_key(seed, target.name, "weight", trial) for trial in trials]
-            self._weights[target] = _stack(
-                keys, weight_shape(target), of_weight, dtype, weight.device
-            )
-            keys = [noise_key(seed, target.name, "bias", trial) for trial in trials]
-            self._biases[target] = (
-                None if bias is None else _stack(keys, bias.shape, of_bias, dtype, weight.device)
-            )
+            empty = partial(torch.empty, dtype=_dtype(target, folded), device=target.weight.device)
+            self._weights[target] = empty(len(trials), *weight_shape(target))
+            parts = [("weight", self._weights[target])]
+            if target.bias is not None:
+                self._biases[target] = empty(len(trials), *target.bias.shape)
+                parts.append(("bias", self._biases[target]))
+            for (part, out), std in zip(parts, stds[target.name], strict=False):
+                for row, trial in zip(out, trials, strict=True):
+                    key = noise_key(seed, target.name, part, trial)
+                    row.copy_(philox_normal(row.shape, key, device=row.device).mul_(std))
 
     def of(self, target: Target, some: range) -> tuple[slice, Tensor, Tensor | None]:
         """Which of the variants `some` perturb `target`; their noise [k, in, out] and [k, out]."""
-        first, weights, biases = self._first[target], self._weights[target], self._biases[target]
+        first, weights = self._first[target], self._weights[target]
+        biases = self._biases.get(target)
         start, stop = max(some.start, first), min(some.stop, first + len(weights))
         trials = slice(start - first, stop - first)
         weights = weights[trials]
@@ -73,27 +75,16 @@ class Noise:
     def parameters(self, target: Target) -> dict[str, Tensor]:
         """Perturbed copies of the parameters of a chunk's only variant."""
         weight, bias = target.weight, target.bias
-        noise, of_bias = self._weights[target][0], self._biases[target]
-        assert isinstance(weight, Tensor)
         if not target.parameter and is_packed(target.module):
             raise AdarankError(
                 f"{target.name} is quantised and cannot be probed in a folded batch; leave it out "
                 "of target_modules or load it in a floating-point type"
             )
-        parameters = {target.weight_path: (weight + noise).to(weight.dtype)}
-        if bias is not None and of_bias is not None:
-            parameters[f"{target.path}.bias"] = (bias + of_bias[0]).to(bias.dtype)
+        parameters = {target.weight_path: (weight + self._weights[target][0]).to(weight.dtype)}
+        if bias is not None:
+            perturbed = bias + self._biases[target][0]
+            parameters[f"{target.path}.bias"] = perturbed.to(bias.dtype)
         return parameters
-
-
-def _stack(
-    keys: Sequence[int], shape: Sequence[int], std: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """[len(keys), *shape]: the noise of each key, scaled."""
-    out = torch.empty(len(keys), *shape, dtype=dtype, device=device)
-    for row, key in zip(out, keys, strict=True):
-        row.copy_(philox_normal(shape, key, device=device).mul_(std))
-    return out
 
 
 def weight_shape(target: Target) -> tuple[int, ...]:
@@ -137,6 +128,8 @@ def perturbation(
         (weight noise in the weight's own layout, bias noise or None), float32. Their standard
         deviation is that of the parameter: the population's, in float64.
     """
+
+    trial, seed = check_number("trial", trial), check_number("seed", seed)
 
     def draw(parameter: Tensor, part: str) -> Tensor:
         key = noise_key(seed, name, part, trial)

@@ -38,7 +38,10 @@ def remove_padding(model: nn.Module, output: Output, batches: Sequence[Batch]) -
     padded = max(filter(_trimmable, batches), key=lambda batch: int(_padding(batch).max()))
     item = _padding(padded).argmax()[None]
     single = _items(padded, item, padded["attention_mask"].shape[1])
-    whole, trimmed = read(single), read(_sorted_by_length([single])[0])
+    try:
+        whole, trimmed = read(single), read(_sorted_by_length([single])[0])
+    except Exception:  # whatever a model says to an item alone, or to another length
+        return list(batches)
     if trimmed.dim() > 2 and whole.dim() > 2:
         whole = whole[:, : trimmed.shape[1]]
     same = is_same(trimmed, whole, rounding(root))
@@ -129,8 +132,10 @@ def _trimmable(batch: Batch) -> bool:
         return False
     if not torch.equal(mask != 0, mask.cummin(1).values != 0):  # not padded on the right
         return False
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     width = mask.shape[1]
+    if any(len(t) not in (1, len(mask)) for t in tensors):  # images packed over the items, say
+        return False
     return all(
         len(t) == len(mask) and width not in t.shape[2:] for t in tensors if width in t.shape
     )

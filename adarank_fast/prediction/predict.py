@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from adarank_fast.errors import AdarankError, AdarankTimeoutError
-from adarank_fast.models.batches import Batch, batch_size, in_dtype, prepare_batches, take
+from adarank_fast.models.batches import Batch, batch_size, in_dtype, prepare_batches
 from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.identity import (
     digest_data,
@@ -31,8 +31,9 @@ from adarank_fast.models.identity import (
     fingerprint,
     qualified_name,
 )
+from adarank_fast.models.lookups import checked_lookups
 from adarank_fast.models.memory import Memory, default_memory
-from adarank_fast.models.outputs import choose_output
+from adarank_fast.models.outputs import Output, choose_output, small_sample
 from adarank_fast.models.precision import copy_in_dtype
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import Target, TargetModules, find_targets, unwrap
@@ -132,7 +133,9 @@ def _predict(
         if dtype is not None:
             probed, prepared = copy_in_dtype(inner, dtype), in_dtype(prepared, dtype)
             targets = find_targets(probed, target_modules)
-        chosen = choose_output(probed, probe.output, take(prepared[0], 1))
+        with checked_lookups(probed):
+            sample = small_sample(probed, prepared[0])
+            chosen = choose_output(probed, probe.output, sample)
         settings["output"] = chosen.name
         identity = {
             **settings,
@@ -141,10 +144,10 @@ def _predict(
             "targets": digest_data([sizes]),
         }
         processes.same("models or batches", identity)
-        parts = prepared if callable(probe.output) else remove_padding(probed, chosen, prepared)
-        clean = record_clean_passes(probed, chosen, parts, targets)
+        with checked_lookups(probed):
+            clean = _clean_passes(probed, chosen, prepared, targets)
         memory = (
-            default_memory(probed, parts, clean.live_bytes, prepared)
+            default_memory(probed, clean.batches, clean.live_bytes, prepared)
             if limits.max_memory is None
             else Memory(limits.max_memory)
         )
@@ -171,6 +174,19 @@ def _predict(
     return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
 
 
+def _clean_passes(
+    model: nn.Module, output: Output, batches: Sequence[Batch], targets: Sequence[Target]
+) -> CleanPasses:
+    """Without padding, unless the model takes the batches only as they are."""
+    parts = list(batches) if output.name == "callable" else remove_padding(model, output, batches)
+    try:
+        return record_clean_passes(model, output, parts, targets)
+    except AdarankError:
+        if all(any(part is batch for batch in batches) for part in parts):
+            raise
+        return record_clean_passes(model, output, batches, targets)
+
+
 @dataclass(frozen=True)
 class _Sampling:
     """Which probes to run, in rounds that all processes take together."""
@@ -186,26 +202,29 @@ class _Sampling:
     ) -> dict[str, list[float]]:
         """Rounds until every module has its trials: module name -> disagreements, in order."""
         found = self.processes.merge(dict(file.found) if file else {}, None)
-        while variants := self._next_round(found):
+        values: dict[str, list[float]] = {target.name: [] for target in self.targets}
+        _add_found(values, found)
+        while variants := self._next_round(values, found):
             finished: Found = {}
             error = None
             show = progress and not self.processes.rank
             try:
                 for chunk in prober.run(self.processes.share(variants), self.deadline, show):
-                    values = {(variant.target.name, variant.trial): x for variant, x in chunk}
-                    finished |= values
+                    new = {(variant.target.name, variant.trial): x for variant, x in chunk}
+                    finished |= new
                     if file:
-                        file.add(values)
+                        file.add(new)
             except Exception as problem:  # the other processes must not wait for this one
                 error = problem
             found |= self.processes.merge(finished, error)
+            _add_found(values, found)
             if any((variant.target.name, variant.trial) not in found for variant in variants):
                 break  # out of time
-        return self._by_module(found)
+        return values
 
-    def _next_round(self, found: Found) -> list[Variant]:
+    def _next_round(self, values: Mapping[str, Sequence[float]], found: Found) -> list[Variant]:
         """The probes that are missing; one trial of each module at a time if time is limited."""
-        values, trials = self._by_module(found), self.trials
+        trials = self.trials
         if isinstance(trials, int):
             counts = dict.fromkeys(values, trials)
         elif min(map(len, values.values())) < trials.minimum:
@@ -213,25 +232,23 @@ class _Sampling:
         else:
             means = {name: math.fsum(done) / len(done) for name, done in values.items()}
             counts = trials.needed(values, self.budget.real_ranks(means), self.budget.step)
-        missing = [
+        short = [t for t in self.targets if len(values[t.name]) < counts[t.name]]
+        if self.deadline < math.inf and short:
+            least = min(len(values[target.name]) for target in short)
+            return [Variant(t, least) for t in short if len(values[t.name]) == least]
+        return [
             Variant(target, trial)
-            for target in self.targets
-            for trial in range(counts[target.name])
+            for target in short
+            for trial in range(len(values[target.name]), counts[target.name])
             if (target.name, trial) not in found
         ]
-        if self.deadline < math.inf and missing:
-            least = min(variant.trial for variant in missing)
-            return [variant for variant in missing if variant.trial == least]
-        return missing
 
-    def _by_module(self, found: Found) -> dict[str, list[float]]:
-        """Module name -> disagreements of its trials, up to the first that is missing."""
-        values: dict[str, list[float]] = {}
-        for target in self.targets:
-            done = values[target.name] = []
-            while (target.name, len(done)) in found:
-                done.append(found[target.name, len(done)])
-        return values
+
+def _add_found(values: Mapping[str, list[float]], found: Found) -> None:
+    """To each module's trials those that were found, up to the first that is missing."""
+    for name, done in values.items():
+        while (name, len(done)) in found:
+            done.append(found[name, len(done)])
 
 
 def _describe_batches(batches: Sequence[Batch]) -> dict[str, Any]:

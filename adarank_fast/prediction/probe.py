@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
-from adarank_fast.options import DTYPES, OUTPUTS, check_choice, option
+from adarank_fast.options import DTYPES, OUTPUTS, Range, check_choice, check_number, option
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_kernels.disagreement.choices import METRICS
 
@@ -17,11 +17,16 @@ from adarank_kernels.disagreement.choices import METRICS
 def parse_trials(text: str) -> int | AdaptiveTrials:
     """ "5" -> 5; "2-10" -> AdaptiveTrials(2, 10)."""
     numbers = text.split("-")
-    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) > 2:
+    if not all(n.isdecimal() and len(n) < 10 and int(n) for n in numbers) or len(numbers) > 2:
         raise AdarankError(
             f"--trials {text!r} is neither a positive number nor a range such as 2-10"
         )
     return int(text) if len(numbers) == 1 else AdaptiveTrials(int(numbers[0]), int(numbers[1]))
+
+
+def parse_gigabytes(gigabytes: float) -> int:
+    """Gigabytes -> bytes."""
+    return int(check_number("--max-memory", gigabytes, Range(1e-9, 1e9, whole=False)) * 1e9)
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,9 @@ class Probe:
                 f"output={self.output!r} is unknown; use one of {', '.join(OUTPUTS)} or a callable"
             )
         check_choice("metric", self.metric, METRICS)
-        trials = self.trials
-        if not isinstance(trials, AdaptiveTrials) and (
-            isinstance(trials, bool) or not isinstance(trials, int) or trials < 1
-        ):
-            raise AdarankError(
-                f"trials must be a positive integer or AdaptiveTrials, got {trials!r}"
-            )
-        if not isinstance(self.seed, int):
-            raise AdarankTypeError(f"seed must be an integer, got {self.seed!r}")
+        if not isinstance(self.trials, AdaptiveTrials):
+            object.__setattr__(self, "trials", check_number("trials", self.trials))
+        object.__setattr__(self, "seed", check_number("seed", self.seed))
         if isinstance(self.dtype, str):
             check_choice("dtype", self.dtype, DTYPES)
         elif self.dtype is not None and getattr(self.dtype, "is_floating_point", None) is not True:
@@ -104,16 +103,13 @@ class Limits:
         None,
         "GB that probing may hold beside the model.",
         kind=float | None,
-        parse=lambda gigabytes: int(gigabytes * 1e9),
+        parse=parse_gigabytes,
     )
 
     def __post_init__(self) -> None:
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise AdarankError(f"max_seconds must be positive, got {self.max_seconds!r}")
-        if self.max_memory is not None and not self.max_memory > 0:
-            raise AdarankError(
-                f"max_memory must be a positive number of bytes, got {self.max_memory!r}"
-            )
+        for name in ("max_seconds", "max_memory"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_number(name, value))
 
 
 class ProbeOptions(TypedDict, total=False):

@@ -21,8 +21,9 @@ from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import position_mask
 from adarank_fast.models.targets import Target, alternatives
 from adarank_fast.prediction.disagreement import disagreement_sums, positions
+from adarank_fast.prediction.folding import BY_CONTENT, FOLDED, NEVER_CALLED, rejected
 from adarank_fast.prediction.noise import Noise, Stds, Variant, noise_bytes
-from adarank_fast.prediction.recording import BY_CONTENT, FOLDED, NEVER_CALLED, CleanPasses
+from adarank_fast.prediction.recording import CleanPasses
 from adarank_fast.prediction.replay import Replay
 
 FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
@@ -157,6 +158,11 @@ class Prober:
             others = [v for v in chunk if v.target is not error.target]
             found = dict(zip(others, self._probe(others), strict=True)) if others else {}
             return [found[v] if v in found else self._probe([v])[0] for v in chunk]
+        except Exception as error:  # whatever a model says to more rows than it was tried with
+            if not folded:
+                raise
+            self.routes |= {v.target.name: rejected(error) for v in chunk}
+            return self._probe(chunk)
         return (sums / self._count).tolist()
 
     def _probe_batch(self, index: int, chunk: Sequence[Variant], noise: Noise) -> Tensor:

@@ -39,7 +39,7 @@ class Replay:
 
     Only outputs of blocks that later code is seen to read are kept; the others are replaced by NaN.
     A model that reads one of them all the same gives NaN: then all are kept from there on, and the
-    run is done again.
+    run is done again. All are kept from the start if the model decides on one, which hides a NaN.
 
     Args:
         clean: the clean passes over the batches.
@@ -48,7 +48,7 @@ class Replay:
 
     def __init__(self, clean: CleanPasses, keep_all: bool = False) -> None:
         self.clean = clean
-        self._keep_all = keep_all
+        self._keep_all = keep_all or clean.decides_late
         self._blocks = list(clean.blocks.items())
         self._position = -1  # of the open block; -1: none was opened
         self._returned: list[dict[nn.Module, Any]] = [{} for _ in clean.batches]  # by blocks

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankError, AdarankImportError
 from adarank_fast.models.outputs import mean_pool
+from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, loading
-from adarank_fast.options import DTYPES, TASKS, check_choice
+from adarank_fast.options import DTYPES, TASKS, check_choice, check_number
 from adarank_fast.training.tokens import add_decoder_inputs, make_batches, pad_id
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -49,7 +50,7 @@ def load_tokenizer(name: str) -> Any:
         AdarankError: it cannot be loaded.
     """
     with loading("tokenizer of model", name):
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted())
 
 
 def load_pretrained(
@@ -74,13 +75,14 @@ def load_pretrained(
             raise AdarankError(
                 f"MODEL folder {name!r} has no config.json; save_pretrained makes one"
             )
-    if threads:
+    if threads is not None:
+        check_number("threads", threads)
         torch.set_num_threads(threads)
     config = load_config(name)
     tokenizer = load_tokenizer(name)
     with loading("weights of model", name):
         model = getattr(transformers, auto_class(config)).from_pretrained(
-            name, dtype=dtype, trust_remote_code=False
+            name, dtype=dtype, trust_remote_code=is_trusted()
         )
     if not getattr(model, "is_quantized", False):
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's
@@ -101,7 +103,7 @@ def load_config(name: str) -> Any:
         AdarankError: it cannot be loaded.
     """
     with loading("config of model", name):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
 
 
 def auto_class(config: Any) -> str:
@@ -197,7 +199,7 @@ def load_model(
     else:
         kind = transformers.AutoModelForCausalLM
     with loading("model", name):
-        model, report = kind.from_pretrained(name, **options)
+        model, report = kind.from_pretrained(name, trust_remote_code=is_trusted(), **options)
     if tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id(tokenizer)
     if four_bit:
@@ -227,7 +229,9 @@ def model_factory(
     check_choice("dtype", dtype, DTYPES)
     if task == "classification" and auto_class(load_config(name)) == "AutoModel":
         with loading("weights of model", name):
-            encoder = transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
+            encoder = transformers.AutoModel.from_pretrained(
+                name, dtype=getattr(torch, dtype), trust_remote_code=is_trusted()
+            )
         count = len(classes)
         return lambda: MeanPoolClassifier(copy.deepcopy(encoder), count), {
             "modules_to_save": ["head"]

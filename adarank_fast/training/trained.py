@@ -13,9 +13,10 @@ import torch
 import transformers
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import accelerate
+from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
+from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, list_names, loading
 from adarank_fast.options import DTYPES, check_choice, check_integer
 from adarank_fast.training import language_model
@@ -94,9 +95,11 @@ def load_trained(
     else:
         kind = transformers.AutoModelForCausalLM
     with loading("tokenizer", tokens_from):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokens_from, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokens_from, trust_remote_code=is_trusted()
+        )
     with loading("model", model):
-        network = kind.from_pretrained(model, trust_remote_code=False, **options)
+        network = kind.from_pretrained(model, trust_remote_code=is_trusted(), **options)
     if adapter is not None:
         try:
             network = PeftModel.from_pretrained(network, adapter)

@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from adarank_fast.adapters.fusion_report import products
-from adarank_fast.errors import AdarankError
+from adarank_fast.options import check_number
 from adarank_fast.training.tokens import Item, collate, item_length
 
 CURVE_POINTS = 40  # of a training curve, at most about
@@ -45,15 +45,9 @@ class Recipe:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        counts = {"epochs": self.epochs, "batch_size": self.batch_size}
-        if self.max_steps is not None:
-            counts["max_steps"] = self.max_steps
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise AdarankError(f"{name} must be a positive integer, got {value!r}")
-        rate = self.learning_rate
-        if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-            raise AdarankError(f"learning_rate must be a number of at least 0, got {rate!r}")
+        for one in fields(self):
+            if (value := getattr(self, one.name)) is not None:
+                object.__setattr__(self, one.name, check_number(one.name, value))
 
     def steps(self, items: int) -> int:
         """Steps that training on so many items takes."""

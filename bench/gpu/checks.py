@@ -26,6 +26,7 @@ from adarank_kernels import (
 from adarank_kernels.disagreement.op import METRICS
 from adarank_kernels.runtime import registry
 from bench.gpu.timing import reason, release
+from tests.kernels.lora_cases import make_group
 
 Check = dict[str, Any]  # "op", "case", "kernels", "dtype", "status", "share" of the allowed error
 Named = dict[str, Tensor]
@@ -33,11 +34,7 @@ Named = dict[str, Tensor]
 LORA = ("lora_shrink", "lora_expand", "lora_drop")
 DEFAULT = "default"
 # What may run beside the vendor's GEMMs: label -> kernels.
-LORA_SETS = {
-    "vendor GEMMs": (),
-    **{f"+ {name.removeprefix('lora_')}": (name,) for name in LORA},
-    DEFAULT: LORA,
-}
+LORA_SETS = {"vendor GEMMs": (), DEFAULT: LORA}
 DISAGREEMENT_SETS = {"vendor GEMMs": (), "+ pairs": ("disagreement_pairs",)}
 PHILOX_SETS = {"plain torch": (), "Philox kernel": ("philox_normal",)}
 OWN = "16-bit"  # "dtype" of a kernel's own check, which tries both
@@ -136,101 +133,46 @@ def numbers(device: torch.device, *size: int, scale: float = 1.0) -> Tensor:
     return drawn.bfloat16().double().to(device)
 
 
-# LoRA: outputs and every gradient
+# LoRA: outputs and every gradient, the base's included
 
 Cases = Iterator[tuple[str, str, Callable[[], float]]]
-GROUPS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], tuple[int, ...]]] = {
+GROUPS: dict[str, Any] = {
     "ragged, ranks 0 to 64": ((3, 67), 200, (0, 1, 3, 8, 24, 64), (40, 96, 7, 33, 64, 128)),
     "aligned, ranks 8 to 24": ((515,), 512, (8, 24, 16), (512, 128, 384)),
 }
 
 
 def _lora_checks(device: torch.device, dtype: torch.dtype) -> Cases:
-    for case, problem in GROUPS.items():
+    ops = grouped_lora_linear, grouped_lora_linear_ref
+    singles = _grouped(lora_linear), _grouped(lora_linear_ref)
+    cases = [("grouped_lora_linear", *ops, case, group) for case, group in GROUPS.items()]
+    cases.append(("lora_linear", *singles, "rank 6", ((4, 65), 96, (6,), (50,))))
+    for name, ours, plain, case, group in cases:
         for dropout in (0.0, 0.3):
             for adapters in dict.fromkeys((dtype, torch.float32)):
-                said = f"{case}, dropout {dropout}"
-                said += "" if adapters == dtype else ", float32 adapters"
+                seed = torch.tensor([2**61 + 5], device=device) if dropout else None
+                options = {"train_base": True, "dropout": dropout, "seed": seed}
 
                 def check(
-                    problem: Any = problem, dropout: Any = dropout, adapters: Any = adapters
-                ) -> float:
-                    made = lora_problem(device, *problem)
-                    return compare(
-                        lora_results(grouped_lora_linear, made, dtype, adapters, dropout),
-                        lora_results(grouped_lora_linear_ref, made, dtype, adapters, dropout),
-                        lora_results(grouped_lora_linear_ref, made, torch.float64, None, dropout),
-                    )
+                    ours: Any = ours, plain: Any = plain, group: Any = group,
+                    options: Any = options, adapters: Any = adapters,
+                ) -> float:  # fmt: skip
+                    made = make_group(*group, **options)
+                    low = made.to(dtype, adapters, device)
+                    exact = made.to(torch.float64, device=device).results(plain)
+                    return compare(low.results(ours), low.results(plain), exact)
 
-                yield "grouped_lora_linear", said, check
-    for dropout in (0.0, 0.3):
-
-        def single(dropout: float = dropout) -> float:
-            made = lora_problem(device, (4, 65), 96, (6,), (50,))
-            return compare(
-                lora_results(_one(lora_linear), made, dtype, dtype, dropout),
-                lora_results(_one(lora_linear_ref), made, dtype, dtype, dropout),
-                lora_results(_one(lora_linear_ref), made, torch.float64, None, dropout),
-            )
-
-        yield "lora_linear", f"rank 6, dropout {dropout}", single
+                said = "" if adapters == dtype else ", float32 adapters"
+                yield name, f"{case}, dropout {dropout}{said}", check
 
 
-def _one(op: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
-    def grouped(
-        x: Any, weights: Any, As: Any, Bs: Any, scalings: Any, biases: Any, **rest: Any
-    ) -> list[Tensor]:
-        return [op(x, weights[0], As[0], Bs[0], scalings[0], biases[0], **rest)]
+def _grouped(op: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """The op of one layer, called as that of a group."""
+
+    def grouped(x: Tensor, *lists: Sequence[Any], **options: Any) -> list[Tensor]:
+        return [op(x, *(values[0] for values in lists), **options)]
 
     return grouped
-
-
-def lora_problem(
-    device: torch.device,
-    shape: tuple[int, ...],
-    width: int,
-    ranks: tuple[int, ...],
-    outs: tuple[int, ...],
-) -> Named:
-    """Float64 tensors by name; a module of rank 0 has no adapter."""
-    made = {"x": numbers(device, *shape, width)}
-    for m, (rank, out) in enumerate(zip(ranks, outs, strict=True)):
-        made[f"W{m}"] = numbers(device, out, width, scale=width**-0.5)
-        made[f"b{m}"] = numbers(device, out)
-        made[f"dY{m}"] = numbers(device, *shape, out)
-        if rank:
-            made[f"A{m}"] = numbers(device, rank, width, scale=width**-0.5)
-            made[f"B{m}"] = numbers(device, out, rank, scale=rank**-0.5)
-    return made
-
-
-def lora_results(
-    op: Callable[..., list[Tensor]],
-    problem: Named,
-    dtype: torch.dtype,
-    adapters: torch.dtype | None,
-    dropout: float,
-) -> Named:
-    """Outputs and the gradients of everything, base included, for a random upstream gradient."""
-    cast = {
-        name: tensor.to(adapters or dtype if name[0] in "AB" else dtype).requires_grad_()
-        for name, tensor in ((name, tensor.clone()) for name, tensor in problem.items())
-    }
-    M = sum(name[0] == "W" for name in problem)
-    seed = torch.tensor([2**61 + 5], device=problem["x"].device) if dropout else None
-    outputs = op(
-        cast["x"],
-        *([cast.get(f"{kind}{m}") for m in range(M)] for kind in "WAB"),
-        [0.5 + 0.25 * m for m in range(M)],
-        [cast[f"b{m}"] for m in range(M)],
-        dropout=dropout,
-        seed=seed,
-    )
-    leaves = {name: tensor for name, tensor in cast.items() if not name.startswith("dY")}
-    upstream = [cast[f"dY{m}"].detach() for m in range(M)]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    found = {f"Y{m}": y.detach() for m, y in enumerate(outputs)}
-    return found | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 # Disagreement, noise

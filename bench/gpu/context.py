@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from bench.counts import Cost, product
 from bench.gpu.checks import DTYPES, OWN, Check, usable_sets
-from bench.gpu.timing import Step, Timer, copies, interleaved, peak_bytes, reason, release, rotating
+from bench.gpu.timing import Step, Timer, peak_bytes, reason, release, rotating, timed
 
 Row = dict[str, Any]
 
@@ -49,8 +49,15 @@ class Context:
                     return f"check failed ({check['case']})"
         return None
 
-    def measure(self, row: str, steps: dict[str, Step], memory: bool = False) -> list[Row]:
-        """Medians of each step by each timer, one row a step; what fails says why."""
+    def measure(
+        self,
+        row: str,
+        steps: dict[str, Step],
+        memory: bool = False,
+        refused: Mapping[str, str | None] = {},
+    ) -> list[Row]:
+        """Medians of each step by each timer, one row a step; what fails or is refused says why."""
+        steps = {name: step for name, step in steps.items() if not refused.get(name)}
         rows: dict[str, Row] = {
             name: {"row": row, "variant": name, "status": "ok"} for name in steps
         }
@@ -64,12 +71,13 @@ class Context:
             alive = {name: step for name, step in steps.items() if rows[name]["status"] == "ok"}
             if timer.name == "graph":
                 alive = {name: step for name, step in alive.items() if step.captured}
-            seconds, failed = interleaved(alive, self.repetitions, timer)
+            seconds, failed = timed(alive, self.repetitions, timer)
             for name, values in seconds.items():
                 rows[name] |= summary(timer.name, values)
             for name, why in failed.items():
                 rows[name]["graph" if timer.name == "graph" else "status"] = why
-        return list(rows.values())
+        whys = [(name, why) for name, why in refused.items() if why]
+        return [*rows.values(), *({"row": row, "variant": n, "status": why} for n, why in whys)]
 
     def shares(self, row: Row, cost: Cost) -> Row:
         """The row with what it moves and computes, and its shares of the card's own rates."""
@@ -79,10 +87,6 @@ class Context:
             row["bandwidth_share"] = cost.bytes / seconds / self.bandwidth
             row["matmul_share"] = cost.flops / seconds / self.rate
         return row
-
-    def copies(self, cost: Cost) -> int:
-        """How many sets of operands of a kernel outlast the card's cache."""
-        return copies(int(cost.bytes), self.device)
 
 
 def best_seconds(row: Row) -> float | None:

@@ -20,7 +20,7 @@ from bench.counts import SHAPES, Cost, drop, expand, pairs, product
 from bench.gpu.checks import choose, runs_kernels
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import GROUPS, PAIRS, PHILOX
-from bench.gpu.timing import Step, rotating
+from bench.gpu.timing import Step, copies, rotating
 
 if HAS_TRITON:
     from adarank_kernels.disagreement.triton import compare
@@ -41,16 +41,13 @@ def in_pairs(
         refused = "no Triton here"
     elif kernel.startswith("lora") and context.dtype == torch.float32:
         refused = "not used in float32"
-    operands = [make() for _ in range(context.copies(cost))]
-    steps = {"plain torch": rotating(plain, operands, before=lambda: choose(context.device, ()))}
-    if refused is None:
-        steps["kernel"] = rotating(ours, operands)
-    rows = context.measure(row, steps)
-    for found in rows:
-        context.shares(found, cost)
-    if refused:
-        rows.append({"row": row, "variant": "kernel", "status": refused})
-    return rows
+    operands = [make() for _ in range(copies(int(cost.bytes), context.device))]
+    steps = {
+        "plain torch": rotating(plain, operands, before=lambda: choose(context.device, ())),
+        "kernel": rotating(ours, operands),
+    }
+    rows = context.measure(row, steps, refused={"kernel": refused})
+    return [context.shares(found, cost) for found in rows]
 
 
 def lora_kernels(context: Context, row: str) -> list[Row]:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from adarank_kernels import pairwise_disagreement
 from bench.counts import SHAPES
-from bench.gpu.checks import DISAGREEMENT_SETS, choose
+from bench.gpu.checks import DISAGREEMENT_SETS, choose, compare
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import DISAGREEMENTS
-from bench.gpu.timing import Step, release, said_of_check
-from bench.materialised import materialised
+from bench.gpu.timing import Step, refusal, release
+from bench.naive import materialised
 
 K = 8
 HEAD_TOKENS = 2048  # a variant
@@ -39,17 +39,15 @@ def disagreement_row(context: Context, row: str) -> list[Row]:
     steps = {
         "materialised": Step(lambda: [materialised(hidden, weight, metric)], captured=False),
     }
-    refused: dict[str, str] = {}
+    refused: dict[str, str | None] = {}
     sample = hidden[:, :100]  # materialising itself must not need all its memory for the check
     expected = materialised(sample.double(), weight.double(), metric)
     for label, kernels in context.sets(DISAGREEMENT_SETS).items():
         name = f"ours, {label}"
-        why = context.failure("pairwise_disagreement", label)
         choose(context.device, kernels)
-        why = why or _refusal(sample, weight, metric, expected)
-        if why:
-            refused[name] = why
-            continue
+        refused[name] = context.failure("pairwise_disagreement", label) or refusal(
+            lambda: _check(sample, weight, metric, expected)
+        )
 
         def run(kernels: Any = kernels) -> list[Tensor]:
             return [pairwise_disagreement(hidden, weight, metric=metric)]
@@ -58,19 +56,10 @@ def disagreement_row(context: Context, row: str) -> list[Row]:
             choose(context.device, kernels)
 
         steps[name] = Step(run, before, captured=False)
-    rows = context.measure(row, steps, memory=True)
-    return rows + [{"row": row, "variant": n, "status": why} for n, why in refused.items()]
+    return context.measure(row, steps, memory=True, refused=refused)
 
 
-def _refusal(hidden: Tensor, weight: Tensor, metric: str, expected: Tensor) -> str | None:
+def _check(hidden: Tensor, weight: Tensor, metric: str, expected: Tensor) -> None:
     """Whether [K, K] is as near to float64 as materialising in the same dtype, twice over."""
-    try:
-        ours = pairwise_disagreement(hidden, weight, metric=metric).double()
-        torchs = materialised(hidden, weight, metric).double()
-        error, allowed = (ours - expected).abs().max(), 2 * (torchs - expected).abs().max() + 1e-6
-        if not error <= allowed:
-            raise ArithmeticError(f"error {error:.3g} above {allowed:.3g}")
-    except Exception as failure:
-        release()
-        return said_of_check(failure)
-    return None
+    ours = pairwise_disagreement(hidden, weight, metric=metric)
+    compare({"d": ours}, {"d": materialised(hidden, weight, metric)}, {"d": expected})

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-import adarank_fast as ada
-from adarank_fast.models.outputs import mean_pool
 from bench.counts import SHAPES, Shape
 from bench.gpu.checks import choose
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import PREDICTIONS
-from bench.gpu.timing import Step, release, said_of_check
-from bench.naive import across, naive_disagreements
+from bench.gpu.timing import Step, refusal, release
+from bench.naive import Problem, across
 
 # items, tokens an item: short questions of an encoder, text of a language model
 ENCODED, WRITTEN, CHECKED = (64, 16), (8, 256), (2, 24)
@@ -39,38 +35,44 @@ def prediction_row(context: Context, row: str) -> list[Row]:
     choose(context.device, [k for k in KERNELS if not context.failure(k)])
     with context.device:
         model = model_of(shape).eval()
-    modules = {t.name: t.path for t in ada.find_targets(model, targets)}
-    metric = "tv" if shape.gated else "l1"
-    why = _refusal(context, model, shape, modules, targets, metric)
+    options = {"target_modules": targets, "metric": "tv" if shape.gated else "l1"}
+    options["trials"] = trials
+    why = refusal(lambda: check(Problem(model, tokens(context, shape, CHECKED), options)))
     model.to(context.dtype)
     release()
-
-    batch = tokens(context, shape, WRITTEN if shape.gated else ENCODED)
-    sample = across(modules, SAMPLE)
-    mask = "attention_mask" if shape.gated else None
+    size = WRITTEN if shape.gated else ENCODED
+    problem = Problem(model, tokens(context, shape, size), options)
+    sample, probes = across(problem.modules, SAMPLE), len(problem.modules) * trials
 
     def forward() -> None:
         with torch.no_grad():
-            model(**batch)
+            model(**problem.batch)
 
     def naive() -> None:
-        naive_disagreements(
-            model, [batch], sample, _read, 1, mask=mask, metric=metric, precise=False
-        )
+        problem.naive(sample, precise=False)
 
     def ours() -> None:
-        predict(model, batch, targets, metric, trials)
+        problem.predict()
 
-    probes = len(modules) * trials
     steps = {
         "one forward": Step(forward, captured=False),
         f"naive loop, {probes} probes": Step(naive, calls=len(sample) / probes, captured=False),
+        "ours": Step(ours, captured=False),
     }
-    if not why:
-        steps["ours"] = Step(ours, captured=False)
     fewer = replace(context, repetitions=min(context.repetitions, REPETITIONS))
-    rows = fewer.measure(row, steps, memory=True)
-    return rows + ([{"row": row, "variant": "ours", "status": why}] if why else [])
+    return fewer.measure(row, steps, memory=True, refused={"ours": why})
+
+
+def check(problem: Problem) -> None:
+    """Whether its scores are those of the naive loop."""
+    sample = across(problem.modules, CHECKS)
+    exact = replace(problem, model=copy.deepcopy(problem.model).double()).naive(sample)
+    torchs, scores = problem.naive(sample), problem.predict(trials=1).scores
+    rounding = max(abs(torchs[name] - value) for name, value in exact.items())
+    for name, value in exact.items():
+        error, allowed = abs(scores[name].trials[0] - value), 1e-5 * value + 2 * rounding
+        if not error <= allowed:
+            raise ArithmeticError(f"{name}: error {error:.3g} above {allowed:.3g}")
 
 
 def model_of(shape: Shape) -> nn.Module:
@@ -89,52 +91,7 @@ def model_of(shape: Shape) -> nn.Module:
     return BertModel(BertConfig(**sizes), add_pooling_layer=False)
 
 
-def predict(
-    model: nn.Module, batch: Mapping[str, Any], targets: str, metric: str, trials: int
-) -> ada.RankPlan:
-    return ada.predict_ranks(
-        model, [batch], 8, target_modules=targets, metric=metric, trials=trials, progress=False
-    )
-
-
 def tokens(context: Context, shape: Shape, size: tuple[int, int]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(1, shape.vocabulary, size, generator=generator).to(context.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _read(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
-    if "logits" in outputs:
-        return outputs.logits
-    return mean_pool(outputs.last_hidden_state, batch["attention_mask"])
-
-
-def _refusal(
-    context: Context,
-    model: nn.Module,
-    shape: Shape,
-    modules: Mapping[str, str],
-    targets: str,
-    metric: str,
-) -> str | None:
-    """Why its prediction must not be timed."""
-    batch = tokens(context, shape, CHECKED)
-    sample = across(modules, CHECKS)
-    mask = "attention_mask" if shape.gated else None
-
-    def naive(model: nn.Module) -> dict[str, float]:
-        found = naive_disagreements(model, [batch], sample, _read, 1, mask=mask, metric=metric)
-        return {name: trials[0] for name, trials in found.items()}
-
-    exact, torchs = naive(copy.deepcopy(model).double()), naive(model)
-    rounding = max(abs(torchs[name] - value) for name, value in exact.items())
-    try:
-        scores = predict(model, batch, targets, metric, 1).scores
-        for name, value in exact.items():
-            error, allowed = abs(scores[name].trials[0] - value), 1e-5 * value + 2 * rounding
-            if not error <= allowed:
-                raise ArithmeticError(f"{name}: error {error:.3g} above {allowed:.3g}")
-    except Exception as failure:
-        release()
-        return said_of_check(failure)
-    return None

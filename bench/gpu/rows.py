@@ -30,15 +30,14 @@ PREDICTIONS = {  # name -> model, targets, trials
     "ranks of Qwen3-0.6B, all-linear": ("Qwen3-0.6B", "all-linear", 1),
 }
 
-SECTIONS = {  # of the report: title, jobs in their order
-    "card": ("The card's own rates", []),
-    "blocks": ("Training steps of one block, forward and backward", [*BLOCKS]),
-    "kernels": ("Triton kernels beside plain PyTorch", [*GROUPS, *PAIRS, *PHILOX]),
-    "ops": ("The disagreement of variants", [*DISAGREEMENTS]),
-    "predictions": ("Whole predictions, models of random weights", [*PREDICTIONS]),
+SECTIONS = {  # of the file: jobs in their order
+    "blocks": [*BLOCKS],
+    "kernels": [*GROUPS, *PAIRS, *PHILOX],
+    "ops": [*DISAGREEMENTS],
+    "predictions": [*PREDICTIONS],
 }
 
 
 def names() -> list[str]:
     """Every job: "section: row"."""
-    return [f"{section}: {row}" for section, (_, rows) in SECTIONS.items() for row in rows]
+    return [f"{section}: {row}" for section, rows in SECTIONS.items() for row in rows]

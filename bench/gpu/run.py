@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from rich.console import Console
 
-from bench.gpu import kernels, ops, predictions, report, rows, steps
+from bench.gpu import kernels, ops, page, predictions, report, rows, steps
 from bench.gpu.checks import Check, check_kernels, check_ops
 from bench.gpu.context import Context, Row, measure_card
 from bench.gpu.timing import Events, Graphs, Timer, reason, release
+from bench.results_file import write_json
 
 Sections = dict[str, list[Row]]
 MEASURES: list[tuple[dict, Callable[[Context, str], list[Row]]]] = [
@@ -75,21 +75,19 @@ def timers() -> list[Timer]:
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """Everything that `options` ask for, on the current card; the table and the file."""
+    """Everything that `options` ask for, on the current card; the page's section and the file."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_float32_matmul_precision("highest")  # no TF32 in the references
     context = Context(device, timers, options.dtype, options.repetitions)
     facts = report.card_facts(device)
     path = options.out or report.default_path(facts["card"], facts["time"][:10])
-    if not options.out:
-        path.parent.mkdir(parents=True, exist_ok=True)
     said = {"dtype": options.dtype, "quick": options.quick, "only": options.only}
     said |= {"repetitions": context.repetitions, "tokens": context.tokens}
     found: dict = {}
 
     def save(checks: list[Check], sections: Sections, finished: bool) -> None:
         found.update(report.content(facts, said, checks, sections, finished))
-        report.write(path, found)
+        write_json(path, found)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -98,5 +96,6 @@ def benchmark(options: argparse.Namespace) -> int:
         return run(context, options.jobs, save, say)
     finally:  # also after Ctrl-C
         if found:
-            titles = {section: title for section, (title, _) in rows.SECTIONS.items()}
-            report.show(Console(width=None if sys.stdout.isatty() else 160), found, path, titles)
+            print(page.card(found), *report.notes(found["sections"]), sep="\n")
+            state = "written to" if found["finished"] else "not finished; what there is is in"
+            print(f"{state} {path}")

@@ -9,24 +9,22 @@ import torch
 from torch import Tensor, nn
 
 import adarank_fast as ada
-from bench.blocks import Block, adapted, cast_base
+from bench.blocks import ADAPTERS32, Block, backward_of, block_variants
 from bench.counts import SHAPES
 from bench.gpu.checks import DEFAULT, LORA_SETS, Named, choose, compare
 from bench.gpu.context import Context, Row
 from bench.gpu.rows import BLOCKS
-from bench.gpu.timing import Step, release, said_of_check
+from bench.gpu.timing import Step, refusal, release
 
 AVERAGE_RANK = 16
 CHECKED_TOKENS = 250  # no multiple of a tile; in float64, so not many
 
 
 def block_row(context: Context, row: str) -> list[Row]:
-    """Every variant of a row, checked on fewer tokens, then timed; also over the frozen base."""
+    """Every variant of a row, checked on fewer tokens, then timed."""
     kind, targets, dropout = BLOCKS[row]
     models = block_models(context, kind, targets, dropout)
     labels = context.sets(LORA_SETS)
-    if not dropout:
-        labels = {k: v for k, v in labels.items() if k not in ("+ drop", "+ shrink")}
     best = DEFAULT if DEFAULT in labels else "vendor GEMMs"
     variants: dict[str, tuple[nn.Module, str]] = {
         name: (models[name], "vendor GEMMs") for name in ("frozen", "peft")
@@ -34,17 +32,17 @@ def block_row(context: Context, row: str) -> list[Row]:
     variants |= {f"ours, {label}": (models["ours"], label) for label in labels}
     if "peft default" in models:
         variants["peft, float32 adapters"] = models["peft default"], "vendor GEMMs"
-        variants[f"ours, float32 adapters, {best}"] = models["ours, float32 adapters"], best
+        variants[f"ours, float32 adapters, {best}"] = models[ADAPTERS32], best
 
-    refused = {}
-    for name, (_, label) in variants.items():
-        if name.startswith("ours"):
-            refused[name] = context.failure("grouped_lora_linear", label)
-    exact, torchs = check_results(context, kind, models["peft"])
+    exact = _results(context, kind, copy.deepcopy(models["peft"]).double())
+    torchs = _results(context, kind, models["peft"])
+    refused: dict[str, str | None] = {}
     for name, (model, label) in variants.items():
-        if name.startswith("ours") and not refused[name]:
+        if name.startswith("ours"):
             choose(context.device, labels[label])
-            refused[name] = _refusal(context, kind, model, torchs, exact)
+            refused[name] = context.failure("grouped_lora_linear", label) or refusal(
+                functools.partial(_check, context, kind, model, torchs, exact)
+            )
     del exact, torchs
     release()
 
@@ -54,54 +52,32 @@ def block_row(context: Context, row: str) -> list[Row]:
     steps = {
         name: training_step(context, model.train(), labels[label], x, dy)
         for name, (model, label) in variants.items()
-        if not refused.get(name)
     }
-    rows = context.measure(row, steps, memory=True)
-    rows += [{"row": row, "variant": name, "status": why} for name, why in refused.items() if why]
-    return overheads(rows, "frozen")
+    return context.measure(row, steps, memory=True, refused=refused)
 
 
 def block_models(context: Context, kind: str, targets: str, dropout: float) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     with torch.device(context.device):
         block = Block(kind).requires_grad_(False)
-    models = {"frozen": copy.deepcopy(block).to(context.dtype)}
-    make = functools.partial(
-        adapted, block, targets, AVERAGE_RANK, mixed=True, lora_dropout=dropout
-    )
-    models["peft"] = make().to(context.dtype)
-    models["ours"] = ada.accelerate(copy.deepcopy(models["peft"]))
-    if context.dtype != torch.float32:
-        models["peft default"] = cast_base(make(), context.dtype)
-        models["ours, float32 adapters"] = ada.accelerate(copy.deepcopy(models["peft default"]))
-    return models
+        return block_variants(block, targets, AVERAGE_RANK, context.dtype, lora_dropout=dropout)
 
 
 def training_step(
     context: Context, model: nn.Module, kernels: tuple[str, ...], x: Tensor, dy: Tensor
 ) -> Step:
     """Forward and backward with these kernels; gradients are dropped and kernels chosen outside."""
-    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    clear, run = backward_of(model, x, dy)
 
     def before() -> None:
         choose(context.device, kernels)
-        for leaf in leaves:
-            leaf.grad = None
-
-    def run() -> list[Tensor]:
-        model(x).backward(dy)
-        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+        clear()
 
     return Step(run, before)
 
 
-def check_results(context: Context, kind: str, peft: nn.Module) -> tuple[Named, Named]:
-    """Output and gradients of PEFT in float64 and in the dtype that is timed; no dropout."""
-    exact = _results(context, kind, copy.deepcopy(peft).double())
-    return exact, _results(context, kind, peft)
-
-
 def _results(context: Context, kind: str, model: nn.Module) -> Named:
+    """Output and gradients in the dtype of the base, without dropout."""
     generator = torch.Generator().manual_seed(2)
     size = (1, CHECKED_TOKENS, SHAPES[kind].width)
     x, dy = (torch.randn(size, generator=generator) for _ in range(2))
@@ -116,25 +92,7 @@ def _results(context: Context, kind: str, model: nn.Module) -> Named:
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(named, grads, strict=True)}
 
 
-def _refusal(
-    context: Context, kind: str, model: nn.Module, torchs: Named, exact: Named
-) -> str | None:
-    try:
-        ours = _results(context, kind, model)
-        compare(ours, torchs, exact, size=torch.Tensor.norm)
-        if ada.fusion_report(model).fused_share < 1:
-            raise ArithmeticError("not every call was fused")
-    except Exception as error:
-        release()
-        return said_of_check(error)
-    return None
-
-
-def overheads(rows: list[Row], base: str) -> list[Row]:
-    """Each row with its time over the base's, a share, for each timer that has both."""
-    frozen = next((row for row in rows if row["variant"] == base), {})
-    for row in rows:
-        for key in ("eager_seconds", "graph_seconds"):
-            if row is not frozen and key in row and key in frozen:
-                row[key.replace("seconds", "overhead")] = row[key] / frozen[key] - 1
-    return rows
+def _check(context: Context, kind: str, model: nn.Module, torchs: Named, exact: Named) -> None:
+    compare(_results(context, kind, model), torchs, exact, size=torch.Tensor.norm)
+    if ada.fusion_report(model).fused_share < 1:
+        raise ArithmeticError("not every call was fused")

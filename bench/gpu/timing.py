@@ -1,4 +1,4 @@
-"""Interleaved timings with a timer to choose: the CPU's clock, CUDA events, or replayed graphs.
+"""Interleaved timings with a timer to choose: CUDA events, or those of replayed graphs.
 
 `torch.cuda` is ROCm's too. "eager" times are taken from an idle card, so launches are part of them;
 "graph" times have none.
@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import gc
-import random
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from bench.slices import interleaved
 
 Outputs = Iterable[Tensor] | None
 OUT_OF_MEMORY = "out of memory"
@@ -47,22 +47,6 @@ class Timer(Protocol):
         """Warm up; what to time."""
 
     def seconds(self, run: Callable[[], object]) -> float: ...
-
-
-class Clock:
-    """The host's clock: for tests, and for nothing that runs behind the host's back."""
-
-    name = "eager"
-
-    def ready(self, step: Step) -> Callable[[], object]:
-        step.before()
-        step.run()
-        return step.run
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
 
 
 class Events:
@@ -147,10 +131,10 @@ def _free_generator() -> None:
         generator.graphsafe_set_state(generator.clone_state())
 
 
-def interleaved(
+def timed(
     steps: dict[str, Step], repetitions: int, timer: Timer
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds a call of every repetition of every step, in an order drawn anew; why others failed.
+    """Seconds a call of every repetition of every step, interleaved; why others failed.
 
     A step that cannot be prepared is left out with its reason.
     """
@@ -162,14 +146,12 @@ def interleaved(
         except Exception as error:  # the others are still worth timing
             failed[name] = reason(error)
             release()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs), random.Random(time.time_ns())
-    for _ in range(repetitions):
-        shuffle.shuffle(order)
-        for name in order:
-            steps[name].before()
-            seconds[name].append(timer.seconds(runs[name]) / steps[name].calls)
-    return seconds, failed
+
+    def seconds_of(name: str) -> float:
+        steps[name].before()
+        return timer.seconds(runs[name]) / steps[name].calls
+
+    return interleaved(runs, seconds_of, repetitions), failed
 
 
 def reason(error: BaseException) -> str:
@@ -182,10 +164,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
-def said_of_check(error: BaseException) -> str:
-    """The status of what cannot be timed because its check raised."""
-    why = reason(error)
-    return why if why == OUT_OF_MEMORY else f"check failed: {why}"
+def refusal(check: Callable[[], object]) -> str | None:
+    """The status of what must not be timed because its check raised."""
+    try:
+        check()
+    except Exception as error:
+        release()
+        why = reason(error)
+        return why if why == OUT_OF_MEMORY else f"check failed: {why}"
+    return None
 
 
 def release() -> None:

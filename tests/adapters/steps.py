@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import (
@@ -93,7 +94,9 @@ class Steps:
     def both_adapters(self, model, rng):
         if "other" in model.peft_config:
             model.base_model.set_adapter(["default", "other"])
-            found = [self.case.output(model, 6).detach()]
+            model.zero_grad()
+            self.case.loss(model, 6).backward()
+            found = [*self.case.gradients(model), self.case.output(model, 6).detach()]
             model.set_adapter("default")
             return model, found
         return model, []
@@ -146,6 +149,14 @@ class Steps:
         self.case.loss(model, 9).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         torch.optim.SGD(trained, lr=0.05).step()
+        return model, []
+
+    def loraplus_step(self, model, rng):
+        """B learns at another rate than A."""
+        self.case.loss(model, 9).backward()
+        create_loraplus_optimizer(
+            model, torch.optim.SGD, lr=0.01, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.0
+        ).step()
         return model, []
 
     def autocast(self, model, rng):

@@ -12,14 +12,19 @@ import os
 import random
 import warnings
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from packaging.version import Version
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import adarank_fast as ada
 from tests.adapters.steps import STEPS, Steps, randomise
 from tests.tiny_models import batch, tiny
+
+OLD_PEFT = Version(peft.__version__) < Version("0.19")  # it fails in some orders itself
 
 CASES = int(os.environ.get("ADARANK_DIFFERENTIAL", "500"))
 CASES_IN_A_TEST = 20
@@ -83,14 +88,15 @@ class Case:
             else {},
             "use_rslora": rng.random() < 0.2,
             "use_dora": rng.random() < 0.1,
-            "lora_bias": rng.random() < 0.05,
+            "lora_bias": rng.random() < 0.1,
             "lora_dropout": 0.0,
         }
-        self.init = rng.choice([True, True, "gaussian", "pissa"])
+        self.init = rng.choice([True, True, "gaussian", "pissa", "eva"])
         if self.settings["use_dora"]:
             self.settings["lora_bias"] = False
         special = self.settings["lora_bias"] or self.settings["use_dora"]
-        if special or self.dtype in (torch.bfloat16, torch.float64):
+        low_or_high = self.dtype in (torch.bfloat16, torch.float64)
+        if special or (low_or_high and self.init == "pissa"):
             self.init = True
         self.trained_from_start = rng.random() < 0.8 or self.init == "pissa"
         self.saves = self.init != "pissa"  # which changes the base
@@ -106,6 +112,7 @@ class Case:
             target_modules=targets or self.targets,
             fan_in_fan_out=self.kind == "gpt2",
             init_lora_weights=self.init,
+            eva_config=EvaConfig() if self.init == "eva" else None,
             **{**self.settings, **changes},
         )
 
@@ -114,11 +121,23 @@ class Case:
         plain = get_peft_model(
             self.base(), self.config(), autocast_adapter_dtype=self.adapter_dtype == torch.float32
         )
+        if self.init == "eva":
+            self.start_from_eva(plain)
         if self.init != "pissa" and self.trained_from_start:
             randomise(plain, 2)
         fused = ada.accelerate(copy.deepcopy(plain))
         fused.accelerated = True
         return plain.train(), fused.train()
+
+    def start_from_eva(self, model):
+        """As from EVA: A with orthonormal rows, another rank for every layer, 0 among them."""
+        found = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                width = layer.in_features
+                rows = torch.linalg.qr(torch.randn(width, width))[0]
+                found[name] = rows[: self.rng.randint(0, 9) if found else 4]
+        initialize_lora_eva_weights(model, eva_state_dict=found)
 
     def inputs(self, seed):
         if self.kind != "mlp":
@@ -175,7 +194,12 @@ def check(number):
         where = f"case {number}, {case.kind}, {case.dtype}, {case.settings}, {done}"
         seed = 1000 * number + place
         saves = case.saves
-        plain, wanted = getattr(steps, step)(plain, random.Random(seed))
+        try:
+            plain, wanted = getattr(steps, step)(plain, random.Random(seed))
+        except RuntimeError:
+            if OLD_PEFT:  # unmerging DoRA on Conv1D
+                return
+            raise
         case.saves = saves
         fused, found = getattr(steps, step)(fused, random.Random(seed))
         low = torch.bfloat16 if step == "autocast" else case.dtype
@@ -187,9 +211,7 @@ def check(number):
     for i, tensors in enumerate(case.probe(fused)):  # its groups are known by now
         for first, second in zip(again[i], tensors, strict=True):
             assert torch.equal(first, second), f"{where}: differs when repeated"
-    assert sum(layer.fused_calls for layer in ada.fusion_report(fused).values()) or (
-        case.settings["use_dora"] or case.settings["lora_bias"]
-    )
+    assert sum(layer.fused_calls for layer in ada.fusion_report(fused).values())
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CASES_IN_A_TEST))

@@ -20,6 +20,7 @@ from transformers import (
 
 import adarank_fast as ada
 from adarank_fast.adapters import export
+from adarank_fast.adapters.adapter_files import read_adapter
 from adarank_fast.plan.trainer_formats import export_plan, render
 from tests.adapters.adapted import adapted, mixed_plan, output, randomise, shapes_in
 from tests.tiny_models import batch, tiny
@@ -87,7 +88,7 @@ def test_saved_and_live_adapters_export_the_same(tmp_path):
     ada.export_uniform(peft_model, tmp_path / "live", rank=32)
     with torch.device("meta"):
         skeleton = type(tiny("llama"))(peft_model.config)
-    adapter = export.read_adapter(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
     assert export.export_saved(adapter, skeleton, tmp_path / "saved", rank=32) == 32
     live, saved = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("live", "saved"))
     assert live.keys() == saved.keys()

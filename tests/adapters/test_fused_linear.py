@@ -98,7 +98,7 @@ def test_peft_features_fall_back_with_their_reason():
     for model in (plain, fused):
         model.base_model.set_adapter(["default", "other"])
     torch.testing.assert_close(logits(fused), logits(plain))
-    assert "several active adapters" in reasons(fused)
+    assert reasons(fused) == {"adapters disabled", "merged"}
     merged = fused.merge_and_unload()
     assert not fusable(merged)
     ada.restore(merged)
@@ -106,18 +106,11 @@ def test_peft_features_fall_back_with_their_reason():
     assert logits(merged).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (dict(use_dora=True), "a LoRA variant (DoraLinearVariant)"),
-        (dict(lora_bias=True), "lora_bias"),
-    ],
-)
-def test_variants_fall_back(arguments, reason):
-    plain = mixed("llama", **arguments)
+def test_variants_fall_back():
+    plain = mixed("llama", use_dora=True, lora_dropout=0.5)
     fused = ada.accelerate(copy.deepcopy(plain))
     assert_equal(gradients(fused, "llama"), gradients(plain, "llama"))
-    assert reasons(fused) == {reason}
+    assert reasons(fused) == {"DoRA with dropout"}
     assert ada.fusion_report(fused).fused_share == 0.0
     assert "0 of 14 LoRA layers fused" in str(ada.fusion_report(fused))
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adarank_fast as ada
 from adarank_fast.adapters import fused_linear as fused_layers
+from adarank_fast.adapters import members
 from tests.adapters.fused_models import (
     assert_equal,
     fusable,
@@ -131,7 +132,7 @@ def test_nothing_outlives_a_forward():
     handle.remove()
     gc.collect()
     assert seen and all(reference() is None for reference in seen)
-    assert fused_layers._thread.waiting is None
+    assert fused_layers.thread.waiting is None
 
 
 def test_an_exception_leaves_the_groups_sound():
@@ -147,7 +148,7 @@ def test_an_exception_leaves_the_groups_sound():
         loss_of(fused, "llama")
     handle.remove()
     assert_equal(gradients(fused, "llama"), expected)
-    assert fused_layers._thread.waiting is None
+    assert fused_layers.thread.waiting is None
     assert not any(m._adarank.group.missed for m in fusable(fused) if m._adarank.group)
 
 
@@ -189,7 +190,7 @@ def test_layers_called_by_themselves_while_adapters_are_switched(plain_base, mon
     """Nobody's forward ends in between, so outputs may still wait when the adapter is another."""
     torch.manual_seed(0)
     if not plain_base:
-        monkeypatch.setattr(fused_layers, "has_plain_base", lambda layer: False)
+        monkeypatch.setattr(members, "has_plain_base", lambda layer: False)
     config = LoraConfig(r=2, target_modules=["a", "b", "c"])
     plain = get_peft_model(Odd(), config)
     plain.add_adapter("other", config)
@@ -292,7 +293,7 @@ def test_what_is_known_of_a_layer_is_found_out_again(change):
         torch.testing.assert_close(fused(x), plain(x))
     if change != "dtype":
         assert not torch.allclose(fused(x), before)
-    assert ("no active adapter here" in reasons(fused)) == (change == "deleted")
+    assert not reasons(fused)
 
 
 def test_dropout_follows_the_mode():

@@ -85,7 +85,7 @@ def test_several_adapters_and_switching(tmp_path):
         seen.append(logits(fused))
     assert torch.equal(seen[0], seen[2]) and (seen[0] - seen[1]).abs().max() > 0.01
     reasons = set().union(*(layer.reasons for layer in ada.fusion_report(fused).values()))
-    assert reasons == {"no active adapter here"}  # in layers that only the other one has
+    assert reasons == set()
     fused.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama", layers=2), tmp_path)
     loaded.load_adapter(tmp_path / "other", "other")
@@ -198,23 +198,21 @@ def test_a_tied_head_of_an_encoder_decoder_is_not_merged(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    "arguments",
     [
-        (dict(scaling="rslora"), None),
-        (dict(lora_dropout=0.0, init_lora_weights="gaussian"), None),
-        (dict(use_dora=True), "a LoRA variant (DoraLinearVariant)"),
-        (dict(lora_bias=True), "lora_bias"),
+        dict(scaling="rslora"),
+        dict(lora_dropout=0.0, init_lora_weights="gaussian"),
+        dict(use_dora=True),
+        dict(lora_bias=True),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
-def test_variants(arguments, reason, tmp_path):
+def test_variants(arguments, tmp_path):
     plain, fused = pair(**arguments)
     assert_same_gradients(plain, fused)
     expected = logits(fused)
     torch.testing.assert_close(expected, logits(plain), rtol=1e-5, atol=1e-6)
-    report = ada.fusion_report(fused)
-    assert report.fused_share == (0.0 if reason else 1.0)
-    assert set().union(*(layer.reasons for layer in report.values())) == {reason} - {None}
+    assert ada.fusion_report(fused).fused_share == 1.0
     fused.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama", layers=2), tmp_path)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-6)

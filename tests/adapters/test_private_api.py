@@ -89,4 +89,4 @@ def test_functions_of_constant_result_are_run_when_traced():
 def test_a_setting_that_is_gone_is_named(monkeypatch):
     monkeypatch.setattr(torch._dynamo, "config", object())
     with pytest.raises(RuntimeError, match="has no torch._dynamo.config.force_parameter_static"):
-        torch_private.let_parameter_shapes_vary()
+        torch_private.parameter_shape_settings()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from adarank_kernels.runtime import registry
 from bench.counts import SHAPES, Shape
 from bench.gpu import checks, ops, predictions, rows, steps
 from bench.gpu.context import Context
-from bench.gpu.timing import Clock
+from bench.gpu.timing import Step
 
 TINY = ("blocks: tiny", "kernels: tiny group", "kernels: pairs", "kernels: philox")
 TINY_OPS = ("ops: tiny l1", "ops: tiny tv")
@@ -38,6 +41,22 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "CHECKED_TOKENS", 20)
     for state in ("_status", "_settled"):  # choosing kernels changes them
         monkeypatch.setattr(registry, state, dict(getattr(registry, state)))
+
+
+class Clock:
+    """The host's clock."""
+
+    name = "eager"
+
+    def ready(self, step: Step) -> Callable[[], object]:
+        step.before()
+        step.run()
+        return step.run
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
 
 
 def cpu_context(dtype: str = "bfloat16", repetitions: int = 3) -> Context:

@@ -109,8 +109,7 @@ def test_everything_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "ours, float32 adapters, vendor GEMMs",
     }
     for name, row in blocks.items():
-        assert row["repetitions"] == 3 and row["eager_seconds"] > 0
-        assert ("eager_overhead" in row) == (name != "frozen")
+        assert row["repetitions"] == 3 and row["eager_seconds"] > 0, name
     for row in found["sections"]["kernels"]:
         timed = row["variant"] != "kernel"  # no card, no interpreter
         assert ("eager_seconds" in row) == timed == (row["status"] == "ok")
@@ -174,13 +173,12 @@ def test_a_block_that_computes_something_else_is_not_timed(
 def test_a_prediction_of_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny(monkeypatch)
     monkeypatch.setattr(run, "check_ops", lambda *args: iter(()))
-    loop = predictions.naive_disagreements
+    loop = predictions.Problem.naive
 
-    def other(*args: Any, **kwargs: Any) -> dict[str, list[float]]:
-        found = loop(*args, **kwargs)
-        return {name: [1.001 * value for value in values] for name, values in found.items()}
+    def other(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return {name: 1.001 * value for name, value in loop(*args, **kwargs).items()}
 
-    monkeypatch.setattr(predictions, "naive_disagreements", other)
+    monkeypatch.setattr(predictions.Problem, "naive", other)
     status, found = saved(cpu_context(), ["predictions: tiny writer"])
     *others, ours = found["sections"]["predictions"]
     assert status == 1 and all("eager_seconds" in row for row in others)

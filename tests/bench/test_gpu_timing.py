@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bench.counts import Cost
-from bench.gpu import steps, timing
-from bench.gpu.context import Row, summary
-from bench.gpu.timing import Graphs, Step, interleaved, rotating
+from bench.gpu import timing
+from bench.gpu.context import summary
+from bench.gpu.timing import Graphs, Step, rotating
 from tests.bench.gpu_benchmark import cpu_context, out_of_memory
 
 
@@ -29,16 +29,6 @@ def test_shares_of_the_cards_own_rates_prefer_the_graph() -> None:
     row = context.shares({"eager_seconds": 9.0, "graph_seconds": 2.0}, Cost(500.0, 1000.0))
     assert row["bandwidth_share"] == 0.25 and row["matmul_share"] == 0.1
     assert "bandwidth_share" not in context.shares({"status": "out of memory"}, Cost(1.0, 1.0))
-
-
-def test_overheads_over_the_frozen_base() -> None:
-    rows: list[Row] = [
-        {"variant": "frozen", "eager_seconds": 2.0, "graph_seconds": 1.0},
-        {"variant": "peft", "eager_seconds": 3.0},
-    ]
-    steps.overheads(rows, "frozen")
-    assert rows[1]["eager_overhead"] == 0.5 and "graph_overhead" not in rows[1]
-    assert "eager_overhead" not in rows[0]
 
 
 class Scripted:
@@ -58,13 +48,13 @@ class Scripted:
 
 def test_interleaving_counts_calls_and_goes_on_without_what_fails() -> None:
     before: list[int] = []
-    timed = {
+    steps = {
         "three at once": rotating(lambda t: t + 1, [(torch.ones(1),)] * 3),
         "one": Step(lambda: None, before=lambda: before.append(1)),
         "large": Step(out_of_memory),
     }
     timer = Scripted()
-    seconds, failed = interleaved(timed, 4, timer)
+    seconds, failed = timing.timed(steps, 4, timer)
     assert seconds == {"three at once": [2.0] * 4, "one": [6.0] * 4}
     assert failed == {"large": "out of memory"} and timer.asked == 8 and len(before) == 4
 
@@ -165,7 +155,16 @@ def test_a_capture_that_breaks_off_leaves_the_stream_and_the_generator(
     assert graphs.stream is not used and graphs.graphs == []
 
 
-def test_what_ran_out_of_memory_is_no_failed_check() -> None:
-    assert timing.said_of_check(torch.OutOfMemoryError("x")) == "out of memory"
-    assert timing.said_of_check(RuntimeError("CUDA error: out of memory\n...")) == "out of memory"
-    assert timing.said_of_check(ValueError("a\nb")) == "check failed: ValueError: a"
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("x"), "out of memory"),
+        (RuntimeError("CUDA error: out of memory\n..."), "out of memory"),
+        (ValueError("a\nb"), "check failed: ValueError: a"),
+    ],
+)
+def test_what_ran_out_of_memory_is_no_failed_check(error: Exception, said: str) -> None:
+    def check() -> None:
+        raise error
+
+    assert timing.refusal(check) == said and timing.refusal(lambda: None) is None

@@ -1,11 +1,6 @@
-"""Projections: counts worked out by hand, and the word in every title and column."""
+"""Projections: counts worked out by hand, and the word in every title."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -25,12 +20,10 @@ from bench.roofline import (
     adapter_cost,
     base_cost,
     common_costs,
-    main,
     project,
-    table,
+    projections,
 )
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "roofline.py"
 QKV = (4096, (4096, 1024, 1024))
 
 
@@ -82,41 +75,11 @@ def test_no_form_is_below_the_base_and_none_of_ours_above_peft() -> None:
     assert set(FORMS.values()) == set(PASSES)
 
 
-def test_every_title_and_every_column_says_projection(capsys: pytest.CaptureFixture[str]) -> None:
-    drawn = table("anything", project(CARDS["A100"], SHAPES["Qwen3-0.6B"], 512, 8))
-    assert "Projection" in str(drawn.title)
-    assert all("projection" in str(column.header) for column in drawn.columns)
-    assert main(["--tokens", "512"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("Projection, not measured:") == 2 * 2 * 3
+def test_every_table_says_projection_and_has_its_figures() -> None:
+    printed = projections()
+    assert printed.count("Projection, not measured: ") == printed.count("| projection of |") == 12
     assert "Formula" in printed and "70%" in printed and "90%" in printed
-
-
-def test_runs_as_a_script_and_prints_json() -> None:
-    command = [sys.executable, str(SCRIPT), "--json", "--card", "H100", "--rank", "16"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=SCRIPT.parents[1]
-    )
-    found = json.loads(done.stdout)
-    assert found["projection"] is True and len(found["rows"]) == 2
-    for row in found["rows"]:
-        assert row["card"] == "H100" and row["rank"] == 16 and row["tokens"] == 8192
-        assert row["projected_seconds"]["step"]["base"] > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--rank", "0"], "must be a positive whole number, got '0'"),
-        (["--tokens", "many"], "got 'many'"),
-        (["--card", "B9000"], "invalid choice: 'B9000'"),
-        (["--model", "none"], "invalid choice: 'none'"),
-    ],
-)
-def test_bad_input_is_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+    *_, last = printed.strip().splitlines()
+    step = project(CARDS["H100"], SHAPES["Qwen3-0.6B"], 8192, 64)["step"]
+    over = f"{step['floor'] * 1e3:.3g} ({step['floor'] / step['base'] - 1:+.0%}) |"
+    assert last.startswith(f"| step | {step['base'] * 1e3:.3g} |") and last.endswith(over)

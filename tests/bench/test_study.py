@@ -10,7 +10,7 @@ from adarank_fast.plan.rank_plan import RankPlan
 from bench import bench_compare, results_file, study
 from bench.results_page import PAGE, Agreement, agreements, page
 from bench.study import Enough, Experiment, Limit
-from bench.study_plans import USUAL, looks
+from bench.study_plans import MODELS, USUAL, planned
 from tests.bench.test_benchmarks_page import HERE, cells
 from tests.tiny_texts import EXAMPLES, save_tiny
 
@@ -196,9 +196,10 @@ def test_plans(tmp_path):
 
 
 def test_every_model_has_a_usual_prediction():
-    planned = looks()
-    assert planned["outputs"].keys() == planned["stability"].keys()
-    assert all(USUAL in mine for mine in planned["outputs"].values())
+    outputs, stability = planned("outputs"), planned("stability")
+    assert {f"{model}: {USUAL}" for model in MODELS} <= outputs.keys()
+    assert {model for model, _ in stability.values()} == MODELS.keys()
+    assert outputs[f"SmolLM2-135M: {USUAL}"][1].texts == 4 and not planned("accumulating")
 
 
 def test_the_committed_page_is_of_the_committed_results():

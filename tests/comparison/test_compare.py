@@ -241,12 +241,12 @@ BAD = {
     "seeds": (dict(seeds=0), "seeds must be a positive number .* got 0"),
     "same seeds": (dict(seeds=[1, 1]), "seeds must be"),
     "rates": (dict(learning_rates=()), "learning_rates must be different numbers"),
-    "rank": (dict(average_rank=0), "average_rank must be an integer of at least 1, got 0"),
+    "rank": (dict(average_rank=0), "average_rank must be a positive integer, got 0"),
     "task": (dict(task="parsing"), "task='parsing' is unknown"),
     "tokenizer": (dict(tokenizer=None), "need tokenizer="),
-    "epochs": (dict(epochs=0), "epochs must be an integer of at least 1, got 0"),
-    "max_steps": (dict(max_steps=0), "max_steps must be an integer of at least 1, got 0"),
-    "trials": (dict(trials=0), "trials must be an integer of at least 1, got 0"),
+    "epochs": (dict(epochs=0), "epochs must be a positive integer, got 0"),
+    "max_steps": (dict(max_steps=0), "max_steps must be a positive integer, got 0"),
+    "trials": (dict(trials=0), "trials must be a positive integer, got 0"),
     "seed": (dict(seeds=[2**32]), r"seeds must be .* below 2\*\*32"),
     "no rate": (dict(learning_rates=(math.nan,)), r"learning_rates must be .* got \[nan\]"),
     "no function": (dict(metric="f1"), "metric must be a function or None, got 'f1'"),
@@ -268,7 +268,7 @@ def test_bad_input(case, tmp_path):
 
 
 def test_bad_data():
-    with pytest.raises(TypeError, match="data must be a file, TextData"):
+    with pytest.raises(TypeError, match="data must be a file, texts"):
         ada.compare(encoder, [], EXAMPLES)
     with pytest.raises(ValueError, match="need two classes|needs two classes"):
         ada.compare(encoder, [("x y", "a")] * 9, [("z", "a")], tokenizer=tokenizer())

@@ -28,7 +28,7 @@ from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.outputs import choose_output, position_mask
 from adarank_fast.models.targets import find_blocks, find_candidates
 from adarank_fast.prediction.cost import estimate_cost
-from adarank_fast.prediction.recording import FOLDED
+from adarank_fast.prediction.folding import FOLDED
 from tests.conformance.case import YES, Case
 from tests.conformance.numbers import (
     TOLERANCE,

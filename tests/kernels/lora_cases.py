@@ -23,13 +23,18 @@ class Group:
     dYs: list[Tensor]
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> Group:
+    def to(
+        self,
+        dtype: torch.dtype,
+        adapters: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Group:
         """The same numbers in another dtype, as leaves of their own."""
 
         def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if tensor is None:
                 return None
-            copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
+            copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
             return copy.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 
         low = adapters or dtype
@@ -40,7 +45,7 @@ class Group:
             lora_As=[cast(t, low) for t in self.lora_As],
             lora_Bs=[cast(t, low) for t in self.lora_Bs],
             biases=[cast(t, dtype) for t in self.biases],
-            dYs=[t.to(dtype) for t in self.dYs],
+            dYs=[t.to(device, dtype) for t in self.dYs],
         )
 
     def run(self, op: Any) -> list[Tensor]:

@@ -175,7 +175,11 @@ SIZES = {"a": (32, 32), "b": (16, 64)}
         (None, {"average_rank": float("nan")}, "average_rank must be a positive number, got nan"),
         (None, {"average_rank": 0.4}, "average_rank=0.4 .* less than one rank"),
         (None, {"average_rank": 4, "budget_parameters": 100}, "both given"),
-        (None, {"budget_parameters": 0, "sizes": SIZES}, "budget_parameters must be an integer"),
+        (
+            None,
+            {"budget_parameters": 0, "sizes": SIZES},
+            "budget_parameters must be a positive integer",
+        ),
         (None, {"budget_parameters": 100}, "budget_parameters needs sizes"),
         (None, {"sizes": {"a": (32, 32)}}, "sizes lacks b"),
         (None, {"min_rank": 9}, r"average_rank=8 \(16 ranks .* too small for min_rank=9.* 18"),
@@ -184,9 +188,9 @@ SIZES = {"a": (32, 32), "b": (16, 64)}
         (None, {"min_rank": 5, "max_rank": 4}, "max_rank=4 is below min_rank=5"),
         (None, {"min_rank": 5, "max_rank": 6, "rank_multiple": 4}, "min_rank=5 .* needs rank 8"),
         (None, {"min_rank": 20, "sizes": SIZES, "average_rank": 24}, "min_rank=20 .* for b"),
-        (None, {"rank_multiple": 0}, "rank_multiple must be an integer of at least 1, got 0"),
+        (None, {"rank_multiple": 0}, "rank_multiple must be a positive integer, got 0"),
         (None, {"min_rank": -1}, "min_rank must be an integer of at least 0"),
-        (None, {"max_rank": 0}, "max_rank must be an integer of at least 1"),
+        (None, {"max_rank": 0}, "max_rank must be a positive integer"),
     ],
 )
 def test_bad_input_is_one_clear_line(scores, options, message):

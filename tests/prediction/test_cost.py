@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import adarank_fast as ada
-from adarank_fast.prediction.recording import FOLDED
+from adarank_fast.prediction.folding import FOLDED
 from tests.tiny_models import batch, tiny
 
 

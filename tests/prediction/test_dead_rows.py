@@ -127,3 +127,53 @@ def test_a_block_without_gradients_is_computed_whole():
         chosen = choose_output(model, "auto", inputs)
         clean = record_clean_passes(model, chosen, [inputs], find_targets(model, ["layers.0"]))
     assert read_rows(clean) == {}
+
+
+class Gated(nn.Module):
+    """Pools the positions that a hard gate lets pass; `gate` says where it looks."""
+
+    def __init__(self, gate):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.gate = gate
+
+    def forward(self, x):
+        before = self.layers[0](x)
+        after = self.layers[1](before)
+        chosen = self.gate({"before": before, "after": after, "x": x})[..., None]
+        return torch.where(chosen, after, 0).sum(1)
+
+
+GATES = {
+    "compares": lambda seen: seen["after"][..., 0] > 0.5,
+    "compares what is cut off": lambda seen: seen["after"].detach()[..., 0] > 0.5,
+    "compares an earlier layer": lambda seen: seen["before"][..., 0] > 0.3,
+    "takes the largest": lambda seen: nn.functional.one_hot(
+        seen["after"][..., 0].argmax(1), seen["x"].shape[1]
+    ).bool(),
+    "rounds": lambda seen: seen["after"][..., 0].long() == 0,
+    "turns NaN into 0": lambda seen: (
+        seen["after"][..., 0].nan_to_num().sign().bool() & (seen["x"][..., 0] > 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_positions_that_a_hard_gate_leaves_out_are_computed(gate):
+    model, inputs = Gated(gate), {"x": torch.randn(5, 9, 6)}
+    plan = ada.predict_ranks(
+        model, [inputs], 2, target_modules="all-linear", trials=4, progress=False
+    )
+    modules = {name: name for name in plan.ranks}
+    naive = naive_disagreements(model, [inputs], modules, lambda outputs, _: outputs, 4)
+    for name, values in naive.items():
+        assert plan.scores[name].trials == pytest.approx(values, rel=1e-4)
+
+
+def test_positions_that_a_fixed_gate_leaves_out_are_not():
+    model, inputs = Gated(lambda seen: seen["x"][..., 0] > 0), {"x": torch.randn(5, 9, 6)}
+    with undisturbed(model):
+        chosen = choose_output(model, "auto", inputs)
+        clean = record_clean_passes(model, chosen, [inputs], find_targets(model, "all-linear"))
+    assert read_rows(clean)["1"] == (inputs["x"][..., 0] > 0).flatten().nonzero()[:, 0].tolist()

@@ -11,10 +11,11 @@ from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import choose_output
 from adarank_fast.models.targets import find_targets
 from adarank_fast.prediction import prober as probing
+from adarank_fast.prediction.folding import BY_CONTENT, FOLDED
 from adarank_fast.prediction.linear_cache import _Same
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.prober import Prober
-from adarank_fast.prediction.recording import BY_CONTENT, FOLDED, record_clean_passes
+from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 from bench.naive import naive_disagreements
 from tests.prediction.tiny_predictions import assert_same, predict
@@ -263,7 +264,7 @@ def test_a_variant_that_overflows_is_named():
         def forward(self, x):
             x = self.layers[0](x)
             moved = (self.layers[1](x) - nn.functional.linear(x, *self.layers[1].parameters())) * 1
-            return x / (moved.abs().amax() == 0)
+            return x / (moved.abs().amax(1, keepdim=True) == 0)
 
     with pytest.raises(ValueError, match=r"perturbed \(trial 0\)"):
         predict(

@@ -12,9 +12,10 @@ from adarank_fast.models.forward_patching import undisturbed
 from adarank_fast.models.memory import Memory
 from adarank_fast.models.outputs import choose_output
 from adarank_fast.models.targets import find_targets
+from adarank_fast.prediction.folding import FOLDED
 from adarank_fast.prediction.noise import Variant, measure_stds
 from adarank_fast.prediction.prober import Prober
-from adarank_fast.prediction.recording import FOLDED, record_clean_passes
+from adarank_fast.prediction.recording import record_clean_passes
 from adarank_fast.prediction.replay import Replay
 from bench.naive import naive_disagreements
 from tests.tiny_models import spread
@@ -175,3 +176,40 @@ def test_a_replay_keeps_all_outputs_once_an_earlier_one_is_read():
         assert not clean.reader.read(batch_twice, patches).isnan().any()
         prober = Prober(model, replay, 0, "l1", measure_stds(targets), Memory(2**30))
         assert [len(chunk) for chunk in prober.run([Variant(targets[-1], 0)])] == [1]
+
+
+class Looks(nn.Module):
+    """Decides at its end on what the first block returned."""
+
+    def __init__(self, look):
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = (nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
+        self.layers = nn.ModuleList(blocks)
+        self.look = look
+
+    def forward(self, x):
+        first = x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = layer(x)
+        return self.look(first, x)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda first, x: torch.where(first > 0, x, 0.0),
+        lambda first, x: x + first.nan_to_num(),
+        lambda first, x: x if first.sum() < 1e9 else x * 0,
+        lambda first, x: x.gather(-1, first.argsort(-1)) * x[..., :1],
+    ],
+    ids=["compares", "passes over NaN", "branches", "sorts"],
+)
+def test_decisions_on_what_an_earlier_block_returned(look):
+    model, inputs = Looks(look), {"x": torch.randn(5, 7, 6)}
+    options = dict(target_modules="all-linear", trials=2, progress=False)
+    plan = ada.predict_ranks(model, [inputs], 2, **options)
+    modules = {name: name for name in plan.ranks}
+    naive = naive_disagreements(model, [inputs], modules, lambda outputs, _: outputs, 2)
+    for name, values in naive.items():
+        assert plan.scores[name].trials == pytest.approx(values, rel=1e-4)

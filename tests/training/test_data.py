@@ -94,7 +94,10 @@ IDS = list(enumerate(REVIEWS))
 
 
 def test_labels(tmp_path):
-    lines = [{"text": t, "label": n, "topic": x} for t, n, x in zip("abc", (10, 2, 2), "xyy")]
+    lines = [
+        {"text": t, "label": n, "topic": x}
+        for t, n, x in zip("abc", (10, 2, 2), "xyy", strict=True)
+    ]
     path = write(tmp_path / "a.jsonl", lines)
     data = read_data(path)
     assert (data.labels, data.classes) == (["10", "2", "2"], ["2", "10"])

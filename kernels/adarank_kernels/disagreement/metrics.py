@@ -68,14 +68,10 @@ def l1(f: Tensor, pairs: bool, infinite: bool = False) -> Tensor:
     return _pairwise(distance, f, pairs)
 
 
-def _differ(i: Tensor, j: Tensor) -> Tensor:
-    return (i != j).double() + 0 * (i + j)  # NaN stays
-
-
 def _argmax(f: Tensor, pairs: bool) -> Tensor:
     largest, index = f.max(-1)
     index = index.double().masked_fill_(largest.isnan(), torch.nan)
-    return _pairwise(_differ, index, pairs)
+    return _pairwise(lambda i, j: (i != j).double() + 0 * (i + j), index, pairs)  # NaN stays
 
 
 def _kl(f: Tensor, pairs: bool) -> Tensor:
@@ -98,12 +94,9 @@ def _kl(f: Tensor, pairs: bool) -> Tensor:
 def _js(f: Tensor, pairs: bool) -> Tensor:
     entropy: Callable[[Tensor], Tensor] = torch.special.entr
 
-    def mixture(p: Tensor, q: Tensor) -> Tensor:
-        return entropy((p + q).div_(2)).sum(-1)
-
     p = f.softmax(-1)
     own = entropy(p).sum(-1)
-    mixed = _pairwise(mixture, p, pairs)
+    mixed = _pairwise(lambda p, q: entropy((p + q).div_(2)).sum(-1), p, pairs)
     if not pairs:
         return (mixed - (own[1:] + own[0]) / 2).clamp_min_(0)
     found = (mixed - (own + own[:, None]) / 2).clamp_min_(0)
@@ -144,9 +137,8 @@ def relative(logits: Tensor, far: Tensor, bias: Tensor | None, metric: str, pair
         log_p += bias
     lse = log_p.logsumexp(-1, keepdim=True)
     base = (log_p - lse).clamp_min_(RULED_OUT).float()  # any will do that is finite
-    added = (
-        log_p.new_zeros(()) if bias is None else bias.double()
-    )  # to rows with logits of their own
+    # what is added to rows with logits of their own
+    added = log_p.new_zeros(()) if bias is None else bias.double()
     shift = torch.where(far[:, None], added, log_p, out=log_p).sub_(lse).sub_(base).float()
     del log_p
     logits[0].masked_fill_(~far[:, None], 0)

@@ -6,7 +6,6 @@ Every launcher takes matrices of one dtype on one device, in the packed layout d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from adarank_kernels.lora import dropout as _dropout
 from adarank_kernels.lora import triton_kernels as kernels
-from adarank_kernels.runtime.registry import cdiv, check_close, kind, launch, next_block, register
+from adarank_kernels.runtime.registry import cdiv, check_close, kind, launch, on_device, register
 
 SLOTS = 4  # modules a launch
 
@@ -55,15 +54,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # ignored for 16-bit operands
 
 
-_NOTHING: AbstractContextManager[Any] = nullcontext()
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(tensor.device)
-
-
 def _key(tensors: Sequence[Tensor], integers: Sequence[int]) -> tuple[Any, ...]:
     """For `launch`."""
     pointers = [(t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
@@ -83,22 +73,9 @@ def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As they are if their dtypes agree (a launch has one pointer type), else all in `dtype`."""
-    first = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype != first:
-            return [t.to(dtype) for t in tensors]
+    if len({t.dtype for t in tensors}) > 1:
+        return [t.to(dtype) for t in tensors]
     return list(tensors)
-
-
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    width = 8
-    filled = [(*row, *(0,) * (width - len(row))) for row in rows]
-    return torch.tensor(filled, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=4096)
-def _floats(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def expand_tiles(
@@ -122,7 +99,8 @@ def _expand_constants(
     """`expand_tiles` on the device, how many there are, and the scalings, of B's shapes."""
     outs, ranks = zip(*shapes, strict=True)
     tiles = expand_tiles(offsets, ranks, outs, EXPAND["BLOCK_N"])
-    return _table(tiles, device), len(tiles), _floats(tuple(scalings), device)
+    table = torch.tensor([(*tile, 0, 0) for tile in tiles], dtype=torch.int32, device=device)
+    return table, len(tiles), torch.tensor(scalings, dtype=torch.float32, device=device)
 
 
 def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
@@ -132,7 +110,7 @@ def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     S = X.new_empty(N, R)
     if not S.numel():
         return S
-    block_r = next_block(R, SHRINK_BLOCKS_R)
+    block_r = next((block for block in SHRINK_BLOCKS_R if block >= R), SHRINK_BLOCKS_R[-1])
     grid = (cdiv(N, SHRINK["BLOCK_M"]), cdiv(R, block_r))
     tensors = (X, A, S, X if seed is None else seed)
     integers = (N, K, R, X.stride(0), _dropout.threshold(dropout))
@@ -142,7 +120,7 @@ def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
         "DROPOUT": seed is not None,
         "PRECISION": _precision(X.dtype),
     }
-    with _on(X):
+    with on_device(X.device):
         launch(kernels.shrink_kernel, _key(tensors, integers), grid, tensors + integers, constants)
     return S
 
@@ -177,7 +155,7 @@ def expand(
         key = S.device, S.dtype, Bs[0].dtype, S.data_ptr() % 16 == 0, kind(N), kind(S.stride(0))
         constants = EXPAND | {"ALIGNED": aligned, "PRECISION": _precision(S.dtype)}
         grid = cdiv(N, EXPAND["BLOCK_M"]), tiles
-        with _on(S):
+        with on_device(S.device):
             launch(kernels.expand_kernel, key, grid, arguments, constants)
 
 
@@ -192,7 +170,7 @@ def drop(X: Tensor, seed: Tensor, dropout: float, out: Tensor | None = None) -> 
         tensors = (X, result, seed)
         integers = (N, K, X.stride(0), _dropout.threshold(dropout))
         key, constants = _key(tensors, integers), DROP | {"ADD": add}
-        with _on(X):
+        with on_device(X.device):
             launch(kernels.drop_kernel, key, grid, tensors + integers, constants)
     return result
 
@@ -215,7 +193,6 @@ def _problem(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "S": randn(_N, total),
         "Bs": [randn(o, r, scale=r**-0.5) for o, r in zip(_OUTS, _RANKS, strict=True)],
         "Ys": [randn(_N, o) for o in _OUTS],
-        "W": randn(_OUTS[0], _K, scale=_K**-0.5),
         "offsets": offsets,
         "scalings": [0.5, 2.0, 1.0, 1.5],
         "seed": torch.tensor([2**61 + 12345], device=device),
@@ -237,17 +214,11 @@ def _check_shrink(p: dict[str, Any]) -> None:
     check_close(shrink(X, A, seed, 0.3), kept @ A.t(), kept.double() @ A.double().t())
 
 
-def _segments(p: dict[str, Any]) -> list[Tensor]:
-    return [
-        p["S"][:, start : start + B.shape[1]]
-        for start, B in zip(p["offsets"], p["Bs"], strict=True)
-    ]
-
-
 def _check_expand(p: dict[str, Any]) -> None:
     ours = [y.clone() for y in p["Ys"]]
     expand(ours, p["S"], p["offsets"], p["Bs"], p["scalings"])
-    for y, Y, S, B, s in zip(ours, p["Ys"], _segments(p), p["Bs"], p["scalings"], strict=True):
+    for y, Y, first, B, s in zip(ours, p["Ys"], p["offsets"], p["Bs"], p["scalings"], strict=True):
+        S = p["S"][:, first : first + B.shape[1]]
         exact = Y.double() + s * (S.double() @ B.double().t())
         check_close(y, Y + s * (S @ B.t()), exact)
 

@@ -35,9 +35,6 @@ def philox_normal_ref(
         uniforms = [min(word, WORD - word) * 4.6566127342e-10 for word in c]
         for first, second in (uniforms[:2], uniforms[2:]):
             radius = math.sqrt(-2.0 * math.log(max(first, 1e-7)))
-            values += [
-                radius * math.cos(2 * math.pi * second),
-                radius * math.sin(2 * math.pi * second),
-            ]
+            values += [radius * f(2 * math.pi * second) for f in (math.cos, math.sin)]
     flat = torch.tensor(values[: math.prod(shape)], dtype=torch.float64, device=device)
     return flat.view(tuple(shape)).to(dtype)

@@ -27,6 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-prec
 _checks: dict[str, Callable[[torch.device], None]] = {}
 _status: dict[tuple[str, str], str] = {}
 _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # what `launch` has launched
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 _settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
 
 
@@ -124,16 +125,13 @@ def kind(value: int) -> tuple[bool, bool, bool]:
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Where to launch: Triton takes the current CUDA device, whatever the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def next_block(size: int, blocks: tuple[int, ...]) -> int:
-    """The smallest block that covers `size`, else the largest."""
-    return next((block for block in blocks if block >= size), blocks[-1])
 
 
 def check_close(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:

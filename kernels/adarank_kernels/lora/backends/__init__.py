@@ -16,3 +16,12 @@ ranks side by side, module i's from column `first[i]` on.
 dispatch modes see. `cpu` calls the C++ operators. `triton` launches kernels beside the vendor's
 products.
 """
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+Integers = Sequence[int]
+Numbers = Sequence[float]
+Seed = Tensor | None  # None: no dropout

@@ -7,11 +7,13 @@ fake kernels, so that compiled graphs call them too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.runtime import native
 
@@ -41,43 +43,20 @@ def usable(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _register_fakes() -> None:
-    fake = torch.library.register_fake
-
-    @fake("adarank::drop")
-    def _(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
-        return x.new_empty(x.shape)
-
-    @fake("adarank::shrink")
-    def _(
-        x: Tensor,
-        lora_A: Sequence[Tensor],
-        first: Sequence[int],
-        width: int,
-        seed: Tensor | None,
-        dropout: float,
-    ) -> Tensor:
-        return x.new_empty(x.shape[0], width)
-
+    fakes: dict[str, Callable[..., Any]] = {
+        "drop": lambda x, seed, dropout: x.new_empty(x.shape),
+        "shrink": lambda x, As, first, width, seed, dropout: x.new_empty(x.shape[0], width),
+        "grad_b": lambda dy, s, first, rank, scaling, dtype: dy.new_empty(
+            dy.shape[1], rank, dtype=dtype
+        ),
+        "grad_a": lambda ds, x, first, ranks, dtype, seed, dropout: [
+            x.new_empty(rank, x.shape[1], dtype=dtype) for rank in ranks
+        ],
+    }
     for name in ("expand_", "grad_s_", "grad_x_"):
-        fake(f"adarank::{name}")(lambda *arguments: None)
-
-    @fake("adarank::grad_b")
-    def _(
-        dy: Tensor, s: Tensor, first: int, rank: int, scaling: float, dtype: torch.dtype
-    ) -> Tensor:
-        return dy.new_empty(dy.shape[1], rank, dtype=dtype)
-
-    @fake("adarank::grad_a")
-    def _(
-        ds: Tensor,
-        x: Tensor,
-        first: Sequence[int],
-        ranks: Sequence[int],
-        dtype: torch.dtype,
-        seed: Tensor | None,
-        dropout: float,
-    ) -> list[Tensor]:
-        return [x.new_empty(rank, x.shape[1], dtype=dtype) for rank in ranks]
+        fakes[name] = lambda *arguments: None
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"adarank::{name}")(fake)
 
 
 def padded(rank: int, dtype: torch.dtype) -> int:
@@ -85,28 +64,18 @@ def padded(rank: int, dtype: torch.dtype) -> int:
     return rank + rank % 2 if dtype == torch.bfloat16 else rank
 
 
-def drop(X: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+def drop(X: Tensor, seed: Seed, dropout: float) -> Tensor:
     return X if seed is None else torch.ops.adarank.drop(X, seed, dropout)
 
 
 def shrink(
-    X: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
-    width: int,
-    seed: Tensor | None,
-    dropout: float,
+    X: Tensor, As: Tensors, first: Integers, width: int, seed: Seed, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     return torch.ops.adarank.shrink(X, As, first, width, seed, dropout), None
 
 
 def expand(
-    Ys: Sequence[Tensor],
-    S: Tensor,
-    Bs: Sequence[Tensor],
-    first: Sequence[int],
-    scalings: Sequence[float],
-    in_place: bool,
+    Ys: Tensors, S: Tensor, Bs: Tensors, first: Integers, scalings: Numbers, in_place: bool
 ) -> list[Tensor]:
     if any([Y.dtype != S.dtype for Y in Ys]):  # a foreign base's own
         return aten.expand(Ys, S, Bs, first, scalings, in_place)
@@ -116,13 +85,7 @@ def expand(
     return outputs
 
 
-def grad_S(
-    dYs: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    first: Sequence[int],
-    width: int,
-) -> Tensor:
+def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width: int) -> Tensor:
     dS = dYs[0].new_empty(dYs[0].shape[0], width)
     for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=True):
         torch.ops.adarank.grad_s_(dS, dY, B, start, scaling)
@@ -138,10 +101,10 @@ def grad_B(
 def grad_X(
     dX: Tensor | None,
     dS: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
+    As: Tensors,
+    first: Integers,
     packed: Tensor | None,
-    seed: Tensor | None,
+    seed: Seed,
     dropout: float,
 ) -> Tensor:
     dX = dS.new_zeros(dS.shape[0], As[0].shape[1]) if dX is None else dX
@@ -150,12 +113,7 @@ def grad_X(
 
 
 def grad_A(
-    dS: Tensor,
-    X: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
-    seed: Tensor | None,
-    dropout: float,
+    dS: Tensor, X: Tensor, As: Tensors, first: Integers, seed: Seed, dropout: float
 ) -> list[Tensor]:
     dtypes = {A.dtype for A in As}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

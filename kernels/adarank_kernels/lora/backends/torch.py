@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
 from adarank_kernels.lora.dropout import keep_mask
 
 
@@ -18,7 +17,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call costs a microsecond
 
 
-def pack(As: Sequence[Tensor], first: Sequence[int], width: int, dtype: torch.dtype) -> Tensor:
+def pack(As: Tensors, first: Integers, width: int, dtype: torch.dtype) -> Tensor:
     """Stack [r, in] to [width, in] in the compute dtype; a lone A of that dtype is not copied.
 
     Rows beyond a module's rank repeat others: their columns of S are not read, of dS zero.
@@ -40,31 +39,21 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.addmm(a.new_zeros(1, 1), a, b, beta=0.0, alpha=scaling)
 
 
-def drop(X: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+def drop(X: Tensor, seed: Seed, dropout: float) -> Tensor:
     if seed is None:
         return X
     return X * keep_mask(seed, X.shape[0], X.shape[1], dropout)
 
 
 def shrink(
-    X: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
-    width: int,
-    seed: Tensor | None,
-    dropout: float,
+    X: Tensor, As: Tensors, first: Integers, width: int, seed: Seed, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     A = pack(As, first, width, X.dtype)
     return torch.mm(drop(X, seed, dropout), A.t()), None
 
 
 def expand(
-    Ys: Sequence[Tensor],
-    S: Tensor,
-    Bs: Sequence[Tensor],
-    first: Sequence[int],
-    scalings: Sequence[float],
-    in_place: bool,
+    Ys: Tensors, S: Tensor, Bs: Tensors, first: Integers, scalings: Numbers, in_place: bool
 ) -> list[Tensor]:
     outputs = []
     for Y, B, start, scaling in zip(Ys, Bs, first, scalings, strict=True):
@@ -82,13 +71,7 @@ def expand(
     return outputs
 
 
-def grad_S(
-    dYs: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    first: Sequence[int],
-    width: int,
-) -> Tensor:
+def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width: int) -> Tensor:
     """Columns between the modules' ranks are zero."""
     dtype, parts, end = dYs[0].dtype, [], 0
     for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=True):
@@ -110,10 +93,10 @@ def grad_B(
 def grad_X(
     dX: Tensor | None,
     dS: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
+    As: Tensors,
+    first: Integers,
     packed: Tensor | None,
-    seed: Tensor | None,
+    seed: Seed,
     dropout: float,
 ) -> Tensor:
     A = pack(As, first, dS.shape[1], dS.dtype) if packed is None else packed
@@ -124,12 +107,7 @@ def grad_X(
 
 
 def grad_A(
-    dS: Tensor,
-    X: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
-    seed: Tensor | None,
-    dropout: float,
+    dS: Tensor, X: Tensor, As: Tensors, first: Integers, seed: Seed, dropout: float
 ) -> list[Tensor]:
     stacked = torch.mm(dS.t(), drop(X, seed, dropout))
     return [

@@ -6,12 +6,11 @@ transposes cost a GEMM nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from adarank_kernels.lora import triton_launch as launch
+from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.backends.torch import cast, pack
 from adarank_kernels.runtime.registry import ready_among
@@ -30,19 +29,14 @@ def kernels(x: Tensor) -> frozenset[str]:
     return ready_among(names, x.device, x.dtype)
 
 
-def drop(X: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+def drop(X: Tensor, seed: Seed, dropout: float) -> Tensor:
     if seed is None or "lora_drop" not in kernels(X):
         return aten.drop(X, seed, dropout)
     return launch.drop(X, seed, dropout)
 
 
 def shrink(
-    X: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
-    width: int,
-    seed: Tensor | None,
-    dropout: float,
+    X: Tensor, As: Tensors, first: Integers, width: int, seed: Seed, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     A = pack(As, first, width, X.dtype)
     if seed is not None and "lora_shrink" in kernels(X):  # without dropout the vendor's is as fast
@@ -51,12 +45,7 @@ def shrink(
 
 
 def expand(
-    Ys: Sequence[Tensor],
-    S: Tensor,
-    Bs: Sequence[Tensor],
-    first: Sequence[int],
-    scalings: Sequence[float],
-    in_place: bool,
+    Ys: Tensors, S: Tensor, Bs: Tensors, first: Integers, scalings: Numbers, in_place: bool
 ) -> list[Tensor]:
     if not in_place or "lora_expand" not in kernels(S):
         return aten.expand(Ys, S, Bs, first, scalings, in_place)
@@ -66,13 +55,7 @@ def expand(
     return list(Ys)
 
 
-def grad_S(
-    dYs: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    first: Sequence[int],
-    width: int,
-) -> Tensor:
+def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width: int) -> Tensor:
     like, dtype = dYs[0], dYs[0].dtype
     gaps = width > sum([B.shape[1] for B in Bs])  # nobody writes them, and they meet A's padding
     dS = (like.new_zeros if gaps else like.new_empty)(like.shape[0], width)
@@ -92,10 +75,10 @@ def grad_B(
 def grad_X(
     dX: Tensor | None,
     dS: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
+    As: Tensors,
+    first: Integers,
     packed: Tensor | None,
-    seed: Tensor | None,
+    seed: Seed,
     dropout: float,
 ) -> Tensor:
     A = pack(As, first, dS.shape[1], dS.dtype) if packed is None else packed
@@ -113,11 +96,6 @@ def drop_into(low: Tensor, seed: Tensor, dropout: float, dX: Tensor | None) -> T
 
 
 def grad_A(
-    dS: Tensor,
-    X: Tensor,
-    As: Sequence[Tensor],
-    first: Sequence[int],
-    seed: Tensor | None,
-    dropout: float,
+    dS: Tensor, X: Tensor, As: Tensors, first: Integers, seed: Seed, dropout: float
 ) -> list[Tensor]:
     return aten.grad_A(dS, drop(X, seed, dropout), As, first, None, 0.0)

@@ -17,15 +17,15 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 FILES = ("custom_models", "initialization", "mixed", "lora_variants", "low_level_api")
 NOT_COUNTED = ("adapters disabled", "merged", "extra arguments")  # disabled, merged, per sample
-LEFT_TO_PEFT = ("a LoRA variant", "lora_bias", "several active", "no active", "base layer is a")
+LEFT_TO_PEFT = ("a LoRA variant", "DoRA ", "several active", "base layer is a")
 
 
 def fetch(folder: Path) -> Path:
@@ -37,21 +37,15 @@ def fetch(folder: Path) -> Path:
     version = importlib.metadata.version("peft")
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     download += ["--no-binary", "peft", f"peft=={version}", "--dest", str(folder)]
-    if subprocess.run(download).returncode:
-        raise SystemExit(
-            f"the package index does not serve the source of peft {version}; give a folder with "
-            "its tests: make peft-suite PEFT_TESTS=folder"
-        )
-    (archive,) = folder.glob("peft-*.tar.gz")
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
-    tests = folder / archive.name.removesuffix(".tar.gz") / "tests"
-    if not tests.is_dir():
-        raise SystemExit(
-            f"{archive.name} has no tests; give a folder with those of peft {version}: "
-            "make peft-suite PEFT_TESTS=folder"
-        )
-    return tests
+    subprocess.run(download)
+    for archive in folder.glob("peft-*.tar.gz"):
+        shutil.unpack_archive(archive, folder, filter="data")
+    for tests in folder.glob("peft-*/tests"):
+        return tests
+    raise SystemExit(
+        f"the package index does not serve the source of peft {version} with its tests; give a "
+        "folder with them: make peft-suite PEFT_TESTS=folder"
+    )
 
 
 def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> dict[str, dict]:
@@ -59,7 +53,7 @@ def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> di
     folder = results / how
     folder.mkdir()
     files = [f"tests/test_{name}.py" for name in options.only]
-    command = [sys.executable, "-m", "pytest", "-p", "bench.peft_plugin", "-q", "--tb=line"]
+    command = [sys.executable, "-m", "pytest", "-p", "accelerated", "-q", "--tb=line"]
     command += ["-p", "no:cacheprovider", "-p", "no:warnings", "-W", "ignore"]
     command += ["--import-mode=prepend", "-n", str(options.processes), *files]
     command += ["-k", options.expression] if options.expression else []
@@ -67,7 +61,7 @@ def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> di
         **os.environ,
         "PEFT_SUITE": how,
         "PEFT_SUITE_FOLDER": str(folder),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, ROOT, ROOT / "kernels"))),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -86,12 +80,9 @@ def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> di
 def report(plain: dict[str, dict], fused: dict[str, dict]) -> int:
     """Print what was found; 1 if a test passes plain only, or if no layer was swapped."""
     outcomes, accelerated = plain["outcomes"], fused["outcomes"]
-    failed = sorted(name for name, outcome in outcomes.items() if outcome == "failed")
-    broken = sorted(
-        name
-        for name, outcome in outcomes.items()
-        if outcome == "passed" and accelerated.get(name) != "passed"
-    )
+    failed = sorted(name for name in outcomes if outcomes[name] == "failed")
+    passed = sorted(name for name in outcomes if outcomes[name] == "passed")
+    broken = [name for name in passed if accelerated.get(name) != "passed"]
     if failed:
         print("Fail plain (not counted):", *failed, sep="\n  ")
     print(f"plain: {dict(Counter(outcomes.values()))}")
@@ -123,7 +114,6 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(FILES), help="mixed: tests/test_mixed.py")
     parser.add_argument("-n", type=int, default=0, dest="processes", help="of pytest-xdist")
     parser.add_argument("-k", dest="expression", help="as pytest's")
-    parser.add_argument("--keep", type=Path, help="a new folder for logs and outcomes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -132,8 +122,8 @@ def main() -> int:
         shutil.copytree(given, tests)
         for name in ("__init__.py", "conftest.py"):  # an sdist leaves them out
             (tests / name).touch()
-        results = options.keep or work / "results"
-        results.mkdir(parents=True)
+        results = work / "results"
+        results.mkdir()
         found = [run(tests, how, options, results) for how in ("plain", "accelerated")]
     return report(*found)
 

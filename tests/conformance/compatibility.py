@@ -1,6 +1,8 @@
 """Writes docs/compatibility.md: every architecture through every step of tests/conformance.
 
-python bench/compatibility.py [NAME ...]      names: rows to try, without writing the page
+    python -m tests.conformance.compatibility [NAME ...]
+
+Names are rows to try, without writing the page.
 
 Beyond the tests: three pretrained models, and inductor as the compiler's backend (10 to 20 seconds
 a row).
@@ -12,12 +14,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from adarank_fast.demo.assets import AssetError
-from bench.pages import DOCS, write_page
+from bench.pages import DOCS, packages, table, template, write_page
 from bench.results_file import machine
 from tests.conformance import steps
 from tests.conformance.architectures import ARCHITECTURES
@@ -26,7 +27,6 @@ from tests.conformance.pretrained import PRETRAINED
 ROWS = {**ARCHITECTURES, **PRETRAINED}
 
 PAGE = DOCS / "compatibility.md"
-TEXT = (Path(__file__).parent / "texts" / PAGE.name).read_text(encoding="utf-8")
 FAILED = "**no**"
 SHORT = ("route", "fused calls", "groups", "attention / all linear", "plain PEFT")
 
@@ -64,11 +64,9 @@ def run(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def table(found: dict[str, dict[str, str]], columns: Sequence[str]) -> str:
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, cells in found.items():
-        lines.append(f"| {name} | {' | '.join(cells[column] for column in columns)} |")
-    return "\n".join(lines)
+def listed(found: dict[str, dict[str, str]], columns: Sequence[str]) -> str:
+    lines = [(name, *(cells[column] for column in columns)) for name, cells in found.items()]
+    return table(("", *columns), lines, left=len(columns) + 1)
 
 
 def main(names: Sequence[str]) -> int:
@@ -78,14 +76,13 @@ def main(names: Sequence[str]) -> int:
     found = run(names or list(ROWS))
     failed = sum(cell == FAILED for cells in found.values() for cell in cells.values())
     if names:
-        print(table(found, list(STEPS)))
+        print(listed(found, list(STEPS)))
         return int(bool(failed))
     here = machine()
-    packages = ", ".join(f"{name} {number}" for name, number in here["versions"].items() if number)
-    text = TEXT.format(
-        versions=f"Last run: {here['date']}, {packages}.",
-        found=table(found, SHORT),
-        steps=table(found, [step for step in STEPS if step not in SHORT]),
+    text = template(PAGE.name).format(
+        versions=f"Last run: {here['date']}, {packages(here)}.",
+        found=listed(found, SHORT),
+        steps=listed(found, [step for step in STEPS if step not in SHORT]),
     )
     write_page(PAGE, text)
     print(f"{len(found)} rows, {failed} failed cells")

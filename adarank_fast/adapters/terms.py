@@ -1,0 +1,128 @@
+"""What a layer's active adapters add to its base product, as one low-rank term.
+
+Several adapters lie side by side, their scalings in the columns of B. `lora_bias` is added to the
+base bias. DoRA multiplies the sum of base product and low-rank product:
+
+    Y = m (X W^T + s X A^T B^T) + b,   m = magnitude / ||W + s B A||   (rows; no gradient)
+
+which is PEFT's `DoraLinearLayer` without dropout, in one pass over Y instead of six.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Layer = Any  # a PEFT LoRA layer
+
+
+class Adapter(NamedTuple):
+    """The parameters of one adapter in one layer: A [r, in], B [out, r], bias and magnitude [out].
+
+    `magnitude` is DoRA's, `bias` that of `lora_bias`; None: none.
+    """
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    magnitude: Tensor | None
+
+
+def names_of(layer: Layer) -> list[str]:
+    """The active adapters that this layer has, in the order in which PEFT adds them."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def adapters_of(layer: Layer) -> list[Adapter]:
+    """The layer's active adapters."""
+    found = []
+    for name in names_of(layer):
+        lora_B = layer.lora_B[name]
+        dora = layer.lora_magnitude_vector[name] if name in layer.lora_variant else None
+        magnitude = None if dora is None else dora.weight
+        A = layer.lora_A[name].weight
+        found.append(Adapter(A, lora_B.weight, lora_B.bias, layer.scaling[name], magnitude))
+    return found
+
+
+def has_plain_base(layer: Layer) -> bool:
+    """A weight to multiply with; otherwise (quantised) the base layer computes its own product."""
+    base = layer.base_layer
+    plain_class = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+    return plain_class and is_plain(base.weight)
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """No DTensor, no quantised subclass."""
+    return type(parameter) in (nn.Parameter, Tensor)
+
+
+def weight_of(layer: Layer) -> Tensor:
+    """[out, in] of a plain base; a view for a Conv1D."""
+    base = layer.base_layer
+    weight: Tensor = base.weight
+    return weight if type(base) is nn.Linear else weight.t()
+
+
+def low_rank(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None, float | Tensor]:
+    """(A [sum r, in], B [out, sum r], scaling) of the sum of their products; None without any."""
+    if not adapters:
+        return None, None, 0.0
+    if len(adapters) == 1:
+        return adapters[0].A, adapters[0].B, adapters[0].scaling
+    A = torch.cat([adapter.A for adapter in adapters])
+    return A, torch.cat([adapter.B * adapter.scaling for adapter in adapters], 1), 1.0
+
+
+def bias_of(bias: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor | None:
+    """What the operator adds: the base bias and each scaled `lora_bias`, [out]; none for DoRA."""
+    if adapters and adapters[0].magnitude is not None:
+        return None
+    own = [adapter.bias * adapter.scaling for adapter in adapters if adapter.bias is not None]
+    if not own:
+        return bias
+    return sum(own[1:] if bias is None else own, own[0] if bias is None else bias).to(dtype)
+
+
+def finished(
+    Y: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: Sequence[Adapter]
+) -> Tensor:
+    """The layer's output from the operator's, [..., out].
+
+    Args:
+        Y: [..., out].
+        weight, bias: of the base; None for a base layer with a product of its own.
+        adapters: the layer's.
+    """
+    if weight is None:
+        own = bias_of(None, adapters, Y.dtype)
+        return Y if own is None else Y + own
+    if adapters and adapters[0].magnitude is not None:
+        return _magnified(Y, weight, bias, adapters[0])
+    return Y
+
+
+def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """DoRA's output from Y = X W^T + s X A^T B^T, without the bias."""
+    A, B, _, scaling, magnitude = adapter
+    assert magnitude is not None
+    with torch.autocast(Y.device.type, enabled=False):
+        with torch.no_grad():
+            sum_of_both = torch.addmm(weight.to(A.dtype), B.to(A.dtype), A, alpha=float(scaling))
+            norm = torch.linalg.vector_norm(sum_of_both, dim=1, dtype=_exact(A.dtype))
+        factor = magnitude / norm
+        bias = None if bias is None else bias.to(Y.dtype)
+        if Y.dtype == _exact(Y.dtype):
+            factor = factor.to(Y.dtype)
+            return Y * factor if bias is None else torch.addcmul(bias, Y, factor)
+        # A factor near 1 would lose what it says in 8 bits; its distance from 1 does not.
+        Y = torch.addcmul(Y, Y, (factor - 1).to(Y.dtype))
+        return Y if bias is None else Y + bias
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
