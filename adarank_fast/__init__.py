@@ -6,7 +6,7 @@ adarank_fast` alone loads neither torch nor peft.
 
 from importlib import import_module
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adarank_fast.adapters.accelerate import accelerate, restore
@@ -90,7 +90,7 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'adarank_fast' has no attribute {name!r}")
     return getattr(import_module(f"adarank_fast.{_HOMES[name]}"), name)

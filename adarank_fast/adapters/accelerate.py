@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 from adarank_fast.adapters.fused_linear import FUSED, fused_classes, fused_layers, thread
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
-from adarank_fast.adapters.groups import Layer, LayerState, Owner, form_group, owner_path
+from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
+from adarank_fast.adapters.peft_private import Layer
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
 from adarank_fast.undo import undone, undone_on_error
@@ -20,7 +20,7 @@ from adarank_fast.undo import undone, undone_on_error
 
 def accelerate(
     peft_model: nn.Module,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, object] | None = None,
     recompute_mlp: bool = False,
 ) -> nn.Module:
     """Fuse the LoRA layers of a PEFT model, in place; a second call changes nothing.
@@ -97,7 +97,7 @@ def _check_not_compiled(model: nn.Module) -> None:
             raise AdarankError(f"{where} is compiled already; accelerate first, then torch.compile")
 
 
-def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
+def _watch(model: nn.Module, example: Mapping[str, object]) -> None:
     training = {module: module.training for module in model.modules()}
 
     def undo() -> None:

@@ -35,9 +35,8 @@ from adarank_fast.adapters.groups import (
     repeat_guard,
 )
 from adarank_fast.adapters.members import AnyMember, remember
-from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
+from adarank_fast.adapters.peft_private import Layer, TorchaoLoraLinear, bitsandbytes_layers
 from adarank_fast.adapters.terms import (
-    Layer,
     adapters_of,
     bias_of,
     finished,
@@ -60,7 +59,7 @@ class _Fused:
 
     _adarank: LayerState
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if _is_compiling():
             return _forward_compiled(self, x, args, kwargs)
         own = self.__dict__
@@ -296,4 +295,5 @@ def _warn_compiled_early() -> bool:
 
 
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Path and module of every layer that is fused now."""
     return ((path, m) for path, m in model.named_modules() if isinstance(m, _Fused))

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from copyreg import _reconstructor  # type: ignore[attr-defined]
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class _GatedMLP:
 
     _adarank_mlp: Structure
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: object) -> Tensor:
         structure: Structure = self.__dict__["_adarank_mlp"]
         if (
             len(args) != 1
@@ -85,7 +85,7 @@ class _GatedMLP:
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """As its own class: who loads it need not have this package."""
         state = {key: value for key, value in self.__dict__.items() if key != "_adarank_mlp"}
         return _reconstructor, (_plain_class(type(self)), object, None), state
@@ -120,6 +120,9 @@ def _plain_tensors(*tensors: Tensor) -> bool:
     return all(type(t) is Tensor and t.is_contiguous() for t in tensors)
 
 
+Packed = Tensor | tuple[Callable[[], Tensor], torch.Size]  # or how it is computed again
+
+
 class _Recipe:
     """What stands for act(gate) and act(gate) * up in the graph: how to compute them again."""
 
@@ -138,7 +141,7 @@ class _Recipe:
     def know(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         self.known[tensor.data_ptr()] = tensor, again
 
-    def pack(self, tensor: Tensor) -> Any:
+    def pack(self, tensor: Tensor) -> Packed:
         tensor_and_rule = self.known.get(tensor.data_ptr())
         if tensor_and_rule is None:
             return tensor
@@ -148,7 +151,7 @@ class _Recipe:
             return tensor
         return again, tensor.shape
 
-    def unpack(self, packed: Any) -> Tensor:
+    def unpack(self, packed: Packed) -> Tensor:
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError(
@@ -160,7 +163,7 @@ class _Recipe:
             return packed
         again, shape = packed
         with torch.no_grad(), torch.autocast(self.gate.device.type, enabled=False):
-            return again().view(shape)  # type: ignore[no-any-return]
+            return again().view(shape)
 
     def product(self) -> Tensor:
         self.waiting = self.activate(self.gate.detach())
@@ -179,23 +182,31 @@ class _Trace(TorchDispatchMode):
         self.module = module
         self.linears = {name: m for name, m in module.named_children() if _is_linear(m)}
         self.calls: dict[str, tuple[Tensor, Tensor]] = {}
-        self.operators: list[tuple[Any, Any, Any, Tensor]] = []
+        self.operators: list[
+            tuple[Callable[..., Tensor], tuple[object, ...], dict[str, object], Tensor]
+        ] = []
         self.inside = self.repeated = False
         others = [m for m in module.children() if not _is_linear(m)]
         self.activation = others[0] if others else None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         if not self.inside:
             self.operators.append((func, args, kwargs or {}, output))
         return output
 
-    def run(self, x: Tensor) -> Any:
-        def before(*_: Any) -> None:
+    def run(self, x: Tensor) -> object:
+        def before(*_: object) -> None:
             self.inside = True
 
-        def after(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 self.inside = False
                 self.repeated |= name in self.calls
                 self.calls[name] = inputs[0], output
@@ -238,6 +249,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks hang on the module itself, which would see other calls."""
     return any(getattr(module, name) for name in HOOKS)
 
 
@@ -320,4 +332,5 @@ def restore_gated_mlps(model: nn.Module, but: Set[nn.Module] = frozenset()) -> N
 
 
 def gated_mlps(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward computes a gated MLP as one step."""
     return (m for m in list(model.modules()) if isinstance(m, _GatedMLP))

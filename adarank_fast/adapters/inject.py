@@ -26,7 +26,7 @@ def inject(
     model: nn.Module,
     plan: RankPlan,
     scaling: str | float = "constant",
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, object] | None = None,
     adapter_name: str = "default",
     **lora_config_kwargs: Any,
 ) -> PeftModel:

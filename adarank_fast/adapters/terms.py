@@ -11,12 +11,12 @@ which is PEFT's `DoraLinearLayer` without dropout, in one pass over Y instead of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Layer = Any  # a PEFT LoRA layer
+from adarank_fast.adapters.peft_private import Layer
 
 
 class Adapter(NamedTuple):
@@ -93,7 +93,8 @@ def finished(
 
     Args:
         Y: [..., out].
-        weight, bias: of the base; None for a base layer with a product of its own.
+        weight: the base's, [out, in]; None for a base layer with a product of its own.
+        bias: the base's, [out], or None.
         adapters: the layer's.
     """
     if weight is None:
@@ -118,9 +119,11 @@ def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter)
             norm = torch.linalg.vector_norm(sum_of_both, dim=1, dtype=_exact(A.dtype))
         factor = magnitude / norm
         if bias is None and Y.dtype == _exact(Y.dtype):  # one pass less
-            return Y * factor.to(Y.dtype)
+            output: Tensor = Y * factor.to(Y.dtype)
+            return output
         beyond = (factor - 1).to(Y.dtype)
-        return torch.addcmul(Y, Y if bias is None else Y - bias.to(Y.dtype), beyond)
+        output = torch.addcmul(Y, Y if bias is None else Y - bias.to(Y.dtype), beyond)
+        return output
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

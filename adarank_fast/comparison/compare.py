@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from adarank_fast.comparison.design import Design, DesignOptions
 from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.files import check_own_folder
 from adarank_fast.options import gather, refuse_unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:  # options are judged before torch is imported
     from torch import nn
@@ -29,7 +32,7 @@ def compare(
     *,
     design: Design | None = None,
     target_modules: TargetModules = "attention",
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     modules_to_save: Sequence[str] | None = None,
     title: str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
@@ -66,7 +69,7 @@ def compare(
         AdarankError: one line that names the argument, its value and the remedy. Arguments
             are judged before anything is loaded, all else before anything is trained.
     """
-    flat: dict[str, Any] = {**options}
+    flat: dict[str, object] = {**options}
     flat |= {k: v for k, v in (("arms", arms), ("seeds", seeds)) if v is not None}
     design = gather(Design, design, flat)
     refuse_unknown("compare", flat, Design)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy
 from torch import nn
@@ -17,7 +17,7 @@ from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.training.data import Data, as_data, check_alike, for_task, hold_out, read_data
 from adarank_fast.training.evaluation import Evaluation
 from adarank_fast.training.language_model import tokenise
-from adarank_fast.training.loading import load_tokenizer, model_factory
+from adarank_fast.training.loading import LoraOptions, load_tokenizer, model_factory
 from adarank_fast.training.tokens import (
     IGNORED,
     Item,
@@ -27,11 +27,16 @@ from adarank_fast.training.tokens import (
     pad_id,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from adarank_fast.models.batches import Batch
+
 VALIDATION_SHARE = 0.1  # of the training items, for the sweep
 HELD_OUT_SHARE = 0.2  # of the data, where no held-out data are given
 CALIBRATION_ITEMS, CALIBRATION_BATCH = 32, 16
 CALIBRATION_TOKENS = 2048  # a language model's blocks can be long; fewer items then
-Given = str | os.PathLike[str] | Data | Sequence[Any]
+Given = str | os.PathLike[str] | Data | Sequence[object]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Experiment:
     name: str
     task: str
     factory: Callable[[], nn.Module]
-    lora_config: dict[str, Any]  # more arguments of the LoraConfig
+    lora_config: LoraOptions  # more arguments of the LoraConfig
     pad: int
     classes: int | None
     train: list[Item]
@@ -53,7 +58,7 @@ def make_experiment(
     train_data: Given,
     eval_data: Given | None,
     task: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     modules_to_save: Sequence[str] | None,
     max_length: int,
     dtype: str,
@@ -85,7 +90,9 @@ def make_experiment(
         raise AdarankError("train_data and eval_data must both be texts or both tokenised items")
     if callable(model):
         factory = model
-        lora_config = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
+        lora_config: LoraOptions = {}
+        if modules_to_save:
+            lora_config = {"modules_to_save": list(modules_to_save)}
     else:
         factory, lora_config = model_factory(name, task, names, tokenizer, dtype)
     classes = len(names) or None
@@ -101,14 +108,16 @@ def _read(given: Given, task: str) -> Data | list[Item]:
     if (data := as_data(rows)) is not None:
         return for_task(data, task)
     if rows and all(isinstance(row, dict) and "labels" in row for row in rows):
-        return rows
+        return cast(list[Item], rows)
     raise AdarankTypeError(
         "data must be a file, texts, (text, label) pairs, read_data's or dicts with labels, got "
         + (f"items like {rows[0]!r:.60}" if rows else "none")
     )
 
 
-def _encode(tokenizer: Any, data: Data, classes: list[str], max_length: int) -> list[Item]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, data: Data, classes: list[str], max_length: int
+) -> list[Item]:
     if data.labels is not None:
         return encode_labelled(tokenizer, data.texts, data.labels, classes, max_length)
     if data.form == "text":
@@ -127,9 +136,9 @@ def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
     return task, names
 
 
-def calibration(experiment: Experiment, labels: bool = False) -> list[dict[str, Any]]:
+def calibration(experiment: Experiment, labels: bool = False) -> list[Batch]:
     """The first training items that make `CALIBRATION_TOKENS` tokens, with `labels` or without."""
-    items: list[dict[str, Any]] = []
+    items: list[Item] = []
     tokens = 0
     for item in experiment.train[:CALIBRATION_ITEMS]:
         if tokens >= CALIBRATION_TOKENS:

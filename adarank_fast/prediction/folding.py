@@ -80,6 +80,11 @@ class Folding:
 
 
 def check_folding(watched: Watched, sample: Batch, order: Sequence[str]) -> Folding:
+    """How the model takes several copies of a batch in one pass, found with `sample`.
+
+    Raises:
+        AdarankError: the model gives another output when it is run again.
+    """
     single, again = watched.run(sample, keep=True), watched.run(sample)
     if not is_same(again.output, single.output, 1e-4):
         raise AdarankError(

@@ -68,6 +68,7 @@ class Understood:
         return "\n".join(self.lines())
 
     def as_json(self) -> dict[str, Any]:
+        """The attributes, for `--json`."""
         return asdict(self)
 
 
@@ -113,7 +114,7 @@ class Data:
 
     @property
     def task(self) -> str:
-        """ "classification" where there are labels, else "causal-lm"."""
+        """What the data are for: "classification" with labels, else "causal-lm"."""
         return "classification" if self.form == "labelled" else "causal-lm"
 
 
@@ -130,7 +131,8 @@ def read_data(
     Args:
         path: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, also as .gz; a folder of
             `datasets`' save_to_disk; or a name of the hub, `name:split`.
-        text_column, label_column: found by name and content if left out.
+        text_column: of the texts; found by name and content if left out.
+        label_column: of the labels, likewise.
         task: "auto": classification where there are labels, else causal-lm.
         answers: whether labels, completions and answers are wanted; without them rows have the
             text, the prompt, or messages that need not be answered.

@@ -161,6 +161,8 @@ def _from_array(name: str, text: str) -> Table:
         rows = parse(text)
     except ValueError as error:
         raise AdarankError(f"{name} is not JSON ({error}); give an array of objects") from None
+    if not isinstance(rows, list):
+        raise AdarankError(f"{name} is not an array of objects; give one, or an object a line")
     found = [(i, _object(name, f"row {i}", row, row)) for i, row in enumerate(rows, 1)]
     return _table(name, found, "row")
 

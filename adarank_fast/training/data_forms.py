@@ -55,7 +55,8 @@ def recognise(
 
     Args:
         table: its columns are looked at by name and by content.
-        text_column, label_column: the columns, where the user says them.
+        text_column: of the texts, where the user says it.
+        label_column: of the labels, likewise.
         task: "auto", "classification" or "causal-lm".
         answers: whether labels, completions and answers of chats are wanted.
 
