@@ -119,9 +119,11 @@ def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter)
             norm = torch.linalg.vector_norm(sum_of_both, dim=1, dtype=_exact(A.dtype))
         factor: Tensor = magnitude / norm
         if bias is None and Y.dtype == _exact(Y.dtype):  # one pass less
-            return Y * factor.to(Y.dtype)
+            output: Tensor = Y * factor.to(Y.dtype)
+            return output
         beyond = (factor - 1).to(Y.dtype)
-        return torch.addcmul(Y, Y if bias is None else Y - bias.to(Y.dtype), beyond)
+        output = torch.addcmul(Y, Y if bias is None else Y - bias.to(Y.dtype), beyond)
+        return output
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

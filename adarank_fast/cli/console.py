@@ -35,13 +35,16 @@ def show(table: RenderableType) -> None:
         print(plain_text(table, blank_lines=True))
 
 
-def show_report(report: Comparison, folder: Path, as_json: bool) -> None:
+def show_report(
+    report: Comparison, folder: Path, as_json: bool, understood: Mapping[str, object] | None = None
+) -> None:
     """The tables of a comparison and what they say, or its results as JSON."""
     from adarank_fast.comparison.findings import reading
     from adarank_fast.comparison.report import rich_tables
 
     if as_json:
-        print(json.dumps(report.results))
+        more = {} if understood is None else {"understood": understood}
+        print(json.dumps({**report.results, **more}))
         return
     for table in rich_tables(report.results):
         show(table)

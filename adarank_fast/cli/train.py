@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training.card import Result
     from adarank_fast.training.classification import Classification
-    from adarank_fast.training.data import Data
+    from adarank_fast.training.data import Data, Understood
     from adarank_fast.training.language_model import LanguageModel
 
 AVERAGE_RANK = 8
@@ -104,7 +105,7 @@ def train(
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training.arguments import config_class, make_arguments, read_settings
     from adarank_fast.training.card import Result, write_beside
-    from adarank_fast.training.data import read_data
+    from adarank_fast.training.data import check_alike, read_data
     from adarank_fast.training.loading import (
         check_task,
         has_other_head,
@@ -129,13 +130,14 @@ def train(
     elif rank is None:
         Budget(average_rank=source["average_rank"])  # refuses what is no rank
     source["target_modules"] = options.parse_target_modules(target_modules)
-    columns = {"text_column": text_column, "label_column": label_column}
-    rows = read_data(data, **columns, task=task)
+    read = partial(read_data, text_column=text_column, label_column=label_column)
+    rows = read(data, task=task)
     print(rows.understood, file=sys.stderr)
     held_out = None
     if eval_data is not None:
-        held_out = read_data(eval_data, **columns, task=rows.task)
-        _check_alike(rows, held_out)
+        held_out = read(eval_data, task=rows.task)
+        check_alike(rows, held_out)
+        print(held_out.understood, file=sys.stderr)
     config_class(rows.task)  # without trl nothing need be loaded
     flags: dict[str, object] = {
         "epochs": epochs,
@@ -207,7 +209,7 @@ def train(
             write_beside(folder, result, network.config, tokenizer, output_folder)
 
         finish(output_folder, checkpoints, peft_model, beside)
-    _say(result, output_folder, as_json)
+    _say(result, output_folder, rows.understood if as_json else None)
 
 
 class RankSource(TypedDict, total=False):
@@ -278,14 +280,6 @@ def _plan(
     return RankPlan.load(path)
 
 
-def _check_alike(rows: Data, held_out: Data) -> None:
-    if rows.form != held_out.form:
-        raise AdarankError(
-            f"the training data are {rows.form}, the evaluation data {held_out.form}; give both "
-            "in one form"
-        )
-
-
 def _measured_on(examples: Classification | LanguageModel, eval_data: Path | None) -> str:
     count = len(examples.held_out)
     if eval_data is None:
@@ -293,9 +287,10 @@ def _measured_on(examples: Classification | LanguageModel, eval_data: Path | Non
     return f"{count:,} examples of {eval_data.name}"
 
 
-def _say(result: Result, folder: Path, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"adapter": str(folder), **asdict(result)}))
+def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
+    if as_json is not None:
+        found = {"adapter": str(folder), "understood": as_json.as_json()}
+        print(json.dumps({**found, **asdict(result)}))
         return
     table = Table(title=f"On {result.measured_on}", box=box.SIMPLE_HEAD)
     for column in ("metric", "before", "after"):

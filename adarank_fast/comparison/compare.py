@@ -18,15 +18,15 @@ if TYPE_CHECKING:  # options are judged before torch is imported
     from torch import nn
 
     from adarank_fast.comparison.allocators import Allocator
-    from adarank_fast.comparison.experiment import Data
+    from adarank_fast.comparison.experiment import Given
     from adarank_fast.comparison.report import Comparison
     from adarank_fast.models.targets import TargetModules
 
 
 def compare(
     model: str | os.PathLike[str] | Callable[[], nn.Module],
-    train_data: Data,
-    eval_data: Data | None = None,
+    train_data: Given,
+    eval_data: Given | None = None,
     arms: Sequence[str | Allocator] | None = None,
     seeds: int | Sequence[int] | None = None,
     *,
@@ -45,8 +45,8 @@ def compare(
         model: a folder or hub name; or a function without arguments that makes the untrained model
             (it is called under the seed; the model takes items as keywords and returns "loss" and
             "logits").
-        train_data: a file, `TextData`, (text, label) pairs, texts, or tokenised items (dicts of
-            lists, labels included).
+        train_data: a file, see docs/data.md; (text, label) pairs; texts; or tokenised items (dicts
+            of lists, labels included).
         eval_data: held-out data, likewise. None: a fifth of the training data is held out.
         arms: what is compared, "adarank" and "uniform" if left out; see `Design`.
         seeds: how many (3), from 0; or the seeds.

@@ -17,7 +17,6 @@ from adarank_fast.models.outputs import mean_pool
 from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, loading
 from adarank_fast.options import DTYPES, TASKS, check_choice, check_number
-from adarank_fast.training.data import TextData
 from adarank_fast.training.tokens import add_decoder_inputs, make_batches, pad_id
 
 if TYPE_CHECKING:
@@ -156,9 +155,10 @@ def calibration_batches(
     texts: Sequence[str],
     batch_size: int,
     max_length: int,
+    special_tokens: bool = True,
 ) -> list[Batch]:
     """Batches on the model's device; with inputs for the decoder if there is one."""
-    batches = make_batches(tokenizer, texts, batch_size, max_length)
+    batches = make_batches(tokenizer, texts, batch_size, max_length, special_tokens)
     if getattr(model.config, "is_encoder_decoder", False):
         start = getattr(model.config, "decoder_start_token_id", None)
         batches = add_decoder_inputs(batches, pad_id(tokenizer) if start is None else start)
@@ -277,15 +277,3 @@ def four_bit_config(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["classifier", "score", "lm_head", "pooler"],
     )
-
-
-def choose_task(task: str, data: TextData) -> str:
-    """What "auto" means: classification where there are labels, else causal-lm.
-
-    Raises:
-        AdarankError: an unknown task.
-    """
-    check_choice("task", task, ("auto", *TASKS))
-    if task != "auto":
-        return task
-    return "causal-lm" if data.labels is None else "classification"

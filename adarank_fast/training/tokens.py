@@ -9,36 +9,10 @@ import torch
 from torch import Tensor
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.training.data import TextData, quote
+from adarank_fast.training.data_files import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, data: TextData, classes: list[str], max_length: int
-) -> list[Item]:
-    """Blocks for a language model if there are no `classes`, else texts with their labels."""
-    if not classes:
-        return encode_blocks(tokenizer, data.texts, max_length)
-    assert data.labels is not None
-    return encode_labelled(tokenizer, data.texts, data.labels, classes, max_length)
-
-
-def make_classes(*parts: TextData) -> list[str]:
-    """All labels that occur, in order.
-
-    Raises:
-        AdarankError: there are none, or fewer than two.
-    """
-    for data in parts:
-        if data.labels is None:
-            raise AdarankError("classification needs labels, the data have none; name their column")
-    names = sorted({label for data in parts for label in data.labels or ()})
-    if len(names) < 2:
-        raise AdarankError(f"classification needs two classes, the data have only {names[0]!r}")
-    return names
-
 
 Item = dict[str, Any]  # one item's model inputs, lists of token ids; labels: a number or a list
 T = TypeVar("T")
@@ -50,6 +24,7 @@ def make_batches(
     texts: Sequence[str],
     batch_size: int = 16,
     max_length: int = 128,
+    special_tokens: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts into batches, in order, each padded on the right to its longest text.
 
@@ -58,6 +33,7 @@ def make_batches(
         texts: at least one.
         batch_size: texts a batch.
         max_length: longer texts are cut to this many tokens, or to the tokenizer's own limit.
+        special_tokens: whether the tokenizer adds its own; a chat template wrote them already.
 
     Returns:
         Dicts of [B, T] int64 tensors: input_ids, attention_mask and what else the model takes.
@@ -68,7 +44,8 @@ def make_batches(
     if not texts:
         raise AdarankError("texts is empty; give at least one")
     limit = min(max_length, tokenizer.model_max_length)
-    tokenised = tokenizer(list(texts), truncation=True, max_length=limit)
+    plain = {} if special_tokens else {"add_special_tokens": False}
+    tokenised = tokenizer(list(texts), truncation=True, max_length=limit, **plain)
     items = [
         {key: tokenised[key][i] for key in tokenised if key in tokenizer.model_input_names}
         for i in range(len(texts))

@@ -20,7 +20,8 @@ from adarank_fast.models.text import first_line, list_names, loading
 from adarank_fast.options import DTYPES, check_choice, check_integer
 from adarank_fast.training import language_model
 from adarank_fast.training.card import GENERATED, read_record
-from adarank_fast.training.data import Data, quote, read_data
+from adarank_fast.training.data import Data, read_data
+from adarank_fast.training.data_files import quote
 from adarank_fast.training.evaluation import evaluate as evaluate_items
 from adarank_fast.training.evaluation import metrics
 from adarank_fast.training.loading import LANGUAGE_MODELS, four_bit_config, load_config
@@ -161,7 +162,7 @@ def evaluate(
     check_integer("batch_size", batch_size, 1)
     if max_length is not None:
         check_integer("max_length", max_length, 1)
-    columns = {"text_column": text_column, "label_column": label_column}
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
 
     def read(task: str) -> Data:
         return data if isinstance(data, Data) else read_data(data, **columns, task=task)
