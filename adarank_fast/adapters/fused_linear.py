@@ -81,7 +81,8 @@ class _Fused:
         if reason:
             state.fallbacks[reason] += 1
             thread.clear()
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return plain
         state.fused += 1
         run = thread.run
         if run is not None and not run.goes_on(x, self):
@@ -256,7 +257,8 @@ def _forward_compiled(
     state: LayerState = layer._adarank
     reason = "extra arguments" if args or kwargs else why_not(layer, x)
     if reason:
-        return super(_Fused, layer).forward(x, *args, **kwargs)
+        plain: Tensor = super(_Fused, layer).forward(x, *args, **kwargs)
+        return plain
     group = state.group
     if group is None:
         if not state.alone:

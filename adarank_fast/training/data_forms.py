@@ -146,7 +146,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _values(table: Table, column: str) -> list[Any]:
+def _values(table: Table, column: str) -> list[object]:
     step = max(len(table.rows) // SAMPLE, 1)  # evenly spaced: files are often sorted
     return [row.get(column) for row in table.rows[::step]]
 

@@ -64,7 +64,7 @@ def _texts(table: Table, form: Form, answers: bool) -> Made:
 def _labelled(table: Table, form: Form, answers: bool) -> Made:
     made, column = Made(), form.columns["label"]
     names = table.class_names.get(column)
-    types: dict[str, tuple[str, Any]] = {}  # kind -> where it is first, and the value
+    types: dict[str, tuple[str, object]] = {}  # kind -> where it is first, and the value
     for place, row in zip(table.places, table.rows, strict=True):
         text, label = _text(table, place, row, form.columns["text"]), row.get(column)
         if text is None:
@@ -133,7 +133,7 @@ def _note_labels(made: Made, counts: Mapping[str, int]) -> None:
         made.notes.append(f"{single:,} of {len(counts):,} classes have one row only")
 
 
-def _text(table: Table, place: str, row: Mapping[str, Any], column: str) -> str | None:
+def _text(table: Table, place: str, row: Mapping[str, object], column: str) -> str | None:
     """A text, None where it is blank."""
     value = row.get(column)
     if is_blank(value):
@@ -202,7 +202,7 @@ def _chats(table: Table, form: Form, answers: bool) -> Made:
 
 
 def _messages(
-    table: Table, place: str, column: str, value: Any, made: Made
+    table: Table, place: str, column: str, value: object, made: Made
 ) -> list[dict[str, str]]:
     """Messages with role and content alone."""
     if not isinstance(value, list):
@@ -230,8 +230,8 @@ def _messages(
 
 
 def _turns(
-    table: Table, place: str, column: str, messages: list[Any]
-) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
+    table: Table, place: str, column: str, messages: list[object]
+) -> Iterator[tuple[Mapping[str, object], str, object]]:
     """(message, role, content) of each, in either notation."""
     for message in messages:
         for role, content in (("role", "content"), ("from", "value")):
