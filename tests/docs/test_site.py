@@ -39,6 +39,6 @@ def test_figures_of_the_readme_are_on_the_generated_pages():
 def test_one_version():
     project = (ROOT / "pyproject.toml").read_text()
     version = re.search(r'^version = "(.+)"$', project, re.M)[1]
-    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"adarank_fast-{version}-" in (ROOT / "README.md").read_text()
