@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sybil import Document, Example, Sybil
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 ROOT = Path(__file__).parents[2]
 # written by `make benchmarks-page` and the like, of figures only
@@ -22,8 +22,8 @@ def pages() -> list[Path]:
 
 
 def parse(page: Path, run_bash: Callable[[Example], None]) -> Document:
-    """The page's Python blocks, which share one namespace, its bash blocks, and what is skipped."""
-    parsers = [PythonCodeBlockParser(), CodeBlockParser("bash", run_bash), SkipParser()]
+    """The page's Python blocks, which share one namespace, and its bash blocks."""
+    parsers = [PythonCodeBlockParser(), CodeBlockParser("bash", run_bash)]
     return Sybil(parsers).parse(page)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import unittest
-import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from tests.docs.pages import ROOT, commands, pages, parse
 from tests.tiny_texts import EXAMPLES, save_tiny
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
-USERS = {"MODEL", "train.csv", "texts.jsonl"}  # stand for what only the reader has
+RUN_BASH = {"docs/training.md", "docs/serving.md"}  # elsewhere commands are only parsed
 
 
 @pytest.fixture
@@ -34,20 +32,18 @@ def readers_folder(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_block_runs(name, adarank, readers_folder):
     def run_bash(example):
+        if name not in RUN_BASH:
+            return
         for file, content in re.findall(r"cat > (\S+) <<END\n(.*?)END\n", example.parsed, re.S):
             Path(file).write_text(content)
         for arguments in commands(example.parsed):
-            if not USERS.intersection(arguments):
+            if arguments[1] != "MODEL":
                 status, _, err = adarank(*arguments)
                 assert status == 0, (arguments, err)
 
     document = parse(ROOT / name, run_bash)
-    with warnings.catch_warnings():
-        for example in document.examples():
-            try:
-                example.evaluate()
-            except unittest.SkipTest as reason:
-                assert len(str(reason)) > 10, "say why the block is skipped"
+    for example in document.examples():
+        example.evaluate()
 
 
 @pytest.mark.parametrize("name", NAMES)
