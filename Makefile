@@ -142,9 +142,32 @@ $(VENV)-peft-suite/.installed: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel
 
+# The examples, run, and the site in build/site, notebooks run on the way; a warning is an error.
+.PHONY: docs
+docs: export OMP_NUM_THREADS = 1
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed
+	@for script in $(filter-out examples/toy.py,$(wildcard examples/*.py)); do echo $$script; \
+		$(BIN)/python $$script > build-example.log 2>&1 || { cat build-example.log; exit 1; }; \
+	done; rm -f build-example.log
+	$(BIN)/mkdocs build --quiet
+	@echo "the site is in build/site/index.html"
+
+# A wheel and an sdist, judged, and used in empty environments. Other Pythons, everything installed:
+# make release-check ARGS="--python python3.12"
+.PHONY: release-check
+release-check: $(VENV)/.installed
+	rm -rf build/release
+	$(BIN)/python -m build --no-isolation --outdir build/release > /dev/null
+	$(BIN)/python -m twine check --strict build/release/*
+	$(BIN)/check-wheel-contents build/release/*.whl
+	$(BIN)/python -m tests.release.check build/release $(ARGS)
+
 # The environment is made once, and again when what it is made from changes.
 # constraints.txt pins every package; pyproject.toml keeps the lower bounds.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adarank-fast needs Python \
+	3.11 or newer, $(PYTHON) is %d.%d; try: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -16,7 +16,7 @@ class AdarankError(ValueError):
 
 
 class AdarankTypeError(AdarankError, TypeError):
-    """An argument of the wrong type."""
+    """An argument of the wrong type: an `AdarankError` that is a TypeError, too."""
 
 
 class AdarankFileNotFoundError(AdarankError, FileNotFoundError):

@@ -35,6 +35,8 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "t5": ["q", "k", "v", "o", "wi", "wo"],
 }
+# Against float64, the error of T5's gradients in bfloat16 is chance: over 60 inputs each, ours is
+# 0.12 to 6 times PEFT's in five EVA cases, with medians of 0.99 to 1.03.
 # of outputs, of gradients; SHARE of the norm of all of them counts beside each one's own norm
 TOLERANCES = {
     torch.float64: (1e-9, 1e-8),

@@ -55,7 +55,7 @@ def lora_linear_ref(
     seed: Tensor | None = None,
     base_output: Tensor | None = None,
 ) -> Tensor:
-    """`lora_linear` in plain torch."""
+    """`lora_linear` in plain torch: the same arguments, shapes and dtypes, slower."""
     return grouped_lora_linear_ref(
         x,
         [weight],
