@@ -193,7 +193,7 @@ def _dropout_among(members: Sequence[AnyMember]) -> float:
 def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequence[Tensor]:
     """All outputs of layers that share the input x, in one node."""
     state: LayerState = layers[0]._adarank
-    members: list[Any] = [layer._adarank.member for layer in layers]
+    members = [layer._adarank.member for layer in layers]
     if None in members or torch.is_autocast_enabled(x.device.type):
         return _compute_anew(layers, x)
     dropout, call, made = members[0].dropout, state.call, False

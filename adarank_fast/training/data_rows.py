@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,7 @@ def _name_labels(made: Made) -> None:
         row["label"] = label
 
 
-def _order(labels: Mapping[str, int]) -> Any:
+def _order(labels: Mapping[str, int]) -> Callable[[str], str | tuple[int, str]]:
     """Whole numbers by value, other names by the alphabet."""
     if all(label.lstrip("-").isdecimal() and label.isascii() for label in labels):
         return lambda label: (int(label), label)
