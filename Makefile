@@ -122,14 +122,14 @@ kernels-report: $(VENV)/.installed
 
 # Takes every architecture through every step; exits with 1 if a cell of the table fails.
 compatibility: $(VENV)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python bench/compatibility.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m tests.conformance.compatibility
 
 # PEFT's own tests, plain and accelerated; its source is fetched, or PEFT_TESTS names a folder. The
 # tests' other packages go into an environment of their own, on top of $(VENV). Options:
 # make peft-suite ARGS="--only mixed -n 2"
 .PHONY: peft-suite
 peft-suite: $(VENV)-peft-suite/.installed
-	$(VENV)-peft-suite/bin/python -m bench.peft_suite $(if $(PEFT_TESTS),--tests $(PEFT_TESTS)) $(ARGS)
+	$(VENV)-peft-suite/bin/python -m tests.peft_suite.run $(if $(PEFT_TESTS),--tests $(PEFT_TESTS)) $(ARGS)
 
 $(VENV)-peft-suite/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv --without-pip $(VENV)-peft-suite

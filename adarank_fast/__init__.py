@@ -6,12 +6,12 @@ adarank_fast` alone loads neither torch nor peft.
 
 from importlib import import_module
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from adarank_fast.adapters.accelerate import accelerate, restore
     from adarank_fast.adapters.compile_blocks import compile_blocks
     from adarank_fast.adapters.export import export_uniform
-    from adarank_fast.adapters.fused_linear import accelerate, restore
     from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
     from adarank_fast.adapters.inject import inject
     from adarank_fast.comparison.compare import compare
@@ -67,7 +67,7 @@ __all__ = [
 _MODULES = {
     "adapters.compile_blocks": ["compile_blocks"],
     "adapters.export": ["export_uniform"],
-    "adapters.fused_linear": ["accelerate", "restore"],
+    "adapters.accelerate": ["accelerate", "restore"],
     "adapters.fusion_report": ["FusionReport", "fusion_report"],
     "adapters.inject": ["inject"],
     "comparison.compare": ["compare"],
@@ -90,7 +90,7 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'adarank_fast' has no attribute {name!r}")
     return getattr(import_module(f"adarank_fast.{_HOMES[name]}"), name)

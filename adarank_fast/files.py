@@ -238,7 +238,7 @@ def check_own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Path
     return target
 
 
-def note_settings(folder: Path, settings: Mapping[str, Any], holds: str, remedy: str) -> str:
+def note_settings(folder: Path, settings: Mapping[str, object], holds: str, remedy: str) -> str:
     """Note in `folder` with what settings its content is made; or check that they are the same.
 
     Args:

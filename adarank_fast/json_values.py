@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
 
@@ -20,7 +20,7 @@ LARGEST = 1e300  # of magnitudes: sums of many stay finite
 LONGEST = 80  # of a value in a message
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes) -> object:
     """JSON as the standard has it: no key twice, no NaN, text that can be encoded.
 
     Raises:
@@ -39,7 +39,7 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -72,7 +72,7 @@ class Value:
         keys: the way to the value.
     """
 
-    value: Any
+    value: object
     file: str
     remedy: str
     keys: tuple[str, ...] = ()
@@ -109,9 +109,10 @@ class Value:
         Raises:
             AdarankError: there is no such key, or nothing with keys.
         """
-        if key not in self.mapping():
+        found = self.mapping()
+        if key not in found:
             raise self.damaged(f"no {key!r}", "has ")
-        return self._at(key, self.value[key])
+        return self._at(key, found[key])
 
     def get(self, key: str) -> Value | None:
         """The value of a key; None if there is no such key, or its value is null."""
@@ -119,38 +120,49 @@ class Value:
         return None if found is None else self._at(key, found)
 
     def items(self) -> Iterator[tuple[str, Value]]:
+        """Key and value of each member. Raises `AdarankError` if it is no object."""
         return ((key, self._at(key, value)) for key, value in self.mapping().items())
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> dict[str, object]:
+        """A copy of the object. Raises `AdarankError` if it is none."""
         return dict(self.value) if isinstance(self.value, dict) else self._refuse("no object")
 
     def list(self) -> Sequence[Value]:
+        """The elements. Raises `AdarankError` if it is no list."""
         if not isinstance(self.value, list):
             self._refuse("no list")
         return [self._at(str(index), value) for index, value in enumerate(self.value)]
 
     def text(self) -> str:
+        """The string. Raises `AdarankError` if it is none."""
         return self.value if isinstance(self.value, str) else self._refuse("no text")
 
     def truth(self) -> bool:
+        """The Boolean. Raises `AdarankError` if it is none."""
         return (
             self.value if isinstance(self.value, bool) else self._refuse("neither true nor false")
         )
 
     def integer(self, least: int = 0, most: int = MOST) -> int:
-        if type(self.value) is not int or not least <= self.value <= most:
+        """An integer in [least, most], neither true nor 1.0. Raises `AdarankError` otherwise."""
+        value = self.value
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             self._refuse(f"no integer from {least} to {most}")
-        return int(self.value)
+        return value
 
     def number(self, least: float = 0.0, most: float = LARGEST) -> float:
         """A finite number."""
-        whole = type(self.value) is int and abs(self.value) <= LARGEST
-        if not (whole or type(self.value) is float) or not least <= self.value <= most:
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             self._refuse(f"no number from {least:g} to {most:g}")
-        assert math.isfinite(self.value)
-        return float(self.value)
+        whole = isinstance(value, int)
+        if (whole and abs(value) > LARGEST) or not least <= value <= most:
+            self._refuse(f"no number from {least:g} to {most:g}")
+        assert math.isfinite(value)
+        return float(value)
 
     def one_of(self, choices: Sequence[str]) -> str:
+        """A string among `choices`. Raises `AdarankError` otherwise."""
         text = self.text()
         return text if text in choices else self._refuse(f"none of {', '.join(choices)}")
 
@@ -163,5 +175,5 @@ class Value:
     def _refuse(self, what: str) -> NoReturn:
         raise self.damaged(f"{said(self.value)}, {what}")
 
-    def _at(self, key: str, value: Any) -> Value:
+    def _at(self, key: str, value: object) -> Value:
         return Value(value, self.file, self.remedy, (*self.keys, key))

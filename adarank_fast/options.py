@@ -51,7 +51,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def gather(cls: type[T], given: T | float | None, options: dict[str, Any]) -> T:
+def gather(cls: type[T], given: T | float | None, options: dict[str, object]) -> T:
     """Options as an object: the one that is given, or one made of its flat keywords.
 
     Args:
@@ -70,7 +70,7 @@ def gather(cls: type[T], given: T | float | None, options: dict[str, Any]) -> T:
     )
 
 
-def refuse_unknown(function: str, options: dict[str, Any], *classes: type) -> None:
+def refuse_unknown(function: str, options: dict[str, object], *classes: type) -> None:
     """A misspelt keyword is a TypeError, as Python's own is; this one names what was meant."""
     for name in options:
         known = [one.name for cls in classes for one in fields(cls)]
@@ -123,11 +123,14 @@ RANGES = {
     "average_rank": Range(0.0, MOST, whole=False, above=True),
     "batch_size": COUNT,
     "budget_parameters": Range(1, 2**63 - 1),
+    "early_stopping": COUNT,
     "epochs": COUNT,
     "items": COUNT,
     "learning_rate": Range(0.0, 1e30, whole=False),
+    "lora_dropout": Range(0.0, 0.99, whole=False),
     "max_length": COUNT,
     "max_memory": Range(1, 2**63 - 1, whole=False),
+    "max_new_tokens": COUNT,
     "max_rank": COUNT,
     "max_seconds": POSITIVE,
     "max_steps": COUNT,

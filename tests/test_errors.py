@@ -28,7 +28,8 @@ INTERNAL = {
     "ArithmeticError": ("registry.py", "philox.py", "triton_launch.py"),
     "AttributeError": ("__init__.py", "outputs.py"),
     "FileNotFoundError": ("native.py",),
-    "RuntimeError": ("native.py",),
+    "IndexError": ("lookups.py",),
+    "RuntimeError": ("native.py", "gated_mlp.py"),  # torch's own words
     "TimeoutError": ("native.py",),
     "ValueError": ("checkpoint.py", "grid.py", "json_values.py"),
 }

@@ -147,7 +147,7 @@ def _read_config(folder: Path) -> LoraConfig:
         raise AdarankError(f"the adapter in {str(folder)!r} is {kind}, not LoRA")
     _check_config(content)
     try:
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT's own check of a field, of any type
         raise AdarankError(
             f"{CONFIG} in {str(folder)!r} cannot be read: {first_line(error)}; {REMEDY}"

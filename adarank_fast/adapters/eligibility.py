@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adarank_fast.adapters.peft_private import DoraLinearLayer, DoraLinearVariant, caches_dora
+from adarank_fast.adapters.peft_private import (
+    DoraLinearLayer,
+    DoraLinearVariant,
+    Layer,
+    caches_dora,
+)
 from adarank_fast.adapters.terms import has_plain_base, is_plain, names_of
-
-Layer = Any  # a PEFT LoRA layer
 
 
 def why_not_here(x: Tensor) -> str:

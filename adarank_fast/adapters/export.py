@@ -8,11 +8,11 @@ without an adapter get one of zeros, so that every layer of a kind has one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -34,6 +34,10 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.targets import linear_shape
 from adarank_fast.options import check_number
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 RANKS = (8, 16, 32, 64)  # what every engine's kernels take
 
@@ -79,7 +83,8 @@ def export_saved(
         adapter: what is in its folder.
         base_model: tells the layers' names and shapes; its weights are not used, so it may be on
             the meta device.
-        folder, rank: see `export_uniform`.
+        folder: see `export_uniform`.
+        rank: see `export_uniform`.
 
     Raises:
         AdarankError: as `export_uniform`; or the adapter does not fit `base_model`.
@@ -106,7 +111,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
     Raises:
         AdarankError: it has no such LoRA adapter.
     """
-    configs: Mapping[str, Any] = getattr(peft_model, "peft_config", {})
+    configs: Mapping[str, object] = getattr(peft_model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, LoraConfig):
         there = ", ".join(configs) or "none"
@@ -126,14 +131,14 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
         }
         config = replace(config, auto_mapping=mapping)
     scales = {
-        path: layer.scaling[adapter_name]
+        path: cast(LoraLayer, layer).scaling[adapter_name]
         for path, layer in base.named_modules()
         if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, "scaling", {})
     }
     return Adapter(config, factors, scales, others)
 
 
-def _is_resized(base: Any, name: str | None) -> bool:
+def _is_resized(base: PreTrainedModel, name: str | None) -> bool:
     """Whether the model's vocabulary is of another size than its checkpoint's."""
     size = _vocabulary_size(getattr(base, "config", None))
     if size is None:
@@ -148,12 +153,12 @@ def _is_resized(base: Any, name: str | None) -> bool:
     return any(isinstance(other, int) and other != size for other in noted)
 
 
-def _vocabulary_size(config: Any) -> int | None:
+def _vocabulary_size(config: object) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 
 
-def _vocabulary(base: Any) -> dict[str, Tensor]:
+def _vocabulary(base: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of the embedding and the head, by their names in an adapter file."""
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     found: dict[str, Tensor] = {}
@@ -235,7 +240,7 @@ def _write(adapter: Adapter, model: nn.Module, folder: Path, rank: int | None) -
         init_lora_weights=True,
         inference_mode=True,
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     # clones, since a file cannot have one storage twice, as of a head tied to the embedding
     saved = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -285,7 +290,7 @@ def _module_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
 
 
 def _targets(
-    shapes: Mapping[str, tuple[int, int] | None], adapted: Any
+    shapes: Mapping[str, tuple[int, int] | None], adapted: Iterable[str]
 ) -> tuple[list[str], list[str]]:
     """(target_modules, paths that they choose): every layer of the kinds that have an adapter.
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copyreg import _reconstructor  # type: ignore[attr-defined]
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +24,19 @@ from adarank_fast.adapters.eligibility import (
     why_not,
     why_not_here,
 )
-from adarank_fast.adapters.gated_mlp import recompute_gated_mlps, restore_gated_mlps
 from adarank_fast.adapters.groups import (
     LayerState,
-    Owner,
     Run,
     ThreadState,
     Waiting,
     form_group,
     may_be_repeated,
     modes_of,
-    owner_path,
     repeat_guard,
 )
 from adarank_fast.adapters.members import AnyMember, remember
-from adarank_fast.adapters.peft_private import TorchaoLoraLinear, bitsandbytes_layers
+from adarank_fast.adapters.peft_private import Layer, TorchaoLoraLinear, bitsandbytes_layers
 from adarank_fast.adapters.terms import (
-    Layer,
     adapters_of,
     bias_of,
     finished,
@@ -49,15 +44,13 @@ from adarank_fast.adapters.terms import (
     low_rank,
     weight_of,
 )
-from adarank_fast.adapters.torch_private import constant_result, is_compiled
-from adarank_fast.errors import AdarankError
-from adarank_fast.undo import undone, undone_on_error
+from adarank_fast.adapters.torch_private import constant_result
 from adarank_kernels import grouped_lora_linear
 from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
 from adarank_kernels.lora.op import run as run_group
 
-_thread = ThreadState()
+thread = ThreadState()
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -66,18 +59,18 @@ class _Fused:
 
     _adarank: LayerState
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if _is_compiling():
             return _forward_compiled(self, x, args, kwargs)
         own = self.__dict__
         state: LayerState = own["_adarank"]
-        waiting = _thread.waiting
+        waiting = thread.waiting
         if waiting is not None and waiting.x is x and not (args or kwargs):
             output = waiting.take(state, own)
             if output is not None:
                 state.fused += 1
                 if not waiting.left:
-                    _thread.waiting, waiting.group.missed = None, 0
+                    thread.waiting, waiting.group.missed = None, 0
                 return output
         reason = "extra arguments" if args or kwargs else why_not_here(x)
         member = state.member
@@ -87,16 +80,16 @@ class _Fused:
             state.member = member = None if reason else remember(self)
         if reason:
             state.fallbacks[reason] += 1
-            _thread.clear()
+            thread.clear()
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         state.fused += 1
-        run = _thread.run
+        run = thread.run
         if run is not None and not run.goes_on(x, self):
-            _thread.clear()  # which may make this layer a member: known before it is computed
+            thread.clear()  # which may make this layer a member: known before it is computed
         if state.candidates is not None:
             form_group(self)
         if state.group is not None:
-            _thread.clear()  # which may dissolve the group
+            thread.clear()  # which may dissolve the group
         group = state.group
         if group is None:
             return _alone(self, x)
@@ -109,7 +102,7 @@ class _Fused:
                 dropout = members[0].dropout
                 if dropout is None:
                     dropout = _dropout_among(members)
-                _thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
+                thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
         return outputs[0]
 
     def _get_name(self) -> str:
@@ -135,21 +128,21 @@ class FusedTorchaoLinear(_Fused, TorchaoLoraLinear):
     """PEFT's layer for weights quantised by torchao, with a fused forward."""
 
 
-_FUSED: dict[type, type] = {lora.Linear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLinear}
+FUSED: dict[type, type] = {lora.Linear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLinear}
 
 
-def _fused_classes() -> dict[type, type]:
+def fused_classes() -> dict[type, type]:
     """PEFT class -> fused class; bitsandbytes' only where it is installed."""
     for plain in bitsandbytes_layers():
-        if plain not in _FUSED:
+        if plain not in FUSED:
             fused = type(f"Fused{plain.__name__}", (_Fused, plain), {"__module__": __name__})
-            globals()[fused.__name__] = _FUSED[plain] = fused
-    return _FUSED
+            globals()[fused.__name__] = FUSED[plain] = fused
+    return FUSED
 
 
 def _plain_class(fused: type) -> type:
     """PEFT's class behind a fused one, or behind what something else made of it."""
-    for plain, cls in _FUSED.items():
+    for plain, cls in FUSED.items():
         if issubclass(fused, cls):
             return plain if fused is cls else fused
     return fused
@@ -162,7 +155,7 @@ def _same_kind(member: AnyMember, x: Tensor) -> bool:
 def _alone(layer: Layer, x: Tensor) -> Tensor:
     """A layer that is in no group: watched, and under one dropout mask with its neighbours."""
     state: LayerState = layer._adarank
-    run = _thread.watch(layer, x)
+    run = thread.watch(layer, x)
     output = _compute([layer], x, run)[0]
     if run is not None and may_be_repeated():
         repeat_guard(output, state.owner)
@@ -287,7 +280,7 @@ def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
 @constant_result
 def _finish_watching() -> bool:
     """The last layers that an eager forward called become a group before a compiler looks at it."""
-    _thread.clear()
+    thread.clear()
     return True
 
 
@@ -301,115 +294,6 @@ def _warn_compiled_early() -> bool:
     return True
 
 
-def accelerate(
-    peft_model: nn.Module,
-    example: Mapping[str, Any] | None = None,
-    recompute_mlp: bool = False,
-) -> nn.Module:
-    """Fuse the LoRA layers of a PEFT model, in place; a second call changes nothing.
-
-    Layers that share an input are found in the first eager forward, or now from `example`.
-
-    Args:
-        peft_model: a `peft.PeftModel`, of uniform or mixed ranks, or any module with PEFT layers.
-        example: keyword inputs for one forward in eval mode without gradients.
-        recompute_mlp: keep only gate(x) and up(x) of gated MLPs, down(act(gate(x)) * up(x)), for
-            the backward pass, which computes the other two again: about a third of what a layer of
-            Llama keeps goes, two elementwise operations come. Not under checkpointing, which
-            keeps less, nor in compiled code.
-
-    Returns:
-        `peft_model`.
-
-    Raises:
-        AdarankError: there is no layer to fuse, or LoRA layers were sharded one by one before.
-    """
-    classes = _fused_classes()
-    found = {path: m for path, m in peft_model.named_modules() if type(m) in classes}
-    if found:
-        _check_not_compiled(peft_model)
-    if not found and not any(fused_layers(peft_model)):
-        for module in peft_model.modules():
-            if isinstance(module, tuple(classes)):
-                raise AdarankError(
-                    f"its LoRA layers are of class {type(module).__name__}, which something else "
-                    "made; accelerate first, then shard or wrap them"
-                )
-        raise AdarankError(
-            f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
-            "adarank_fast.inject or peft.get_peft_model first"
-        )
-    owners: dict[str, Owner] = {}
-    with undone_on_error(partial(_put_back, [(m, type(m), {}) for m in found.values()])):
-        for path, layer in found.items():
-            owner = owners.setdefault(owner_path(peft_model, path), Owner())
-            layer._adarank = LayerState(owner)
-            layer.__class__ = classes[type(layer)]
-        if recompute_mlp and not recompute_gated_mlps(peft_model):
-            warnings.warn(
-                f"recompute_mlp: {type(peft_model).__name__} has no MLP of the form "
-                "down(act(gate(x)) * up(x))",
-                stacklevel=2,
-            )
-        if example is not None:
-            _watch(peft_model, example)
-    return peft_model
-
-
-def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) -> None:
-    """Each layer's class, and its `_adarank` or none, as before; nothing waits in this thread."""
-    _thread.waiting = _thread.run = None
-    for layer, plain, state in layers:
-        layer.__class__ = plain
-        layer.__dict__.pop("_adarank", None)
-        layer.__dict__.update(state)
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    """Compiled code was made of PEFT's own layers."""
-    for path, module in model.named_modules():
-        if is_compiled(module):
-            where = path or type(model).__name__
-            raise AdarankError(f"{where} is compiled already; accelerate first, then torch.compile")
-
-
-def _watch(model: nn.Module, example: Mapping[str, Any]) -> None:
-    training = {module: module.training for module in model.modules()}
-
-    def undo() -> None:
-        for module, mode in training.items():
-            module.training = mode
-
-    with undone(undo), torch.no_grad():
-        model.eval()
-        model(**example)
-    _thread.clear()
-    for _, layer in fused_layers(model):
-        form_group(layer)
-
-
-def restore(peft_model: nn.Module) -> nn.Module:
-    """Plain PEFT again: the same weights, classes and hooks as before `accelerate`.
-
-    Raises:
-        AdarankError: LoRA layers got another class since (`fully_shard` on each); none changes.
-    """
-    plain = {fused: cls for cls, fused in _FUSED.items()}
-    layers = list(fused_layers(peft_model))
-    for path, layer in layers:
-        if type(layer) not in plain:
-            raise AdarankError(
-                f"{path} became a {type(layer).__name__} after accelerate; restore before sharding"
-            )
-    _thread.clear()
-    before = [(layer, type(layer), {"_adarank": layer._adarank}) for _, layer in layers]
-    with undone_on_error(partial(_put_back, before)):
-        restore_gated_mlps(peft_model)
-        for _, layer in layers:
-            layer.__class__ = plain[type(layer)]
-            del layer._adarank
-    return peft_model
-
-
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Path and module of every layer that is fused now."""
     return ((path, m) for path, m in model.named_modules() if isinstance(m, _Fused))

@@ -9,9 +9,10 @@ structure, and if outputs and gradients then agree with those of its own forward
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from copyreg import _reconstructor  # type: ignore[attr-defined]
-from typing import Any
+from functools import partial
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adarank_fast.adapters.groups import may_be_repeated
+from adarank_fast.undo import undone
 from adarank_kernels.lora.op import is_watched
 
 aten = torch.ops.aten
@@ -59,7 +61,7 @@ class _GatedMLP:
 
     _adarank_mlp: Structure
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: object) -> Tensor:
         structure: Structure = self.__dict__["_adarank_mlp"]
         if (
             len(args) != 1
@@ -83,7 +85,7 @@ class _GatedMLP:
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """As its own class: who loads it need not have this package."""
         state = {key: value for key, value in self.__dict__.items() if key != "_adarank_mlp"}
         return _reconstructor, (_plain_class(type(self)), object, None), state
@@ -118,6 +120,9 @@ def _plain_tensors(*tensors: Tensor) -> bool:
     return all(type(t) is Tensor and t.is_contiguous() for t in tensors)
 
 
+Packed = Tensor | tuple[Callable[[], Tensor], torch.Size]  # or how it is computed again
+
+
 class _Recipe:
     """What stands for act(gate) and act(gate) * up in the graph: how to compute them again."""
 
@@ -136,7 +141,7 @@ class _Recipe:
     def know(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         self.known[tensor.data_ptr()] = tensor, again
 
-    def pack(self, tensor: Tensor) -> Any:
+    def pack(self, tensor: Tensor) -> Packed:
         tensor_and_rule = self.known.get(tensor.data_ptr())
         if tensor_and_rule is None:
             return tensor
@@ -146,7 +151,7 @@ class _Recipe:
             return tensor
         return again, tensor.shape
 
-    def unpack(self, packed: Any) -> Tensor:
+    def unpack(self, packed: Packed) -> Tensor:
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError(
@@ -158,7 +163,7 @@ class _Recipe:
             return packed
         again, shape = packed
         with torch.no_grad(), torch.autocast(self.gate.device.type, enabled=False):
-            return again().view(shape)  # type: ignore[no-any-return]
+            return again().view(shape)
 
     def product(self) -> Tensor:
         self.waiting = self.activate(self.gate.detach())
@@ -177,23 +182,31 @@ class _Trace(TorchDispatchMode):
         self.module = module
         self.linears = {name: m for name, m in module.named_children() if _is_linear(m)}
         self.calls: dict[str, tuple[Tensor, Tensor]] = {}
-        self.operators: list[tuple[Any, Any, Any, Tensor]] = []
+        self.operators: list[
+            tuple[Callable[..., Tensor], tuple[object, ...], dict[str, object], Tensor]
+        ] = []
         self.inside = self.repeated = False
         others = [m for m in module.children() if not _is_linear(m)]
         self.activation = others[0] if others else None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         if not self.inside:
             self.operators.append((func, args, kwargs or {}, output))
         return output
 
-    def run(self, x: Tensor) -> Any:
-        def before(*_: Any) -> None:
+    def run(self, x: Tensor) -> object:
+        def before(*_: object) -> None:
             self.inside = True
 
-        def after(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 self.inside = False
                 self.repeated |= name in self.calls
                 self.calls[name] = inputs[0], output
@@ -236,6 +249,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks hang on the module itself, which would see other calls."""
     return any(getattr(module, name) for name in HOOKS)
 
 
@@ -291,13 +305,9 @@ def recompute_gated_mlps(model: nn.Module) -> int:
             continue
         training = {m: m.training for m in module.modules()}
         devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-        try:
+        with undone(partial(_set_modes, training)), torch.random.fork_rng(devices=devices):
             module.train()  # a dropout between the factors is to be seen
-            with torch.random.fork_rng(devices=devices):
-                structure = _find(module)
-        finally:
-            for m, mode in training.items():
-                m.training = mode
+            structure = _find(module)
         if structure is None:
             continue
         plain = type(module)
@@ -308,12 +318,19 @@ def recompute_gated_mlps(model: nn.Module) -> int:
     return sum(1 for _ in gated_mlps(model))
 
 
-def restore_gated_mlps(model: nn.Module) -> None:
+def _set_modes(training: Mapping[nn.Module, bool]) -> None:
+    for module, mode in training.items():
+        module.training = mode
+
+
+def restore_gated_mlps(model: nn.Module, but: Set[nn.Module] = frozenset()) -> None:
     """Their own classes again."""
     for module in gated_mlps(model):
-        module.__class__ = _plain_class(type(module))
-        del module._adarank_mlp
+        if module not in but:
+            module.__class__ = _plain_class(type(module))
+            module.__dict__.pop("_adarank_mlp", None)
 
 
 def gated_mlps(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward computes a gated MLP as one step."""
     return (m for m in list(model.modules()) if isinstance(m, _GatedMLP))

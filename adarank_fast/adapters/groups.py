@@ -16,17 +16,16 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from adarank_fast.adapters.members import AnyMember
+from adarank_fast.adapters.peft_private import Attributes, Layer
 from adarank_fast.undo import undone
 from adarank_kernels.lora.group import Group
 
-Layer = Any  # a fused PEFT layer
 WATCHED = 2  # forwards after which a layer that shared its input with nobody is watched no more
 MISSED = 3  # forwards in a row in which a member stayed away; then its group is dissolved
 
@@ -39,7 +38,7 @@ class Owner:
     def __init__(self) -> None:
         self.outstanding = 0
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"outstanding": 0}  # a copy's graphs are its own
 
 
@@ -87,7 +86,7 @@ class LayerState:
         self.candidates: list[Layer] | None = None
         self.alone = 0  # forwards in which it shared its input with nobody
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "member": None, "call": None, "candidates": None}
 
 
@@ -102,7 +101,7 @@ class Waiting:
         self,
         group: LayerGroup,
         x: Tensor,
-        modes: tuple[Any, ...],
+        modes: tuple[object, ...],
         dropout: float,
         outputs: Sequence[Tensor],
         members: Sequence[AnyMember],
@@ -115,7 +114,7 @@ class Waiting:
         self.versions = [(m.A._version, m.B._version) for m in members]
         self.repeating = torch._C._current_graph_task_id() != -1
 
-    def take(self, state: LayerState, own: dict[str, Any]) -> Tensor | None:
+    def take(self, state: LayerState, own: Attributes) -> Tensor | None:
         """The output of a member, once; None if it is not there or no longer right."""
         position, member = state.position, state.member
         if state.group is not self.group or member is None:
@@ -155,6 +154,7 @@ class Run:
         self.seed: Tensor | None = None  # one dropout mask, as a group has
 
     def goes_on(self, x: Tensor, layer: Layer) -> bool:
+        """Whether `layer` may be the next: `x` is the run's tensor, not written since."""
         state: LayerState = layer._adarank
         return (
             self.x() is x
@@ -215,6 +215,7 @@ def form_group(layer: Layer) -> None:
 
 
 def make_group(layers: Sequence[Layer]) -> None:
+    """Compute the layers in one operator from their next call on."""
     group = LayerGroup(layers)
     for position, layer in enumerate(layers):
         state: LayerState = layer._adarank
@@ -230,7 +231,7 @@ def dissolve(group: LayerGroup) -> None:
             state.alone = WATCHED
 
 
-def modes_of(x: Tensor) -> tuple[Any, ...]:
+def modes_of(x: Tensor) -> tuple[object, ...]:
     """What must still be so when an output is taken."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -281,12 +282,12 @@ def find_groups(
         The names of each group's members, in the order of their calls.
     """
     modules = {name: model.get_submodule(path) for name, path in paths.items()}
-    runs: list[tuple[Any, int, str, list[str]]] = []
+    runs: list[tuple[ref[Tensor], int, str, list[str]]] = []
 
     def watch(name: str, module: nn.Module) -> None:
         owner = owner_path(model, paths[name])
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             if any(name in names for *_, names in runs):
                 return

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import accelerate
+from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
@@ -26,7 +26,7 @@ def inject(
     model: nn.Module,
     plan: RankPlan,
     scaling: str | float = "constant",
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, object] | None = None,
     adapter_name: str = "default",
     **lora_config_kwargs: Any,
 ) -> PeftModel:

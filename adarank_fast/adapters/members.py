@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adarank_fast.adapters.peft_private import caches_dora
+from adarank_fast.adapters.peft_private import Attributes, Layer, caches_dora
 from adarank_fast.adapters.terms import (
     adapters_of,
     bias_of,
@@ -24,7 +24,6 @@ from adarank_fast.adapters.terms import (
     weight_of,
 )
 
-Layer = Any  # a PEFT LoRA layer
 Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 
 
@@ -74,7 +73,8 @@ class Member:
         self.bias_trained = self.bias is not None and self.bias.requires_grad
         self.take_adapter(layer, name)
 
-    def take_adapter(self, layer: Layer, name: Any) -> None:
+    def take_adapter(self, layer: Layer, name: str | None) -> None:
+        """Note the parts of the adapter `name`, which the layer has."""
         self.lora_A, self.lora_B = layer.lora_A[name], layer.lora_B[name]
         self.adapter_class: type = nn.Linear
         self.drop, self.variant = layer.lora_dropout[name], layer.lora_variant.get(name)
@@ -92,7 +92,7 @@ class Member:
         """Weight, bias, A, B and scaling for the operator."""
         return self.weight, self.bias, self.A, self.B, self.scaling
 
-    def is_active(self, own: dict[str, Any]) -> bool:
+    def is_active(self, own: Attributes) -> bool:
         """The part of `holds` that may change between two calls of one forward."""
         _, of_A, of_B = self.inner
         return not (
@@ -104,7 +104,7 @@ class Member:
             or own["scaling"].get(self.name) is not self.scaling
         )
 
-    def holds(self, own: dict[str, Any]) -> bool:
+    def holds(self, own: Attributes) -> bool:
         """Whether the layer with these attributes is still what it was."""
         if own["_disable_adapters"] or own["merged_adapters"] or "_is_replica" in own:
             return False
@@ -153,7 +153,7 @@ class Member:
 
 
 _NO_PARAMETER: Any = Versions([])
-_NO_MODULE: dict[str, Any] = {
+_NO_MODULE: Attributes = {
     "_parameters": {"weight": _NO_PARAMETER},
     "_forward_hooks": (),
     "_forward_pre_hooks": (),
@@ -167,7 +167,8 @@ class Unadapted(Member):
 
     __slots__ = ()
 
-    def take_adapter(self, layer: Layer, name: Any) -> None:
+    def take_adapter(self, layer: Layer, name: str | None) -> None:
+        """Note that there is none."""
         self.lora_A = self.lora_B = self.drop = self.variant = self.scaling = self.lora_bias = None
         self.adapter_class = type(None)
         self.A = self.B = _NO_PARAMETER
@@ -175,12 +176,15 @@ class Unadapted(Member):
 
     @property
     def dropout(self) -> None:
+        """None: nothing is dropped, whatever the other members do."""
         return None
 
     def parts(self) -> Parts:
+        """As a member's; A and B are None."""
         return self.weight, self.bias, None, None, 0.0
 
-    def holds(self, own: dict[str, Any]) -> bool:
+    def holds(self, own: Attributes) -> bool:
+        """As a member's; and the layer still has none of the active adapters."""
         active = [self.active] if isinstance(self.active, str) else self.active
         has = own["_modules"]["lora_A"]._modules
         return not any([name in has for name in active]) and super().holds(own)
@@ -209,6 +213,7 @@ class Made:
 
     @property
     def dropout(self) -> float | None:
+        """As a member's; the adapters' are the same."""
         return self.members[0].dropout
 
     def parts(self) -> Parts:
@@ -224,12 +229,14 @@ class Made:
         first = self.members[0]
         return finished(Y, first.weight, first.bias, self.adapters)
 
-    def is_active(self, own: dict[str, Any]) -> bool:
+    def is_active(self, own: Attributes) -> bool:
+        """As a member's, of all its adapters."""
         if self.fixed_dropout and any([member.dropout for member in self.members]):
             return False
         return all([member.is_active(own) for member in self.members])
 
-    def holds(self, own: dict[str, Any]) -> bool:
+    def holds(self, own: Attributes) -> bool:
+        """As a member's, of all its adapters; and they are still the active ones, in this order."""
         has, active = own["_modules"]["lora_A"]._modules, self.members[0].active
         active = [active] if isinstance(active, str) else active
         if [name for name in active if name in has] != self.names:
@@ -240,7 +247,7 @@ class Made:
             return False
         return all([member.holds(own) for member in self.members])
 
-    def _holds_magnitude(self, own: dict[str, Any]) -> bool:
+    def _holds_magnitude(self, own: Attributes) -> bool:
         dora: Any = self.magnitude
         vectors = own["_modules"].get("lora_magnitude_vector")
         inside = dora.__dict__

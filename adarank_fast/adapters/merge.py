@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adarank_fast.adapters.adapter_files import PREFIX, Adapter, read_adapter
@@ -24,6 +24,9 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
 from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, loading
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -86,7 +89,9 @@ def merge_adapter(
 
 
 @_without_expected_warnings()
-def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[Any, Any]:
+def base_skeleton(
+    adapter: Adapter, name: str | None, argument: str
+) -> tuple[PreTrainedModel, PretrainedConfig]:
     """(the adapter's base model without weights, its configuration).
 
     The class is the one that has the adapter's modules: the one that the adapter names, that of its
@@ -121,12 +126,15 @@ def base_skeleton(adapter: Adapter, name: str | None, argument: str) -> tuple[An
     )
 
 
-def _without_weights(model_class: Any, config: Any) -> Any:
+def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
     """A model on the meta device; None where the class is no model's, or the model is not of it."""
     try:
         with torch.device("meta"):
             if hasattr(model_class, "from_config"):  # of the Auto classes
-                return model_class.from_config(config, trust_remote_code=is_trusted())
+                made: PreTrainedModel = model_class.from_config(
+                    config, trust_remote_code=is_trusted()
+                )
+                return made
             if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
                 return model_class(config)
     except Exception:  # whatever a configuration of somebody else's makes of a model's own code
@@ -134,7 +142,7 @@ def _without_weights(model_class: Any, config: Any) -> Any:
     return None
 
 
-def _class_names(adapter: Adapter, config: Any) -> Iterator[str]:
+def _class_names(adapter: Adapter, config: PretrainedConfig) -> Iterator[str]:
     mapping = adapter.config.auto_mapping or {}
     if str(mapping.get("parent_library", "")).startswith("transformers."):
         yield str(mapping.get("base_model_class"))
@@ -152,14 +160,14 @@ def _label_count(adapter: Adapter) -> int | None:
     return sizes[-1] if sizes else None
 
 
-def _name_classes(config: Any, folder: Path) -> None:
+def _name_classes(config: PretrainedConfig, folder: Path) -> None:
     """Give a configuration the names of classes, and the padding, of the one beside an adapter."""
     try:
         beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = {int(number): str(name) for number, name in beside["id2label"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # an adapter has no configuration of the model but where we or the user put one
-    if sorted(names) == list(range(config.num_labels)):
+    if sorted(names) == list(range(config.num_labels or 0)):
         config.id2label = names
         config.label2id = {name: number for number, name in names.items()}
         if getattr(config, "pad_token_id", None) is None:
@@ -169,11 +177,11 @@ def _name_classes(config: Any, folder: Path) -> None:
 def _merge(
     model_class: Any,
     name: str,
-    config: Any,
+    config: PretrainedConfig,
     folder: str | os.PathLike[str],
     adapter: Adapter,
     dtype: str,
-) -> tuple[Any, set[str]]:
+) -> tuple[PreTrainedModel, set[str]]:
     """(the merged model, names of weights that nobody had)."""
     failed = f"cannot merge {str(folder)!r} into {name!r}"
     try:
@@ -200,16 +208,16 @@ def _merge(
     return merged, fresh - {key.removeprefix(PREFIX) for key in adapter.others}
 
 
-def _resize_vocabulary(base: Any, adapter: Adapter) -> None:
+def _resize_vocabulary(base: PreTrainedModel, adapter: Adapter) -> None:
     """Make room for the tokens that were added before training: the adapter has their embedding."""
-    end = base.get_input_embeddings()
+    end: Any = base.get_input_embeddings()
     path = next((path for path, module in base.named_modules() if module is end), "")
     for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
         if name in adapter.others and len(adapter.others[name]) != len(end.weight):
             base.resize_token_embeddings(len(adapter.others[name]), mean_resizing=False)
 
 
-def _tied_ends(model: Any) -> tuple[Any, Any] | None:
+def _tied_ends(model: PreTrainedModel) -> tuple[nn.Module, nn.Module] | None:
     """(head, embedding) of a model that ties them."""
     head = model.get_output_embeddings()
     if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
@@ -217,7 +225,7 @@ def _tied_ends(model: Any) -> tuple[Any, Any] | None:
     return head, model.get_input_embeddings()
 
 
-def _untie(model: Any) -> None:
+def _untie(model: PreTrainedModel) -> None:
     """Give an adapted head its own copy of a weight shared with the embedding, or the reverse.
 
     What is merged into one must not change the other, see
@@ -226,14 +234,22 @@ def _untie(model: Any) -> None:
     ends = _tied_ends(model)
     if ends is None or not any(isinstance(end, BaseTunerLayer) for end in ends):
         return
-    head, embedding = (e.get_base_layer() if isinstance(e, BaseTunerLayer) else e for e in ends)
+    head, embedding = (_inside(e) for e in ends)
     if head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = nn.Parameter(cast(Tensor, head.weight).detach().clone(), requires_grad=False)
 
 
-def _say_untied(model: Any) -> None:
+def _inside(layer: nn.Module) -> nn.Module:
+    if not isinstance(layer, BaseTunerLayer):
+        return layer
+    inner: nn.Module = cast(Any, layer).get_base_layer()
+    return inner
+
+
+def _say_untied(model: PreTrainedModel) -> None:
     """Loading would tie a head to the embedding again that is another tensor now."""
-    if torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight):
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if torch.equal(cast(Tensor, head.weight), cast(Tensor, embedding.weight)):
         return
     if getattr(model.config, "is_encoder_decoder", False):  # T5 then leaves a scaling out
         raise AdarankError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft import LoraConfig
 from peft.import_utils import is_bnb_available
@@ -19,11 +21,9 @@ except ImportError:
 
 
 try:
-    from peft.tuners.lora import dora
     from peft.tuners.lora.dora import DoraLinearLayer
     from peft.tuners.lora.variants import DoraLinearVariant
 except ImportError:
-    dora = None
 
     class DoraLinearLayer:  # type: ignore[no-redef]
         """Stands in: no module is of this class, and DoRA goes through PEFT."""
@@ -33,24 +33,24 @@ except ImportError:
 
 
 try:
-    from peft.tuners.tuners_utils import check_target_module_exists
-except ImportError:  # the method that calls it
-    check_target_module_exists = lora.LoraModel._check_target_module_exists
-
-try:
     from peft.utils.other import get_pattern_key
 except ImportError:
 
-    def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
+    def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
         """The first key that matches the end of a module's path; else the path."""
         matches = (key for key in pattern_keys if re.match(rf"(.*\.)?({key})$", key_to_match))
         return next(matches, key_to_match)
 
 
+Layer = Any  # a LoRA layer of PEFT, whose fields have no types
+Attributes = dict[str, Any]  # the `__dict__` of one
+
 __all__ = [
+    "Attributes",
     "BaseTunerLayer",
     "DoraLinearLayer",
     "DoraLinearVariant",
+    "Layer",
     "TorchaoLoraLinear",
     "bitsandbytes_layers",
     "caches_dora",
@@ -71,14 +71,17 @@ def bitsandbytes_layers() -> list[type]:
 
 def caches_dora() -> bool:
     """Whether PEFT keeps DoRA's norms in eval mode."""
+    dora = sys.modules.get("peft.tuners.lora.dora")
     return bool(getattr(dora, "ENABLE_DORA_CACHING", False))
 
 
 def is_target(config: LoraConfig, path: str) -> bool:
     """Whether the configuration chooses the module at `path`."""
-    return bool(check_target_module_exists(config, path))
+    return bool(lora.LoraModel._check_target_module_exists(config, path))
 
 
-def pattern_value(pattern: dict[str, float], path: str, default: float) -> float:
+def pattern_value(pattern: Mapping[str, float] | None, path: str, default: float) -> float:
     """What a `rank_pattern` or `alpha_pattern` says of the module at `path`."""
-    return pattern.get(get_pattern_key(pattern, path), default)
+    pattern = pattern or {}
+    value: float = pattern.get(get_pattern_key(list(pattern), path), default)
+    return value

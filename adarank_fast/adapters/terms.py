@@ -11,12 +11,12 @@ which is PEFT's `DoraLinearLayer` without dropout, in one pass over Y instead of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Layer = Any  # a PEFT LoRA layer
+from adarank_fast.adapters.peft_private import Layer
 
 
 class Adapter(NamedTuple):
@@ -79,9 +79,7 @@ def low_rank(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None,
 
 
 def bias_of(bias: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor | None:
-    """What the operator adds: the base bias and each scaled `lora_bias`, [out]; none for DoRA."""
-    if adapters and adapters[0].magnitude is not None:
-        return None
+    """What the operator adds: the base bias and each scaled `lora_bias`, [out]."""
     own = [adapter.bias * adapter.scaling for adapter in adapters if adapter.bias is not None]
     if not own:
         return bias
@@ -95,7 +93,8 @@ def finished(
 
     Args:
         Y: [..., out].
-        weight, bias: of the base; None for a base layer with a product of its own.
+        weight: the base's, [out, in]; None for a base layer with a product of its own.
+        bias: the base's, [out], or None.
         adapters: the layer's.
     """
     if weight is None:
@@ -107,7 +106,11 @@ def finished(
 
 
 def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
-    """DoRA's output from Y = X W^T + s X A^T B^T, without the bias."""
+    """DoRA's output from Y = X W^T + b + s X A^T B^T.
+
+    Y + (m - 1) (Y - b): what m says beyond 1 would be lost in 8 bits, its distance from 1 is not,
+    and a fresh adapter, whose m is 1, changes no bit.
+    """
     A, B, _, scaling, magnitude = adapter
     assert magnitude is not None
     with torch.autocast(Y.device.type, enabled=False):
@@ -115,13 +118,12 @@ def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter)
             sum_of_both = torch.addmm(weight.to(A.dtype), B.to(A.dtype), A, alpha=float(scaling))
             norm = torch.linalg.vector_norm(sum_of_both, dim=1, dtype=_exact(A.dtype))
         factor = magnitude / norm
-        bias = None if bias is None else bias.to(Y.dtype)
-        if Y.dtype == _exact(Y.dtype):
-            factor = factor.to(Y.dtype)
-            return Y * factor if bias is None else torch.addcmul(bias, Y, factor)
-        # A factor near 1 would lose what it says in 8 bits; its distance from 1 does not.
-        Y = torch.addcmul(Y, Y, (factor - 1).to(Y.dtype))
-        return Y if bias is None else Y + bias
+        if bias is None and Y.dtype == _exact(Y.dtype):  # one pass less
+            output: Tensor = Y * factor.to(Y.dtype)
+            return output
+        beyond = (factor - 1).to(Y.dtype)
+        output = torch.addcmul(Y, Y if bias is None else Y - bias.to(Y.dtype), beyond)
+        return output
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

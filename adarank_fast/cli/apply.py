@@ -41,14 +41,16 @@ def apply(
     from adarank_fast.training.trained import load_trained, task_of
 
     quiet_transformers()
-    task_of(model, adapter)  # refuses what is neither a classifier nor a language model
-    # as text: labels are not needed, and not looked at
-    rows = read_data(data, text_column=text_column, task="causal-lm").rows
+    task = task_of(model, adapter)  # refuses what is neither a classifier nor a language model
+    found = read_data(data, text_column=text_column, task=task, answers=False)
+    print(found.understood, file=sys.stderr)
+    rows = found.rows
     trained = load_trained(model, adapter, dtype, four_bit, max_length=max_length)
     with replacing(output_file) as temporary, open(temporary, "w", encoding="utf-8") as file:
         answers = use(trained, rows, batch_size, max_new_tokens)
         quiet = not sys.stderr.isatty()
-        for found in tqdm(answers, total=len(rows), disable=quiet, leave=False):
-            file.write(json.dumps(found, ensure_ascii=False) + "\n")
+        for answer in tqdm(answers, total=len(rows), disable=quiet, leave=False):
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
     numbers = {"predictions": str(output_file), "count": len(rows)}
-    say_written(output_file, numbers if as_json else None)
+    more = {"understood": found.understood.as_json()}
+    say_written(output_file, {**numbers, **more} if as_json else None)

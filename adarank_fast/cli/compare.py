@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +15,7 @@ from adarank_fast.comparison.compare import compare as run
 from adarank_fast.comparison.design import Design
 from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.files import check_own_folder
-from adarank_fast.training.data import read_texts
+from adarank_fast.training.data import check_alike, read_data
 
 
 @options.flat(Design)
@@ -44,12 +45,17 @@ def compare(
     if eval_data is not None:
         read.append(str(eval_data))
     check_own_folder(output_folder, COMPARISON, read)
-    texts = read_texts(data, text_column, label_column)
-    held_out = None if eval_data is None else read_texts(eval_data, text_column, label_column)
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
+    rows, held_out = read_data(data, **columns, task=design.task), None
+    print(rows.understood, file=sys.stderr)
+    if eval_data is not None:
+        held_out = read_data(eval_data, **columns, task=rows.task)
+        check_alike(rows, held_out)
+        print(held_out.understood, file=sys.stderr)
     quiet_transformers()
     report = run(
         model,
-        texts,
+        rows,
         held_out,
         design=design,
         target_modules=options.parse_target_modules(target_modules),
@@ -58,4 +64,4 @@ def compare(
         progress=not as_json,
     )
     report.save(output_folder)
-    show_report(report, output_folder, as_json)
+    show_report(report, output_folder, as_json, rows.understood.as_json())

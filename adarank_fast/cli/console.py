@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from adarank_fast.models.text import plain_text
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from adarank_fast.comparison.report import Comparison
 
 
@@ -24,7 +26,7 @@ def status(message: str) -> Iterator[None]:
         yield
 
 
-def show(table: Any) -> None:
+def show(table: RenderableType) -> None:
     """Print a rich table on stdout, at full width where that is no terminal."""
     console = Console(markup=False, highlight=False)
     if console.is_terminal:
@@ -33,21 +35,26 @@ def show(table: Any) -> None:
         print(plain_text(table, blank_lines=True))
 
 
-def show_report(report: Comparison, folder: Path, as_json: bool) -> None:
+def show_report(
+    report: Comparison, folder: Path, as_json: bool, understood: Mapping[str, object] | None = None
+) -> None:
     """The tables of a comparison and what they say, or its results as JSON."""
     from adarank_fast.comparison.findings import reading
     from adarank_fast.comparison.report import rich_tables
 
     if as_json:
-        print(json.dumps(report.results))
+        more = {} if understood is None else {"understood": understood}
+        print(json.dumps({**report.results, **more}))
         return
-    for part in (*rich_tables(report.results), *reading(report.results)):
-        show(part)
+    for table in rich_tables(report.results):
+        show(table)
+    for line in reading(report.results):
+        show(line)
     say_written(folder / "report.html")
 
 
-def say_written(path: Path, as_json: Mapping[str, Any] | None = None) -> None:
-    """ "wrote `path`" on stderr; or instead of it `as_json` on stdout."""
+def say_written(path: Path, as_json: Mapping[str, object] | None = None) -> None:
+    """Say "wrote `path`" on stderr; or instead of it `as_json` on stdout."""
     if as_json is None:
         print(f"wrote {path}", file=sys.stderr)
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,20 +39,23 @@ def evaluate(
     from rich import box
     from rich.table import Table
 
+    from adarank_fast.training.data import read_data
     from adarank_fast.training.trained import evaluate as measure
+    from adarank_fast.training.trained import task_of
 
     quiet_transformers()
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
+    rows = read_data(data, **columns, task=task_of(model, adapter))
+    print(rows.understood, file=sys.stderr)
     found = measure(
-        *(model, data, adapter),
-        text_column=text_column,
-        label_column=label_column,
+        *(model, rows, adapter),
         batch_size=batch_size,
         max_length=max_length,
         dtype=dtype,
         four_bit=four_bit,
     )
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({**found, "understood": rows.understood.as_json()}))
         return
     table = Table(title=f"On {data.name}", box=box.SIMPLE_HEAD)
     table.add_column("metric")

@@ -21,7 +21,7 @@ MODEL = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.", show_default=False),
 ]
-TEXTS = "Texts, with labels for classification: .jsonl, .csv, .tsv or .txt."
+TEXTS = "Rows: .jsonl, .csv, .parquet, .txt, ...; a datasets folder or name. See docs/data.md."
 DATA = Annotated[Path, typer.Option(help=TEXTS, show_default=False)]
 TARGET_MODULES = Annotated[
     str, typer.Option(help='"attention", "all-linear", names separated by commas, or a regex.')

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -20,7 +20,7 @@ from adarank_fast.files import check_file
 from adarank_fast.options import DTYPES, check_choice
 from adarank_fast.plan.budget import Budget
 from adarank_fast.prediction.probe import Limits, Probe
-from adarank_fast.training.data import read_texts
+from adarank_fast.training.data import read_data
 
 if TYPE_CHECKING:
     from adarank_fast.models.targets import Target
@@ -33,7 +33,7 @@ def predict(
     data: Annotated[
         Path,
         typer.Option(
-            help="Calibration texts, without labels: .jsonl, .csv, .tsv or .txt.",
+            help="Calibration data, read as `train` reads them: .jsonl, .csv, .parquet, .txt, ...",
             show_default=False,
         ),
     ],
@@ -51,6 +51,8 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts a batch.")] = 16,
     max_length: Annotated[int, typer.Option(min=1, help="Cut texts to this many tokens.")] = 128,
     text_column: options.TEXT_COLUMN = None,
+    label_column: options.LABEL_COLUMN = None,
+    task: options.TASK = "auto",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
     ] = None,
@@ -70,23 +72,28 @@ def predict(
         read = [model, data, *([] if limits.checkpoint is None else [limits.checkpoint])]
         check_file(output_file, read)
 
-    texts = read_texts(data, text_column).texts
-    if samples < len(texts):
-        chosen = sorted(random.Random(probe.seed).sample(range(len(texts)), samples))
-        texts = [texts[index] for index in chosen]
+    found = read_data(data, text_column=text_column, label_column=label_column, task=task)
+    print(found.understood, file=sys.stderr)
+    rows, understood = found.rows, found.understood.as_json()
+    if samples < len(rows):
+        chosen = sorted(random.Random(probe.seed).sample(range(len(rows)), samples))
+        rows = [rows[index] for index in chosen]
+    from adarank_fast.training.language_model import full_text, is_chat
     from adarank_fast.training.loading import calibration_batches, load_pretrained
 
     quiet_transformers()
     with status(f"loading {model}"):
         network, tokenizer = load_pretrained(model, device, dtype, threads)
-        batches = calibration_batches(network, tokenizer, texts, batch_size, max_length)
+        texts = [full_text(row, tokenizer) for row in rows]  # as training sees them
+        special = not is_chat(rows[0])  # a template writes them
+        batches = calibration_batches(network, tokenizer, texts, batch_size, max_length, special)
     if dry_run:
         from adarank_fast.models.targets import find_targets
         from adarank_fast.prediction.cost import estimate_cost
 
         with status("timing one forward"):
             cost = estimate_cost(network, batches, names, probe.trials, probe.output)
-        _show_cost(find_targets(network, names), cost, as_json)
+        _show_cost(find_targets(network, names), cost, understood if as_json else None)
         return
     from adarank_fast.prediction.distributed import started_by_torchrun
     from adarank_fast.prediction.predict import predict_ranks
@@ -100,22 +107,25 @@ def predict(
     plan.save(output_file)
     if as_json:
         scores = {name: {"mean": s.mean, "std": s.std} for name, s in plan.scores.items()}
-        found = {"plan": str(output_file), "parameters": plan.parameters, "ranks": plan.ranks}
-        print(json.dumps({**found, "scores": scores, "settings": plan.settings}))
+        made = {"plan": str(output_file), "parameters": plan.parameters, "ranks": plan.ranks}
+        made |= {"scores": scores, "settings": plan.settings, "understood": understood}
+        print(json.dumps(made))
     else:
         print(plan.table())
         say_written(output_file)
 
 
-def _show_cost(targets: Sequence[Target], cost: CostEstimate, as_json: bool) -> None:
-    if as_json:
+def _show_cost(
+    targets: Sequence[Target], cost: CostEstimate, understood: Mapping[str, Any] | None
+) -> None:
+    if understood is not None:
         sizes = ("name", "in_features", "out_features", "block")
         modules = [
             {**{key: getattr(t, key) for key in sizes}, "route": cost.routes[t.name]}
             for t in targets
         ]
         numbers = {key: value for key, value in vars(cost).items() if key != "routes"}
-        print(json.dumps({"modules": modules, "cost": numbers}))
+        print(json.dumps({"modules": modules, "cost": numbers, "understood": understood}))
         return
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("module", "in x out", "block", "group", "route"):

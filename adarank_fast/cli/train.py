@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 import typer
 from rich import box
@@ -19,10 +20,14 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.options import DTYPES, check_choice
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from adarank_fast.models.targets import TargetModules
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training.card import Result
     from adarank_fast.training.classification import Classification
-    from adarank_fast.training.data import Data
+    from adarank_fast.training.data import Data, Understood
     from adarank_fast.training.language_model import LanguageModel
 
 AVERAGE_RANK = 8
@@ -100,7 +105,7 @@ def train(
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training.arguments import config_class, make_arguments, read_settings
     from adarank_fast.training.card import Result, write_beside
-    from adarank_fast.training.data import read_data
+    from adarank_fast.training.data import check_alike, read_data
     from adarank_fast.training.loading import (
         check_task,
         has_other_head,
@@ -125,15 +130,16 @@ def train(
     elif rank is None:
         Budget(average_rank=source["average_rank"])  # refuses what is no rank
     source["target_modules"] = options.parse_target_modules(target_modules)
-    columns = {"text_column": text_column, "label_column": label_column}
-    rows = read_data(data, **columns, task=task)
+    read = partial(read_data, text_column=text_column, label_column=label_column)
+    rows = read(data, task=task)
     print(rows.understood, file=sys.stderr)
     held_out = None
     if eval_data is not None:
-        held_out = read_data(eval_data, **columns, task=rows.task)
-        _check_alike(rows, held_out)
+        held_out = read(eval_data, task=rows.task)
+        check_alike(rows, held_out)
+        print(held_out.understood, file=sys.stderr)
     config_class(rows.task)  # without trl nothing need be loaded
-    flags: dict[str, Any] = {
+    flags: dict[str, object] = {
         "epochs": epochs,
         "max_steps": max_steps,
         "batch_size": batch_size,
@@ -154,12 +160,11 @@ def train(
     with status(f"loading {model}"):
         tokenizer = load_tokenizer(model)
         examples = _examples(rows, held_out, tokenizer, fields)
-        network: Any
         network, lora_config = load_model(
             model, rows.task, rows.classes, tokenizer=tokenizer, dtype=dtype, four_bit=four_bit
         )
         if not four_bit and torch.cuda.is_available():
-            network.to("cuda")
+            cast(nn.Module, network).to("cuda")
     noted = {
         **{"model": model, "weights": digest_weights(network), "task": rows.task},
         **{"data": examples.digest(), "settings": fields},
@@ -173,7 +178,7 @@ def train(
         lora_config["lora_dropout"] = lora_dropout
         peft_model = inject(network, chosen, scale, example, **lora_config)
         with tqdm(disable=not sys.stderr.isatty(), leave=False) as bar:
-            callbacks: list[Any] = [Progress(bar)]
+            callbacks: list[TrainerCallback] = [Progress(bar)]
             if early_stopping is not None:
                 callbacks.append(EarlyStoppingCallback(early_stopping))
             arguments = make_arguments(rows.task, fields, checkpoints)
@@ -204,11 +209,23 @@ def train(
             write_beside(folder, result, network.config, tokenizer, output_folder)
 
         finish(output_folder, checkpoints, peft_model, beside)
-    _say(result, output_folder, as_json)
+    _say(result, output_folder, rows.understood if as_json else None)
+
+
+class RankSource(TypedDict, total=False):
+    """Where the ranks come from: one of the first three."""
+
+    plan: RankPlan
+    rank: int
+    average_rank: float
+    target_modules: TargetModules
 
 
 def _examples(
-    rows: Data, held_out: Data | None, tokenizer: Any, fields: Mapping[str, Any]
+    rows: Data,
+    held_out: Data | None,
+    tokenizer: PreTrainedTokenizerBase,
+    fields: Mapping[str, object],
 ) -> Classification | LanguageModel:
     from adarank_fast.training.classification import Classification
     from adarank_fast.training.language_model import LanguageModel
@@ -217,16 +234,20 @@ def _examples(
     return kind(rows, held_out, tokenizer, fields)
 
 
-def _ranks_from(plan: Path | None, rank: int | None, average_rank: float | None) -> dict[str, Any]:
+def _ranks_from(plan: Path | None, rank: int | None, average_rank: float | None) -> RankSource:
     given = {"plan": plan, "rank": rank, "average_rank": average_rank}
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in found)
         raise AdarankError(f"{names} each say the ranks; give one of them")
-    return found or {"average_rank": AVERAGE_RANK}
+    if rank is not None:
+        return {"rank": rank}
+    if plan is not None:
+        return {}
+    return {"average_rank": AVERAGE_RANK if average_rank is None else average_rank}
 
 
-def _digestible(source: Mapping[str, Any]) -> dict[str, Any]:
+def _digestible(source: RankSource) -> dict[str, object]:
     """Where the ranks come from, as a run that goes on compares it."""
     if "plan" in source:
         return {"plan": source["plan"].ranks}
@@ -234,8 +255,8 @@ def _digestible(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan(
-    source: Mapping[str, Any],
-    network: Any,
+    source: RankSource,
+    network: PreTrainedModel,
     examples: Classification | LanguageModel,
     checkpoints: Path,
 ) -> RankPlan:
@@ -253,19 +274,10 @@ def _plan(
     if not path.exists():
         batches = examples.calibration(CALIBRATION, network.device)
         budget = Budget(average_rank=source["average_rank"])
-        plan = predict_ranks(
-            *(network, batches, budget, source["target_modules"]), progress=sys.stderr.isatty()
-        )
+        targets, progress = source["target_modules"], sys.stderr.isatty()
+        plan = predict_ranks(network, batches, budget, targets, progress=progress)
         plan.save(path)
     return RankPlan.load(path)
-
-
-def _check_alike(rows: Data, held_out: Data) -> None:
-    if rows.form != held_out.form:
-        raise AdarankError(
-            f"the training data are {rows.form}, the evaluation data {held_out.form}; give both "
-            "in one form"
-        )
 
 
 def _measured_on(examples: Classification | LanguageModel, eval_data: Path | None) -> str:
@@ -275,9 +287,10 @@ def _measured_on(examples: Classification | LanguageModel, eval_data: Path | Non
     return f"{count:,} examples of {eval_data.name}"
 
 
-def _say(result: Result, folder: Path, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"adapter": str(folder), **asdict(result)}))
+def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
+    if as_json is not None:
+        found = {"adapter": str(folder), "understood": as_json.as_json()}
+        print(json.dumps({**found, **asdict(result)}))
         return
     table = Table(title=f"On {result.measured_on}", box=box.SIMPLE_HEAD)
     for column in ("metric", "before", "after"):

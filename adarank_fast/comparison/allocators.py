@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.options import load_function
 from adarank_fast.plan.allocation import allocate_ranks
+
+if TYPE_CHECKING:
+    from adarank_fast.models.batches import Batch
 
 if TYPE_CHECKING:  # the names of arms are judged before torch is imported
     from torch import nn
@@ -43,11 +46,11 @@ class Problem:
     """
 
     model: nn.Module
-    batches: Sequence[dict[str, Any]]
+    batches: Sequence[Batch]
     uniform: RankPlan
     trials: int = 5
     seed: int = 0
-    labelled: Sequence[dict[str, Any]] = ()
+    labelled: Sequence[Batch] = ()
     progress: bool = False
 
     @property
@@ -81,7 +84,7 @@ class Problem:
         plan.settings["seconds"] = time.perf_counter() - started
         return plan
 
-    def within_budget(self, weights: Mapping[str, float], **settings: Any) -> RankPlan:
+    def within_budget(self, weights: Mapping[str, float], **settings: object) -> RankPlan:
         """Ranks as they are if they spend the budget exactly, else in proportion to them."""
         plan = replace(self.uniform, settings={**self.uniform.settings, **settings})
         ranks = {name: int(weight) for name, weight in weights.items()}
@@ -98,6 +101,7 @@ GROUP = "adarank.allocators"  # of entry points
 
 
 def allocator(function: Allocator) -> Allocator:
+    """Register a function as the arm of its name."""
     ALLOCATORS[function.__name__] = function
     return function
 

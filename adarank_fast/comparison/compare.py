@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from adarank_fast.comparison.design import Design, DesignOptions
 from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.files import check_own_folder
 from adarank_fast.options import gather, refuse_unknown
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 if TYPE_CHECKING:  # options are judged before torch is imported
     from torch import nn
 
     from adarank_fast.comparison.allocators import Allocator
-    from adarank_fast.comparison.experiment import Data
+    from adarank_fast.comparison.experiment import Given
     from adarank_fast.comparison.report import Comparison
     from adarank_fast.models.targets import TargetModules
 
 
 def compare(
     model: str | os.PathLike[str] | Callable[[], nn.Module],
-    train_data: Data,
-    eval_data: Data | None = None,
+    train_data: Given,
+    eval_data: Given | None = None,
     arms: Sequence[str | Allocator] | None = None,
     seeds: int | Sequence[int] | None = None,
     *,
     design: Design | None = None,
     target_modules: TargetModules = "attention",
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     modules_to_save: Sequence[str] | None = None,
     title: str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
@@ -42,8 +45,8 @@ def compare(
         model: a folder or hub name; or a function without arguments that makes the untrained model
             (it is called under the seed; the model takes items as keywords and returns "loss" and
             "logits").
-        train_data: a file, `TextData`, (text, label) pairs, texts, or tokenised items (dicts of
-            lists, labels included).
+        train_data: a file, see docs/data.md; (text, label) pairs; texts; or tokenised items (dicts
+            of lists, labels included).
         eval_data: held-out data, likewise. None: a fifth of the training data is held out.
         arms: what is compared, "adarank" and "uniform" if left out; see `Design`.
         seeds: how many (3), from 0; or the seeds.
@@ -66,7 +69,7 @@ def compare(
         AdarankError: one line that names the argument, its value and the remedy. Arguments
             are judged before anything is loaded, all else before anything is trained.
     """
-    flat: dict[str, Any] = {**options}
+    flat: dict[str, object] = {**options}
     flat |= {k: v for k, v in (("arms", arms), ("seeds", seeds)) if v is not None}
     design = gather(Design, design, flat)
     refuse_unknown("compare", flat, Design)

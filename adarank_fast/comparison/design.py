@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from adarank_fast.comparison.allocators import (
     ALLOCATORS,
@@ -147,8 +147,8 @@ class Design:
     @property
     def labels(self) -> dict[str, str | Allocator]:
         """Arm's name in the report -> arm."""
-        arms: list[Any] = list(DEFAULT_ARMS if self.arms is None else self.arms)
-        arms = [os.fspath(arm) if isinstance(arm, os.PathLike) else arm for arm in arms]
+        given = DEFAULT_ARMS if self.arms is None else self.arms
+        arms = [os.fspath(arm) if isinstance(arm, os.PathLike) else arm for arm in given]
         return {find_allocator(arm)[0]: arm for arm in arms}
 
     @property

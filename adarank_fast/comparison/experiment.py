@@ -7,23 +7,36 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy
 from torch import nn
 
 from adarank_fast.comparison.metrics import Metric
 from adarank_fast.errors import AdarankError, AdarankTypeError
-from adarank_fast.training.data import TextData, hold_out, read_texts
+from adarank_fast.training.data import Data, as_data, check_alike, for_task, hold_out, read_data
 from adarank_fast.training.evaluation import Evaluation
-from adarank_fast.training.loading import choose_task, load_tokenizer, model_factory
-from adarank_fast.training.tokens import Item, collate, encode, make_classes, pad_id
+from adarank_fast.training.language_model import tokenise
+from adarank_fast.training.loading import LoraOptions, load_tokenizer, model_factory
+from adarank_fast.training.tokens import (
+    IGNORED,
+    Item,
+    collate,
+    encode_blocks,
+    encode_labelled,
+    pad_id,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from adarank_fast.models.batches import Batch
 
 VALIDATION_SHARE = 0.1  # of the training items, for the sweep
 HELD_OUT_SHARE = 0.2  # of the data, where no held-out data are given
 CALIBRATION_ITEMS, CALIBRATION_BATCH = 32, 16
 CALIBRATION_TOKENS = 2048  # a language model's blocks can be long; fewer items then
-Data = str | os.PathLike[str] | TextData | Sequence[Any]
+Given = str | os.PathLike[str] | Data | Sequence[object]
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Experiment:
     name: str
     task: str
     factory: Callable[[], nn.Module]
-    lora_config: dict[str, Any]  # more arguments of the LoraConfig
+    lora_config: LoraOptions  # more arguments of the LoraConfig
     pad: int
     classes: int | None
     train: list[Item]
@@ -42,29 +55,34 @@ class Experiment:
 
 def make_experiment(
     model: str | os.PathLike[str] | Callable[[], nn.Module],
-    train_data: Data,
-    eval_data: Data | None,
+    train_data: Given,
+    eval_data: Given | None,
     task: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     modules_to_save: Sequence[str] | None,
     max_length: int,
     dtype: str,
 ) -> Experiment:
     """Read the data, choose the task, and see how the model is made; see `compare`."""
-    train, held_out = _read(train_data), None if eval_data is None else _read(eval_data)
+    train = _read(train_data, task)
+    held_out = None if eval_data is None else _read(eval_data, task)
     if held_out is None:
-        if not isinstance(train, TextData):
+        if not isinstance(train, Data):
             raise AdarankError("tokenised train_data need eval_data beside them")
         train, held_out = hold_out(train, HELD_OUT_SHARE)
     name = getattr(model, "__name__", type(model).__name__) if callable(model) else str(model)
-    if isinstance(train, TextData) and isinstance(held_out, TextData):
+    if isinstance(train, Data) and isinstance(held_out, Data):
         if tokenizer is None and callable(model):
             raise AdarankError("texts for a model made by a function need tokenizer=")
+        task, names = train.task, train.classes
+        if task == "classification" and len(names) < 2:
+            raise AdarankError(
+                f"classification needs two classes, the data have only {''.join(names)!r}"
+            )
+        check_alike(train, held_out)
         tokenizer = tokenizer or load_tokenizer(name)
-        task = choose_task(task, train)
-        names = make_classes(train, held_out) if task == "classification" else []
         pad = pad_id(tokenizer)
-        sides = [encode(tokenizer, part, names, max_length) for part in (train, held_out)]
+        sides = [_encode(tokenizer, part, names, max_length) for part in (train, held_out)]
     elif isinstance(train, list) and isinstance(held_out, list):
         sides, pad = [train, held_out], 0
         task, names = _describe_items(train + held_out, task)
@@ -72,29 +90,39 @@ def make_experiment(
         raise AdarankError("train_data and eval_data must both be texts or both tokenised items")
     if callable(model):
         factory = model
-        lora_config = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
+        lora_config: LoraOptions = {}
+        if modules_to_save:
+            lora_config = {"modules_to_save": list(modules_to_save)}
     else:
         factory, lora_config = model_factory(name, task, names, tokenizer, dtype)
     classes = len(names) or None
     return Experiment(Path(name).name, task, factory, lora_config, pad, classes, *sides)
 
 
-def _read(data: Data) -> TextData | list[Item]:
-    if isinstance(data, (str, os.PathLike)):
-        return read_texts(data)
-    if isinstance(data, TextData):
-        return data
-    rows = list(data)
-    if rows and all(isinstance(row, str) for row in rows):
-        return TextData(rows)
-    if rows and all(isinstance(row, (tuple, list)) and len(row) == 2 for row in rows):
-        return TextData([text for text, _ in rows], [str(label) for _, label in rows])
+def _read(given: Given, task: str) -> Data | list[Item]:
+    if isinstance(given, (str, os.PathLike)):
+        return read_data(given, task=task)
+    if isinstance(given, Data):
+        return for_task(given, task)
+    rows = list(given)
+    if (data := as_data(rows)) is not None:
+        return for_task(data, task)
     if rows and all(isinstance(row, dict) and "labels" in row for row in rows):
-        return rows
+        return cast(list[Item], rows)
     raise AdarankTypeError(
-        "data must be a file, TextData, texts, (text, label) pairs or dicts with labels, got "
+        "data must be a file, texts, (text, label) pairs, read_data's or dicts with labels, got "
         + (f"items like {rows[0]!r:.60}" if rows else "none")
     )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, data: Data, classes: list[str], max_length: int
+) -> list[Item]:
+    if data.labels is not None:
+        return encode_labelled(tokenizer, data.texts, data.labels, classes, max_length)
+    if data.form == "text":
+        return encode_blocks(tokenizer, data.texts, max_length)
+    return tokenise(data.rows, tokenizer, {"max_length": max_length})
 
 
 def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
@@ -108,9 +136,9 @@ def _describe_items(items: Sequence[Item], task: str) -> tuple[str, list[str]]:
     return task, names
 
 
-def calibration(experiment: Experiment, labels: bool = False) -> list[dict[str, Any]]:
+def calibration(experiment: Experiment, labels: bool = False) -> list[Batch]:
     """The first training items that make `CALIBRATION_TOKENS` tokens, with `labels` or without."""
-    items: list[dict[str, Any]] = []
+    items: list[Item] = []
     tokens = 0
     for item in experiment.train[:CALIBRATION_ITEMS]:
         if tokens >= CALIBRATION_TOKENS:
@@ -159,4 +187,4 @@ def try_metric(metric: Metric, experiment: Experiment) -> float | None:
 
 
 def _flat(label: int | Sequence[int]) -> Sequence[int]:
-    return [label] if isinstance(label, int) else label[1:]
+    return [label] if isinstance(label, int) else [one for one in label[1:] if one != IGNORED]

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import TypeVar
 
+from adarank_fast.comparison.numbers import (
+    ArmNumbers,
+    CellNumbers,
+    DifferenceNumbers,
+    IntervalNumbers,
+    Results,
+    SweptNumbers,
+)
 from adarank_fast.comparison.statistics import Interval
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
 UNSTEADY, UNSTEADY_NATS = 0.2, 0.3  # of the sweep's loss; or this much
 NONE = "-"
-Numbers = Mapping[str, Any]  # of an arm or a run
-Columns = list[tuple[str, Callable[[Numbers], str]]]  # header, what a row's numbers say there
+T = TypeVar("T")
+Columns = list[tuple[str, Callable[[T], str]]]  # header, what a row's numbers say there
 
 
-def say(results: Mapping[str, Any], value: float | None, difference: bool = False) -> str:
+class _Row(ArmNumbers):
+    """An arm of the tables."""
+
+    arm: str
+    seeds: IntervalNumbers | None
+
+
+def say(results: Results, value: float | None, difference: bool = False) -> str:
     """A value of the metric, or a difference, in words: 86.3%, +0.40 points, 12.31."""
     if value is None:
         return NONE
@@ -24,31 +39,30 @@ def say(results: Mapping[str, Any], value: float | None, difference: bool = Fals
     return f"{value:+.3g}" if difference else f"{value:.4g}"
 
 
-def say_interval(
-    results: Mapping[str, Any], found: Mapping[str, Any] | None, difference: bool = False
-) -> str:
+def say_interval(results: Results, found: IntervalNumbers | None, difference: bool = False) -> str:
+    """A confidence interval in words, "1.2 to 3.4 points"; `NONE` where there is none."""
     if found is None or found["low"] is None:
         return NONE
     low, high = (say(results, found[key], difference) for key in ("low", "high"))
     return f"{low.removesuffix(' points').removesuffix('%')} to {high}"
 
 
-def tables(results: Mapping[str, Any]) -> list[Table]:
+def tables(results: Results) -> list[Table]:
     """What is told of each arm: quality, and cost."""
     settings, baseline = results["settings"], results["baseline"]
     metric = settings["metric"]
     better = "" if settings["greater_is_better"] else " (lower is better)"
     unit = ", in points" if metric == "accuracy" else ""
 
-    def value(n: Numbers) -> str:
+    def value(n: _Row) -> str:
         if not n["value"]:
             return f"{len(n['diverged'])} of {len(n['by_seed'])} diverged"
         return _with_interval(results, n["value"])
 
-    def change(n: Numbers) -> str:
+    def change(n: _Row) -> str:
         return _with_interval(results, n["seeds"], True) if n["seeds"] else NONE
 
-    quality: Columns = [
+    quality: Columns[_Row] = [
         ("arm", itemgetter("arm")),
         (f"{metric} (95% interval)", value),
         (f"difference from {baseline}{unit} (95% interval)", change),
@@ -61,7 +75,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if any("tv" in numbers["seeds_disagree"] for numbers in results["arms"].values()):
         title = "total variation between seeds"
         quality.append((title, lambda n: _known(n["seeds_disagree"].get("tv"), ".3f")))
-    cost: Columns = [
+    cost: Columns[_Row] = [
         ("arm", itemgetter("arm")),
         ("ranks", lambda n: " to ".join(map(str, sorted({n["lowest_rank"], n["highest_rank"]})))),
         ("parameters", lambda n: f"{n['parameters']:,}"),
@@ -71,8 +85,9 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         ("prediction, s", lambda n: _known(n["prediction_seconds"], ".1f")),
         ("peak memory, MiB", lambda n: _known(n["peak_memory_bytes"], ",.0f", 2**20)),
     ]
-    arms = [
-        {"arm": arm, "seeds": (results["differences"].get(arm) or {}).get("seeds"), **numbers}
+    compared = {arm: found["seeds"] for arm, found in results["differences"].items() if found}
+    arms: list[_Row] = [
+        {"arm": arm, "seeds": compared.get(arm), **numbers}
         for arm, numbers in results["arms"].items()
     ]
     return [
@@ -81,7 +96,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _table(title: str, columns: Columns, rows: Sequence[Numbers]) -> Table:
+def _table(title: str, columns: Columns[T], rows: Sequence[T]) -> Table:
     return title, [name for name, _ in columns], [[cell(n) for _, cell in columns] for n in rows]
 
 
@@ -89,9 +104,7 @@ def _known(value: float | None, how: str, unit: float = 1) -> str:
     return NONE if value is None else format(value / unit, how)
 
 
-def _with_interval(
-    results: Mapping[str, Any], found: Mapping[str, Any], difference: bool = False
-) -> str:
+def _with_interval(results: Results, found: IntervalNumbers, difference: bool = False) -> str:
     """83.4% (81.9 to 85.0); of a difference -1.07 (-2.48 to 0.35), its unit is in the header."""
     text = say(results, found["mean"], difference).removesuffix(" points")
     if found["low"] is None:
@@ -104,24 +117,24 @@ def _say_p(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else _known(value, ".3f")
 
 
-def detail_tables(results: Mapping[str, Any]) -> list[Table]:
+def detail_tables(results: Results) -> list[Table]:
     """Every run, and the sweep."""
     metric = results["settings"]["metric"]
 
-    def value(n: Numbers) -> str:
+    def value(n: SweptNumbers) -> str:
         return n["diverged"] or say(results, n["value"])
 
-    def loss(n: Numbers) -> str:
+    def loss(n: SweptNumbers) -> str:
         return _known(n["loss"], ".4f")
 
-    runs: Columns = [
+    runs: Columns[CellNumbers] = [
         ("arm", itemgetter("arm")),
         ("seed", lambda n: str(n["seed"])),
         (metric, value),
         ("held-out loss", loss),
         ("training, s", lambda n: f"{n['training_seconds']:.1f}"),
     ]
-    sweep: Columns = [
+    sweep: Columns[SweptNumbers] = [
         ("arm", itemgetter("arm")),
         ("learning rate", lambda n: f"{n['learning_rate']:g}"),
         (f"validation {metric}", value),
@@ -131,12 +144,12 @@ def detail_tables(results: Mapping[str, Any]) -> list[Table]:
     return [*made, _table("Learning rates", sweep, results["sweep"])] if results["sweep"] else made
 
 
-def reading(results: Mapping[str, Any]) -> list[str]:
+def reading(results: Results) -> list[str]:
     """What the numbers say and what they do not, a sentence or two a line."""
     return [*(" ".join(pair) for pair in verdicts(results)), *remarks(results)]
 
 
-def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def verdicts(results: Results) -> list[tuple[str, str]]:
     """Of each arm that is compared: what may be claimed, and the figures behind it."""
     return [
         (
@@ -148,7 +161,7 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def unsteady(results: Mapping[str, Any]) -> dict[str, list[int]]:
+def unsteady(results: Results) -> dict[str, list[int]]:
     """Arm -> seeds whose run ended worse than one epoch of the sweep at the same rate did.
 
     By the metric, and in the loss by more than a share or a number of nats: far more than lies
@@ -161,13 +174,18 @@ def unsteady(results: Mapping[str, Any]) -> dict[str, list[int]]:
         cell = swept.get((run["arm"], run["learning_rate"]))
         if cell is None or run["diverged"] or cell["diverged"]:
             continue
-        worse = sign * run["value"] < sign * cell["value"]
-        if worse and run["loss"] - cell["loss"] > min(UNSTEADY * cell["loss"], UNSTEADY_NATS):
+        value, loss, value_then, loss_then = (
+            run["value"], run["loss"], cell["value"], cell["loss"]
+        )  # fmt: skip
+        if value is None or loss is None or value_then is None or loss_then is None:
+            continue
+        worse = sign * value < sign * value_then
+        if worse and loss - loss_then > min(UNSTEADY * loss_then, UNSTEADY_NATS):
             found.setdefault(run["arm"], []).append(run["seed"])
     return found
 
 
-def remarks(results: Mapping[str, Any]) -> list[str]:
+def remarks(results: Results) -> list[str]:
     """What else a reader must know."""
     settings, baseline = results["settings"], results["baseline"]
     lines = [
@@ -212,9 +230,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _claim(
-    results: Mapping[str, Any], arm: str, seeds: Interval, by_item: Mapping[str, Any] | None
-) -> str:
+def _claim(results: Results, arm: str, seeds: Interval, by_item: IntervalNumbers | None) -> str:
     settings, baseline = results["settings"], results["baseline"]
     metric = settings["metric"]
     items = Interval(**by_item) if by_item else None
@@ -239,9 +255,7 @@ def _claim(
     return f"{claim} over seeds, on these items; other items may say otherwise."
 
 
-def _figures(
-    results: Mapping[str, Any], arm: str, seeds: Interval, difference: Mapping[str, Any]
-) -> str:
+def _figures(results: Results, arm: str, seeds: Interval, difference: DifferenceNumbers) -> str:
     settings = results["settings"]
     line = f"Difference of {arm} from {results['baseline']}: {say(results, seeds.mean, True)}"
     if not settings["greater_is_better"]:

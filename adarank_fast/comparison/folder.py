@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adarank_fast.comparison.allocators import (
     Allocator,
@@ -30,7 +30,7 @@ CELLS = "cells"
 REMEDY = "name another folder or delete that one"
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> str:
+def claim(folder: Path, settings: Mapping[str, object]) -> str:
     """Note what is compared, or check that it is the same; see `note_settings`.
 
     Where no cell is finished yet, the old settings and plans give way. Arms and seeds are not among

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 from zipfile import BadZipFile
 
 import numpy
@@ -25,6 +25,7 @@ from adarank_fast.comparison.experiment import (
 )
 from adarank_fast.comparison.folder import CELLS
 from adarank_fast.comparison.metrics import Metric
+from adarank_fast.comparison.numbers import CellNumbers, SweptNumbers
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.files import replacing, write_text
 from adarank_fast.models.memory import peak_memory, reset_peak_memory
@@ -45,6 +46,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The stem of the cell's files."""
         kind = "sweep" if self.sweep else "run"
         return f"{kind}-{self.arm}-seed{self.seed}-rate{float(self.learning_rate)!r}"
 
@@ -72,11 +74,12 @@ class Grid:
         return self.validation if sweep else (self.experiment.train, self.experiment.held_out)
 
     def settings(self, cell: Cell) -> Recipe:
+        """The recipe with the cell's seed and learning rate; one epoch in a sweep."""
         epochs = 1 if cell.sweep else self.recipe.epochs
         rate = cell.learning_rate
         return replace(self.recipe, epochs=epochs, learning_rate=rate, seed=cell.seed)
 
-    def result(self, cell: Cell) -> dict[str, Any]:
+    def result(self, cell: Cell) -> CellNumbers:
         """What came out of the cell, run now or before."""
         path = self.folder / f"{cell.name}.json"
         if path.exists():
@@ -93,9 +96,9 @@ class Grid:
         write_text(path, text)  # the cell is finished when this file is there
         value = result["diverged"] or f"{self.metric.name} {result['value']:.4g}"
         self.say(f"{cell.name}: {value}, {result['training_seconds']:.0f} s of training")
-        return dict(json.loads(text))  # as a resumed comparison reads it
+        return cast(CellNumbers, json.loads(text))  # as a resumed comparison reads it
 
-    def evaluation(self, result: dict[str, Any]) -> Evaluation:
+    def evaluation(self, result: CellNumbers) -> Evaluation:
         """The held-out predictions of a finished run."""
         path = self.folder / f"{result['name']}.npz"
         try:
@@ -104,7 +107,12 @@ class Grid:
         except (OSError, ValueError, TypeError, BadZipFile, zlib.error):
             raise _damaged(path) from None
 
-    def run(self, cell: Cell) -> tuple[dict[str, Any], Evaluation | None]:
+    def run(self, cell: Cell) -> tuple[CellNumbers, Evaluation | None]:
+        """Train the cell's adapter and measure it.
+
+        Returns:
+            What goes into its JSON file, and the evaluation; None if the loss diverged.
+        """
         started, cpu_started = time.perf_counter(), time.process_time()
         train, held_out = self.items(cell.sweep)
         recipe, pad = self.settings(cell), self.experiment.pad
@@ -126,7 +134,10 @@ class Grid:
                 wrong = f"held-out loss {loss}"
         return {
             "name": cell.name,
-            **vars(cell),
+            "arm": cell.arm,
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate,
+            "sweep": cell.sweep,
             "diverged": wrong,
             "value": None if wrong or evaluation is None else self.metric.value(evaluation),
             "loss": None if wrong else loss,
@@ -144,10 +155,10 @@ class Grid:
         }, None if wrong else evaluation
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> CellNumbers:
     """A finished cell's result, if it is the one that the file is called after."""
     try:
-        result = dict(json.loads(path.read_text(encoding="utf-8")))
+        result = cast(CellNumbers, dict(json.loads(path.read_text(encoding="utf-8"))))
         if result["name"] != path.stem or not 0 < result["steps"] == int(result["steps"]):
             raise ValueError("another cell")
         return result
@@ -174,7 +185,7 @@ def make_model(experiment: Experiment, seed: int) -> nn.Module:
     return model
 
 
-def best_rate(arm: str, swept: Sequence[dict[str, Any]], metric: Metric) -> float | None:
+def best_rate(arm: str, swept: Sequence[SweptNumbers], metric: Metric) -> float | None:
     """The rate with the best validation metric, ties to the lower loss; None: no sweep."""
     mine = [cell for cell in swept if cell["arm"] == arm]
     if not mine:
@@ -186,5 +197,9 @@ def best_rate(arm: str, swept: Sequence[dict[str, Any]], metric: Metric) -> floa
             f"arm {arm!r} diverged at every learning rate of the sweep ({tried}); give lower ones"
         )
     sign = -1 if metric.greater_is_better else 1
-    best = min(sound, key=lambda cell: (sign * cell["value"], cell["loss"]))
-    return float(best["learning_rate"])
+    ranked = [
+        (sign * cell["value"], cell["loss"], cell["learning_rate"])
+        for cell in sound
+        if cell["value"] is not None and cell["loss"] is not None
+    ]
+    return float(min(ranked, key=lambda one: one[:2])[2])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, SupportsFloat
 
 import numpy
 
 from adarank_fast.errors import AdarankError
+
+if TYPE_CHECKING:
+    from adarank_fast.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,21 @@ class Metric:
 
     name: str
     greater_is_better: bool
-    value: Callable[[Any], float]
-    items: Callable[[Any], numpy.ndarray] | None = None
+    value: Callable[[Evaluation], float]
+    items: Callable[[Evaluation], numpy.ndarray] | None = None
     items_are: str = ""
 
     def better(self, one: float, other: float) -> bool:
+        """Whether `one` beats `other`; equal values do not."""
         return one > other if self.greater_is_better else one < other
 
 
-def _perplexity(evaluation: Any) -> float:
+def _perplexity(evaluation: Evaluation) -> float:
     mean = evaluation.losses.sum() / evaluation.counts.sum()
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _correct(evaluation: Any) -> numpy.ndarray:
+def _correct(evaluation: Evaluation) -> numpy.ndarray:
     correct = evaluation.predictions.argmax(-1) == evaluation.labels
     return numpy.asarray(correct, dtype=numpy.float64)
 
@@ -57,12 +61,12 @@ METRICS = {
 
 
 def user_metric(
-    function: Callable[[numpy.ndarray, numpy.ndarray], Any], greater_is_better: bool
+    function: Callable[[numpy.ndarray, numpy.ndarray], SupportsFloat], greater_is_better: bool
 ) -> Metric:
     """A metric of predictions and labels (see `Evaluation`) that must return a finite number."""
     name = getattr(function, "__name__", type(function).__name__)
 
-    def value(evaluation: Any) -> float:
+    def value(evaluation: Evaluation) -> float:
         try:
             returned = function(evaluation.predictions, evaluation.labels)
         except Exception as error:  # whatever somebody else's function says to what it gets

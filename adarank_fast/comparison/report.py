@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from adarank_fast.comparison.findings import reading, tables
+from adarank_fast.comparison.numbers import Results
 from adarank_fast.comparison.report_writer import save_report
 from adarank_fast.models.text import plain_text
 from adarank_fast.plan.rank_plan import RankPlan
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Comparison:
         plans: arm -> its plan.
     """
 
-    results: dict[str, Any]
+    results: Results
     plans: dict[str, RankPlan]
 
     def table(self) -> str:
@@ -44,7 +47,7 @@ class Comparison:
         save_report(folder, self.results, self.plans)
 
 
-def rich_tables(results: Mapping[str, Any]) -> list[Any]:
+def rich_tables(results: Results) -> list[RichTable]:
     """The tables that the command prints."""
     from rich import box
     from rich.table import Table as RichTable

@@ -7,14 +7,15 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 from adarank_fast.comparison.findings import detail_tables, remarks, tables, verdicts
 from adarank_fast.comparison.folder import COMPARISON, claim
+from adarank_fast.comparison.numbers import IntervalNumbers, Results
 from adarank_fast.files import own_folder, write_text, writing
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plots.plans import plot_disagreement, plot_ranks
@@ -41,7 +42,7 @@ class Section(NamedTuple):
 
 
 def save_report(
-    folder: str | os.PathLike[str], results: Mapping[str, Any], plans: Mapping[str, RankPlan]
+    folder: str | os.PathLike[str], results: Results, plans: Mapping[str, RankPlan]
 ) -> None:
     """Write the report into `folder`; each file appears whole or not at all.
 
@@ -63,7 +64,7 @@ def save_report(
             write_text(mine / name, text)
 
 
-def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path) -> list[Picture]:
+def draw(results: Results, plans: Mapping[str, RankPlan], folder: Path) -> list[Picture]:
     """The pictures, written into `folder`."""
     settings, baseline = results["settings"], results["baseline"]
     metric, points = settings["metric"], settings["metric"] == "accuracy"
@@ -113,7 +114,7 @@ def draw(results: Mapping[str, Any], plans: Mapping[str, RankPlan], folder: Path
     return made
 
 
-def sections(results: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Section]:
+def sections(results: Results, pictures: Sequence[Picture]) -> list[Section]:
     """The report between what it claims and how it was made, in reading order."""
     main = tables(results)
     found = {title: (header, rows) for title, header, rows in main + detail_tables(results)}
@@ -130,26 +131,27 @@ def sections(results: Mapping[str, Any], pictures: Sequence[Picture]) -> list[Se
 
 
 def _scaled(
-    values: Any, found: Mapping[str, Any], scale: float
+    values: Iterable[float | None], found: IntervalNumbers, scale: float
 ) -> tuple[list[float], float | None, float | None]:
-    low, high = (None if found[key] is None else scale * found[key] for key in ("low", "high"))
-    return [scale * value for value in values], low, high
+    low, high = found["low"], found["high"]
+    low, high = (None if one is None else scale * one for one in (low, high))
+    return [scale * value for value in values if value is not None], low, high
 
 
-def _curves(results: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+def _curves(results: Results) -> dict[str, list[tuple[float, float]]]:
     """Each arm's training loss, the mean over its seeds that did not diverge."""
     found = {}
     for arm in results["arms"]:
         mine = [r["curve"] for r in results["runs"] if r["arm"] == arm and not r["diverged"]]
         if mine:
             found[arm] = [
-                (points[0][0], statistics.fmean(value for _, value in points))
+                (points[0][0], statistics.fmean(value for _, value in points if value is not None))
                 for points in zip(*mine, strict=True)
             ]
     return found
 
 
-def notes(results: Mapping[str, Any]) -> list[str]:
+def notes(results: Results) -> list[str]:
     """What was done, and on what."""
     settings, machine = results["settings"], results["machine"]
     classes = f", {settings['classes']} classes" if settings["classes"] else ""
@@ -181,9 +183,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _render(
-    template: str, results: Mapping[str, Any], pictures: Sequence[Picture], folder: Path
-) -> str:
+def _render(template: str, results: Results, pictures: Sequence[Picture], folder: Path) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -210,7 +210,7 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
 
 
-def _embedded(folder: Path, picture: Picture) -> dict[str, Any]:
+def _embedded(folder: Path, picture: Picture) -> dict[str, object]:
     """A narrow screen shrinks it; pictures of ranks no further than can be read: they scroll."""
     data = (folder / picture.name).read_bytes()
     inches = int.from_bytes(data[16:20], "big") / DPI  # PNG: the first number of its header

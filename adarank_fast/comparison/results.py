@@ -6,29 +6,41 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import cast
 
 import numpy
 import torch
 
 from adarank_fast.comparison.metrics import Metric
+from adarank_fast.comparison.numbers import (
+    ArmNumbers,
+    CellNumbers,
+    DifferenceNumbers,
+    Machine,
+    Results,
+    Settings,
+)
 from adarank_fast.comparison.statistics import disagreement, interval, paired
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.training.evaluation import Evaluation
 
 
 def summarise(
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     plans: Mapping[str, RankPlan],
-    swept: Sequence[dict[str, Any]],
-    runs: Sequence[dict[str, Any]],
+    swept: Sequence[CellNumbers],
+    runs: Sequence[CellNumbers],
     evaluations: Sequence[Evaluation | None],
     metric: Metric,
-) -> dict[str, Any]:
+) -> Results:
     """All that is reported, of the results of the sweep's cells and of the runs.
 
     Args:
+        settings: of the comparison, as they are reported.
+        plans: arm -> its ranks.
+        swept: results of the sweep's cells.
+        runs: results of the runs.
+        metric: what arms are compared by.
         evaluations: one a run; None for a run that diverged.
     """
     found = {
@@ -40,13 +52,14 @@ def summarise(
         for arm in plans
     }
     baseline = "uniform" if "uniform" in plans else list(plans)[-1]
+    all_settings = cast(Settings, {**settings, "seeds": list(found[baseline])})
     return {
         "format": "adarank-fast comparison",
         "schema": 1,
-        "settings": {**settings, "seeds": list(found[baseline])},
+        "settings": all_settings,
         "machine": _machine(runs),
         "baseline": baseline,
-        "arms": {arm: _arm(plans[arm], settings, list(found[arm].values())) for arm in plans},
+        "arms": {arm: _arm(plans[arm], all_settings, list(found[arm].values())) for arm in plans},
         "differences": {
             arm: _difference(found[arm], found[baseline], metric)
             for arm in plans
@@ -54,7 +67,13 @@ def summarise(
         },
         "items_are": metric.items_are,
         "sweep": [
-            {key: cell[key] for key in ("arm", "learning_rate", "value", "loss", "diverged")}
+            {
+                "arm": cell["arm"],
+                "learning_rate": cell["learning_rate"],
+                "value": cell["value"],
+                "loss": cell["loss"],
+                "diverged": cell["diverged"],
+            }
             for cell in swept
         ],
         "runs": list(runs),
@@ -66,11 +85,12 @@ def summarise(
 
 def _arm(
     plan: RankPlan,
-    settings: Mapping[str, Any],
-    found: Sequence[tuple[dict[str, Any], Evaluation | None]],
-) -> dict[str, Any]:
+    settings: Settings,
+    found: Sequence[tuple[CellNumbers, Evaluation | None]],
+) -> ArmNumbers:
     runs = [run for run, _ in found]
     rate, rates = runs[0]["learning_rate"], settings["learning_rates"]
+    values = [run["value"] for run in runs if run["value"] is not None]
     sound = all(run["diverged"] is None for run in runs)
     predictions = [evaluation.predictions for _, evaluation in found if evaluation is not None]
     memory = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"] is not None]
@@ -80,7 +100,7 @@ def _arm(
         "rate_at_the_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
         "by_seed": {str(run["seed"]): run["value"] for run in runs},
         "diverged": {str(run["seed"]): run["diverged"] for run in runs if run["diverged"]},
-        "value": asdict(interval([run["value"] for run in runs])) if sound else None,
+        "value": interval(values).numbers() if sound else None,
         "seeds_disagree": disagreement(predictions) if sound else {},
         "step_seconds": statistics.median(run["step_seconds"] for run in runs),
         "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
@@ -92,29 +112,33 @@ def _arm(
 
 
 def _difference(
-    mine: Mapping[int, tuple[dict[str, Any], Evaluation | None]],
-    other: Mapping[int, tuple[dict[str, Any], Evaluation | None]],
+    mine: Mapping[int, tuple[CellNumbers, Evaluation | None]],
+    other: Mapping[int, tuple[CellNumbers, Evaluation | None]],
     metric: Metric,
-) -> dict[str, Any] | None:
+) -> DifferenceNumbers | None:
     """Of one arm from the baseline, seed by seed and item by item; None if a run diverged."""
     pairs = [(mine[seed], other[seed]) for seed in mine]
     if any(run["diverged"] for pair in pairs for run, _ in pair):
         return None
-    values = [(one["value"], another["value"]) for (one, _), (another, _) in pairs]
+    values = [
+        (one["value"], another["value"])
+        for (one, _), (another, _) in pairs
+        if one["value"] is not None and another["value"] is not None
+    ]
     first, second = zip(*values, strict=True)
     by_item = None
     if metric.items is not None:
         sides = [[metric.items(found) for _, found in side] for side in zip(*pairs, strict=True)]
         first_items, second_items = (numpy.mean(side, axis=0).tolist() for side in sides)
-        by_item = asdict(paired(first_items, second_items))
+        by_item = paired(first_items, second_items).numbers()
     return {
         "by_seed": {str(seed): a - b for seed, (a, b) in zip(mine, values, strict=True)},
-        "seeds": asdict(paired(first, second)),
+        "seeds": paired(first, second).numbers(),
         "items": by_item,
     }
 
 
-def _machine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _machine(runs: Sequence[CellNumbers]) -> Machine:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "system": f"{platform.system()} {platform.machine()}",

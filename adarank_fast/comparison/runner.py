@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from adarank_fast.comparison.allocators import Problem, check_budget
 from adarank_fast.comparison.design import Design
@@ -71,7 +70,7 @@ def run(
         plans = {label: arm_plan(folder, label, arm, problem) for label, arm in labels.items()}
         check_budget(plans, uniform.parameters)
         grid = Grid(folder, experiment, metric, recipe, plans, design.scaling)
-        rates = settings["learning_rates"]
+        rates = design.rates(task)
         sweep = [Cell(arm, seeds[0], r, True) for arm in plans for r in rates if len(rates) > 1]
         with _progress(grid, sweep, len(plans) * len(seeds), progress):
             swept = [grid.result(cell) for cell in sweep]
@@ -84,7 +83,7 @@ def run(
     return Comparison(summarise(settings, plans, swept, runs, evaluations, metric), plans)
 
 
-def _settings(design: Design, experiment: Experiment, metric: Metric) -> dict[str, Any]:
+def _settings(design: Design, experiment: Experiment, metric: Metric) -> dict[str, object]:
     """What the cells depend on, as far as the model need not be made for it."""
     of_metric = None
     if design.metric is not None:  # a function of the same name is not the same function

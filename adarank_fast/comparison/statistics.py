@@ -12,9 +12,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy
+
+if TYPE_CHECKING:
+    from adarank_fast.comparison.numbers import IntervalNumbers
 
 LEVEL = 0.95
 
@@ -36,8 +39,19 @@ class Interval:
     count: int
     p_value: float | None
 
+    def numbers(self) -> IntervalNumbers:
+        """As results.json has it."""
+        return {
+            "mean": self.mean,
+            "low": self.low,
+            "high": self.high,
+            "count": self.count,
+            "p_value": self.p_value,
+        }
+
     @property
     def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0; False where there is no interval."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
@@ -79,7 +93,10 @@ def disagreement(predictions: Sequence[numpy.ndarray]) -> dict[str, float]:
         Empty for fewer than two models.
     """
 
-    def mean(apart: Callable[[Any, Any], Any], values: Sequence[Any]) -> float:
+    def mean(
+        apart: Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray],
+        values: Sequence[numpy.ndarray],
+    ) -> float:
         pairs = itertools.combinations(values, 2)
         return statistics.fmean(float(apart(p, q).mean()) for p, q in pairs)
 

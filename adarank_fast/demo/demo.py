@@ -26,7 +26,8 @@ def run_demo(
     Args:
         report_dir: made if need be. Runs that an earlier demo finished there are not run again.
         average_rank: of uniform LoRA, whose parameters the other arm may spend.
-        epochs, seeds: of each arm.
+        epochs: of each run.
+        seeds: runs of each arm.
         items: train on this many of the 4,376 questions; None: all.
         quiet: no progress on stderr.
     """

@@ -53,6 +53,7 @@ def in_dtype(batches: Iterable[Batch], dtype: torch.dtype) -> list[Batch]:
 
 
 def repeat(tensor: Tensor, folds: int) -> Tensor:
+    """[B, ...] -> [folds * B, ...], the whole batch `folds` times in a row."""
     return tensor.repeat(folds, *[1] * (tensor.dim() - 1))
 
 

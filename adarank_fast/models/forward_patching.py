@@ -75,7 +75,7 @@ def _first_name(forward: Forward) -> str | None:
 
 
 def _first_by_position(name: str | None, forward: Forward) -> Forward:
-    def forward_by_position(*args: Any, **kwargs: Any) -> Any:
+    def forward_by_position(*args: object, **kwargs: object) -> object:
         if not args and name in kwargs:
             args = (kwargs.pop(name),)
         return forward(*args, **kwargs)
@@ -86,7 +86,7 @@ def _first_by_position(name: str | None, forward: Forward) -> Forward:
 def stop_before(_: Forward) -> Forward:
     """A patch: the pass ends where the module would run."""
 
-    def stopping(*args: Any, **kwargs: Any) -> Any:
+    def stopping(*args: object, **kwargs: object) -> object:
         raise StopForward
 
     return stopping
@@ -95,7 +95,7 @@ def stop_before(_: Forward) -> Forward:
 def stop_after(forward: Forward) -> Forward:
     """A patch: the module runs, and the pass ends there."""
 
-    def stopping(*args: Any, **kwargs: Any) -> Any:
+    def stopping(*args: object, **kwargs: object) -> object:
         forward(*args, **kwargs)
         raise StopForward
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import TypedDict
 
 import numpy
 import torch
@@ -46,7 +46,7 @@ def digest_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_data(items: Iterable[Mapping[str, Any]]) -> str:
+def digest_data(items: Iterable[Mapping[str, object]]) -> str:
     """SHA-256 over keys and values, in the order of the items.
 
     Args:
@@ -58,7 +58,15 @@ def digest_data(items: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(output: Tensor) -> dict[str, Any]:
+class Fingerprint(TypedDict):
+    """See `fingerprint`."""
+
+    shape: list[int]
+    scale: float
+    projections: list[float]
+
+
+def fingerprint(output: Tensor) -> Fingerprint:
     """An output in a few numbers, which rounding hardly changes and another function does.
 
     Args:
@@ -82,7 +90,7 @@ def fingerprint(output: Tensor) -> dict[str, Any]:
     }
 
 
-def same_output(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_output(one: Fingerprint, other: Fingerprint) -> bool:
     """Whether two fingerprints are of the same output, but for rounding."""
     of_scale, of_projections = OUTPUT_TOLERANCE
     close = zip(one["projections"], other["projections"], strict=True)
@@ -93,10 +101,12 @@ def same_output(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def qualified_name(function: Callable[..., Any]) -> str:
+def qualified_name(function: Callable[..., object]) -> str:
     """Module and name of a function; of the class, where it is an object that can be called."""
-    named: Any = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
+    name = getattr(function, "__qualname__", None)
+    if name is None:
+        function, name = type(function), type(function).__qualname__
+    return f"{function.__module__}:{name}"
 
 
 class _Digest:
@@ -107,7 +117,7 @@ class _Digest:
         self.sums: list[Tensor] = []
         self.seen: set[int] = set()
 
-    def add(self, name: object, value: Any) -> None:
+    def add(self, name: object, value: object) -> None:
         if isinstance(value, Tensor):
             self._add_tensor(name, value.detach())
         elif isinstance(value, Mapping):

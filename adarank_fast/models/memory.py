@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from adarank_fast.models.batches import Batch
 from adarank_fast.models.torch_private import TorchDispatchMode, leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 def reset_peak_memory() -> None:
@@ -56,7 +59,13 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self._alive = 0
         self._counted: dict[int, weakref.ref[Any]] = {}  # by id; forgets a storage when it dies
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         for leaf in leaves((args, kwargs)):
             self._count(leaf, 0)  # made elsewhere, or counted already
@@ -98,6 +107,7 @@ class Memory:
 
     @property
     def noise(self) -> int:
+        """For the noise of the trials of a pass."""
         return self.total // 4
 
     @property

@@ -215,7 +215,7 @@ def _try(model: nn.Module, sample: Batch) -> None:
 
 
 def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:
-    def read(outputs: Any, inputs: Batch) -> Tensor:
+    def read(outputs: object, inputs: Batch) -> Tensor:
         value: Tensor | None = getattr(outputs, name, None)
         if value is None:
             raise AttributeError(name)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def first_line(error: Exception) -> str:
@@ -46,7 +49,7 @@ def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
         ) from error
 
 
-def plain_text(*tables: Any, blank_lines: bool = False) -> str:
+def plain_text(*tables: RenderableType, blank_lines: bool = False) -> str:
     """Rich tables as text: at full width, without colours and spaces at line ends."""
     from rich.console import Console
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: object) -> list[object]:
     """Everything in nested tuples, lists, dicts and model outputs, in a fixed order."""
     return tree_flatten(tree)[0]
 

@@ -48,7 +48,7 @@ def allocate_ranks(
     Raises:
         AdarankError: one line that names the argument, its value and the remedy.
     """
-    flat: dict[str, Any] = {**options}
+    flat: dict[str, object] = {**options}
     budget = gather(Budget, budget, flat)
     refuse_unknown("allocate_ranks", flat, Budget)
     _check_scores(scores)

@@ -38,9 +38,9 @@ def lora_config(
     parameters: Collection[str] = (),
     **lora_config_kwargs: Any,
 ) -> LoraConfig:
-    """A LoraConfig with one anchored key for all modules of a rank.
+    r"""A LoraConfig with one anchored key for all modules of a rank.
 
-    PEFT reads rank_pattern keys as `(.*\\.)?(key)$`, first match wins, and sorts them when saving:
+    PEFT reads rank_pattern keys as `(.*\.)?(key)$`, first match wins, and sorts them when saving:
     keys must be anchored at the start, so that `layers.0.q` is not `vision.layers.0.q`, and must
     not overlap. It tries the keys one by one for each module, and Python keeps 512 compiled ones:
     with a key a module, 840 modules took a minute to load, with a key a rank about a second.
@@ -50,7 +50,8 @@ def lora_config(
         ranks: full module name -> rank; rank 0 is left out.
         optional_prefix: what may stand before every name, such as "bert.".
         parameters: which of the names are 3-D expert parameters, PEFT's `target_parameters`.
-        scaling, lora_config_kwargs: see `RankPlan.to_lora_config`.
+        scaling: see `RankPlan.to_lora_config`.
+        **lora_config_kwargs: see `RankPlan.to_lora_config`.
     """
     from peft import LoraConfig
 
@@ -91,7 +92,7 @@ def lora_config(
 
 
 def alpha_rule(scaling: str | float) -> Callable[[int], float]:
-    """rank -> lora_alpha under a scaling convention; see `RankPlan.to_lora_config`."""
+    """The function rank -> lora_alpha of a scaling convention; see `RankPlan.to_lora_config`."""
     if scaling == "paper":
         return lambda rank: PAPER_ALPHA
     if scaling == "rslora":

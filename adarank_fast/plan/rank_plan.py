@@ -47,6 +47,11 @@ class Score:
 
     @classmethod
     def from_trials(cls, trials: Sequence[float]) -> Score:
+        """A score of at least one trial.
+
+        Raises:
+            AdarankError: there is none.
+        """
         values = tuple(float(value) for value in trials)
         if not values:
             raise AdarankError("trials is empty; a score needs at least one trial")
@@ -141,7 +146,7 @@ class RankPlan:
                 "this plan has no scores to allocate by (it was not made by probing); "
                 "run predict_ranks"
             )
-        flat: dict[str, Any] = {**options}
+        flat: dict[str, object] = {**options}
         budget = gather(Budget, budget, flat)
         refuse_unknown("allocate", flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}

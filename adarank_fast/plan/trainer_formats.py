@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import write_text
@@ -85,7 +85,9 @@ def _axolotl(plan: RankPlan, config: LoraConfig) -> str:
         lora_alpha=_whole(config.lora_alpha, "axolotl"),
         lora_target_modules=config.target_modules,
         lora_rank_pattern=config.rank_pattern,
-        lora_alpha_pattern={k: _whole(a, "axolotl") for k, a in config.alpha_pattern.items()},
+        lora_alpha_pattern={
+            k: _whole(a, "axolotl") for k, a in (config.alpha_pattern or {}).items()
+        },
         peft_use_rslora=config.use_rslora,
     )
 
@@ -127,7 +129,7 @@ def _whole(alpha: float, trainer: str) -> int:
     return int(alpha)
 
 
-def _yaml(**settings: Any) -> str:
+def _yaml(**settings: object) -> str:
     """JSON is YAML: strings, keys too, are written quoted, mappings a line a key."""
     lines = []
     for name, value in settings.items():

@@ -10,11 +10,14 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.plan.rank_plan import RankPlan, Score
 from adarank_fast.plots.style import clean, label, line_style, new_figure, write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CELL = 0.34  # inches: a heat map cell with a three-digit number
 LAYER = re.compile("[0-9]{1,9}")  # a part of a name that numbers a layer
@@ -131,7 +134,7 @@ def _types(positions: Mapping[str, Position]) -> list[str]:
     return sorted(outside, key=lambda kind: outside[kind])
 
 
-def _draw_disagreement(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) -> None:
+def _draw_disagreement(axes: Axes, plan: RankPlan, positions: Mapping[str, Position]) -> None:
     column = {layer: x for x, layer in enumerate(_columns(positions))}
     types = _types(positions)
     for index, kind_of_line in enumerate(types):
@@ -169,7 +172,7 @@ def _draw_disagreement(axes: Any, plan: RankPlan, positions: Mapping[str, Positi
     )
 
 
-def _draw_ranks(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) -> None:
+def _draw_ranks(axes: Axes, plan: RankPlan, positions: Mapping[str, Position]) -> None:
     columns, types = _columns(positions), _types(positions)
     cells: dict[tuple[int, int], list[int]] = {}
     chances = plan.chance_of_change() or {}
@@ -209,7 +212,7 @@ def _draw_ranks(axes: Any, plan: RankPlan, positions: Mapping[str, Position]) ->
     _layer_axis(axes, positions)
 
 
-def _layer_axis(axes: Any, positions: Mapping[str, Position]) -> None:
+def _layer_axis(axes: Axes, positions: Mapping[str, Position]) -> None:
     columns = _columns(positions)
     ticks = ["other" if layer is None else str(layer) for layer in columns]
     axes.set_xticks(range(len(columns)), labels=ticks, fontsize=8)

@@ -21,6 +21,10 @@ def plot_training(
     """One line per entry of `curves`: label -> (step, value) pairs.
 
     Args:
+        curves: at least one.
+        path: see `style.write`.
+        ylabel: of the values.
+        xlabel: of the steps.
         order: of all labels, also those not here: one keeps its colour from picture to picture.
         ticks: the only values marked on a logarithmic x axis. None: the axis is linear.
     """
@@ -55,6 +59,8 @@ def plot_intervals(
 
     Args:
         rows: an interval of None is not drawn.
+        path: see `style.write`.
+        xlabel: of the values.
         zero: mark 0, for differences.
         order: see `plot_training`.
     """

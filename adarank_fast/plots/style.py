@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*<>"
 DPI = 130
 MOST_PIXELS = 2**16 - 1  # of matplotlib, each way
 LONGEST = 80  # of a name in a picture
-GRID = {"color": "0.9", "linewidth": 0.8}
 
 
 def line_style(index: int, marker: bool = True) -> dict[str, Any]:
+    """Keyword arguments of `Axes.plot`; 30 different ones before they repeat."""
     return {
         "color": f"C{index % 10}",
         "linestyle": ("-", "--", ":")[index // 10 % 3],
@@ -33,14 +37,20 @@ def label(name: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def clean(axes: Any, grid: str = "y") -> None:
-    axes.grid(axis=grid, **GRID)
+def clean(axes: Axes, grid: Literal["both", "x", "y"] = "y") -> None:
+    """Faint grid lines along `grid`, and no frame at the top and on the right."""
+    axes.grid(axis=grid, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="x", which="minor", length=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this many inches, drawn without pyplot's global state.
+
+    Raises:
+        AdarankError: it would have more pixels on a side than matplotlib draws.
+    """
     from matplotlib.figure import Figure
 
     if max(width, height) * DPI > MOST_PIXELS:
@@ -50,7 +60,12 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def write(figure: Any, path: str | os.PathLike[str]) -> None:
+def write(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write the picture, as a whole or not at all; the path's suffix says which kind.
+
+    Raises:
+        AdarankError: matplotlib does not write that kind.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     kind = Path(path).suffix[1:].lower() or "png"

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import cast
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import lock_file, writing
 from adarank_fast.json_values import Value, parse
-from adarank_fast.models.identity import same_output
+from adarank_fast.models.identity import Fingerprint, same_output
 
 FORMAT = "adarank-fast checkpoint"
 START = json.dumps({"format": FORMAT})[:-1]
@@ -41,7 +41,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], identity: Mapping[str, Any], process: int = 0
+        self, path: str | os.PathLike[str], identity: Mapping[str, object], process: int = 0
     ) -> None:
         self._path = Path(path)
         self._identity = json.loads(json.dumps(dict(identity)))
@@ -91,7 +91,11 @@ class Checkpoint:
                     raise ValueError("another first line")
                 return
             header = parse(lines[0])
-            if header["format"] != FORMAT or not isinstance(header["identity"], dict):
+            if (
+                not isinstance(header, dict)
+                or header["format"] != FORMAT
+                or not isinstance(header["identity"], dict)
+            ):
                 raise ValueError("another format")
             before = dict(header["identity"])
             found = dict(_probe(line) for line in lines[1:])
@@ -107,10 +111,12 @@ class Checkpoint:
             )
         self.found |= found
 
-    def _same(self, key: str, before: Mapping[str, Any]) -> bool:
+    def _same(self, key: str, before: Mapping[str, object]) -> bool:
         """Whether a part of the identity is as it was; outputs are compared but for rounding."""
         if key == OUTPUT and key in before:
-            return same_output(before[key], self._identity[key])
+            return same_output(
+                cast(Fingerprint, before[key]), cast(Fingerprint, self._identity[key])
+            )
         return bool(before.get(key) == self._identity[key])
 
     def _begin(self, own: Path) -> None:

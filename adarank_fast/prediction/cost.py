@@ -68,7 +68,10 @@ def estimate_cost(
     Only the largest batch is run: once clean, once folded, and small ones to find the routes.
 
     Args:
-        model, batches, target_modules, output: as for `predict_ranks`.
+        model: as for `predict_ranks`.
+        batches: as for `predict_ranks`.
+        target_modules: as for `predict_ranks`.
+        output: as for `predict_ranks`.
         trials: as for `predict_ranks`; of `AdaptiveTrials`, the maximum.
 
     Raises:

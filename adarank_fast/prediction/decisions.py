@@ -97,7 +97,13 @@ class _Decisions(TorchDispatchMode):
     def _forget(self, key: int, _: object) -> None:
         self._marks.pop(key, None)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         given = [id(x.untyped_storage()) for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
         marks = [self._marks[key][0] for key in given if key in self._marks]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from adarank_fast.errors import AdarankError
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
+        """This process among torch.distributed's; the only one where that is not initialised."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -38,7 +40,7 @@ class Processes:
         """The part of `items` that is this process's; every process passes the same."""
         return list(items[self.rank :: self.count])
 
-    def same(self, what: str, value: Mapping[str, Any]) -> None:
+    def same(self, what: str, value: Mapping[str, object]) -> None:
         """Every process must have the same value.
 
         Raises:
@@ -52,7 +54,7 @@ class Processes:
                     "give every process the same model and batches"
                 )
 
-    def merge(self, found: dict[Any, float], error: Exception | None) -> dict[Any, float]:
+    def merge(self, found: dict[K, float], error: Exception | None) -> dict[K, float]:
         """What all processes found.
 
         Args:
@@ -67,7 +69,7 @@ class Processes:
                 raise AdarankError(f"process {rank} of {self.count}: {message}")
         return {key: value for part, _ in parts for key, value in part.items()}
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _gather(self, value: T) -> list[T]:
         if self.count == 1:
             return [value]
         parts: list[Any] = [None] * self.count

@@ -66,7 +66,9 @@ class Folding:
             return OF_EXPERTS
         if not any(name in calls for calls in rows):
             return NEVER_CALLED
-        both = zip(self.first.rows.get(name, []), self.single.rows.get(name, []), strict=False)
+        if name not in self.single.rows:  # what the items hold decides whether it is called
+            return BY_CONTENT
+        both = zip(self.first.rows.get(name, []), self.single.rows[name], strict=False)
         if any(all_items not in (one, self.items * one) for one, all_items in both):
             return BY_CONTENT
         ones, twos = self.single.inputs.get(name, []), self.double.inputs.get(name, [])
@@ -78,6 +80,11 @@ class Folding:
 
 
 def check_folding(watched: Watched, sample: Batch, order: Sequence[str]) -> Folding:
+    """How the model takes several copies of a batch in one pass, found with `sample`.
+
+    Raises:
+        AdarankError: the model gives another output when it is run again.
+    """
     single, again = watched.run(sample, keep=True), watched.run(sample)
     if not is_same(again.output, single.output, 1e-4):
         raise AdarankError(

@@ -130,7 +130,7 @@ def _adapter_outputs(
     output: OutputChoice,
     adapters: list[str],
 ) -> Generator[Run]:
-    config: Mapping[str, Any] = getattr(model, "peft_config", {})
+    config: Mapping[str, object] = getattr(model, "peft_config", {})
     unknown = [name for name in adapters if name not in config]
     if unknown or len(adapters) < 2:
         has = ", ".join(config) or "it is no PeftModel"

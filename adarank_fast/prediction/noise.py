@@ -128,7 +128,6 @@ def perturbation(
         (weight noise in the weight's own layout, bias noise or None), float32. Their standard
         deviation is that of the parameter: the population's, in float64.
     """
-
     trial, seed = check_number("trial", trial), check_number("seed", seed)
 
     def draw(parameter: Tensor, part: str) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ def predict_ranks(
             for a wrong type, a TimeoutError if `max_seconds` was over before every module had a
             trial.
     """
-    flat: dict[str, Any] = {**options}
+    flat: dict[str, object] = {**options}
     budget, probe = gather(Budget, budget, flat), gather(Probe, probe, flat)
     limits = gather(Limits, limits, flat)
     refuse_unknown("predict_ranks", flat, Budget, Probe, Limits)
@@ -251,7 +251,7 @@ def _add_found(values: Mapping[str, list[float]], found: Found) -> None:
             done.append(found[name, len(done)])
 
 
-def _describe_batches(batches: Sequence[Batch]) -> dict[str, Any]:
+def _describe_batches(batches: Sequence[Batch]) -> dict[str, object]:
     """How much calibration data there was, and a digest to recognise it by."""
     items = sum(map(batch_size, batches))
     return {"count": len(batches), "items": items, "sha256": digest_data(batches)}

@@ -15,7 +15,7 @@ from adarank_kernels.disagreement.choices import METRICS
 
 
 def parse_trials(text: str) -> int | AdaptiveTrials:
-    """ "5" -> 5; "2-10" -> AdaptiveTrials(2, 10)."""
+    """A number of trials from text: "5" is 5, "2-10" AdaptiveTrials(2, 10)."""
     numbers = text.split("-")
     if not all(n.isdecimal() and len(n) < 10 and int(n) for n in numbers) or len(numbers) > 2:
         raise AdarankError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +226,7 @@ def _perturbed(
     """Adds the noise's product, [k, in, out], to what the module returns for variants `changed`."""
 
     def patch(original: TensorForward) -> TensorForward:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
             if x.shape[0] != rows:
                 raise _Unfoldable(target)
             y = original(x, *args, **kwargs).contiguous()

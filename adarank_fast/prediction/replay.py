@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ class Replay:
         self._keep_all = keep_all or clean.decides_late
         self._blocks = list(clean.blocks.items())
         self._position = -1  # of the open block; -1: none was opened
-        self._returned: list[dict[nn.Module, Any]] = [{} for _ in clean.batches]  # by blocks
+        self._returned: list[dict[nn.Module, object]] = [{} for _ in clean.batches]  # by blocks
         self._linears: list[LinearCache] = []  # of the open block, a batch each
         self._embeddings = self._store_embeddings()
 
@@ -158,9 +157,9 @@ class Replay:
             for path, block in blocks
         }
 
-    def _store_embeddings(self) -> list[dict[nn.Module, Any]]:
+    def _store_embeddings(self) -> list[dict[nn.Module, object]]:
         """What the embeddings return, a batch each, unless it is much."""
-        stored: list[dict[nn.Module, Any]] = [{} for _ in self.clean.batches]
+        stored: list[dict[nn.Module, object]] = [{} for _ in self.clean.batches]
         if self._blocks and self.clean.embeddings:
             for batch, returned in zip(self.clean.batches, stored, strict=True):
                 patches = {m: partial(_store, returned, False, m) for m in self.clean.embeddings}
@@ -198,15 +197,18 @@ class StoredTensor:
 
     @staticmethod
     def of(tensor: Tensor, offload: bool) -> StoredTensor:
+        """A copy, on the CPU if `offload`; it remembers the tensor's own device."""
         copy = tensor.to("cpu" if offload else tensor.device, copy=True)
         return StoredTensor(copy, tensor.device)
 
     @property
     def offloaded(self) -> bool:
+        """Whether the copy lies elsewhere than the tensor did."""
         return self.tensor.device != self.device
 
     @property
     def nbytes(self) -> int:
+        """Of the copy's whole storage."""
         return self.tensor.untyped_storage().nbytes()
 
     def blank(self) -> StoredTensor:
@@ -225,17 +227,17 @@ class StoredTensor:
         return repeat(tensor, folds) if folds > 1 else tensor.clone()
 
 
-def _stored_tensors(returned: Sequence[Mapping[nn.Module, Any]]) -> list[StoredTensor]:
+def _stored_tensors(returned: Sequence[Mapping[nn.Module, object]]) -> list[StoredTensor]:
     tensors = leaves([list(trees.values()) for trees in returned])
     return [x for x in tensors if isinstance(x, StoredTensor)]
 
 
 def _store(
-    returned: dict[nn.Module, Any], offload: bool, module: nn.Module, original: Forward
+    returned: dict[nn.Module, object], offload: bool, module: nn.Module, original: Forward
 ) -> Forward:
     """A forward that keeps what the module returns under `returned[module]`."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         output = original(*args, **kwargs)
         returned[module] = map_leaves(Tensor, lambda t: StoredTensor.of(t, offload), output)
         return output
@@ -243,7 +245,7 @@ def _store(
     return forward
 
 
-def _return(tree: Any, repeated: list[bool], folds: int, _: Forward) -> Forward:
+def _return(tree: object, repeated: list[bool], folds: int, _: Forward) -> Forward:
     """A forward that returns a stored output, folded; always a copy, as models write in place.
 
     Args:
@@ -252,7 +254,7 @@ def _return(tree: Any, repeated: list[bool], folds: int, _: Forward) -> Forward:
         folds: K.
     """
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         flags = iter(repeated)
         return map_leaves(StoredTensor, lambda x: x.folded(folds if next(flags, True) else 1), tree)
 

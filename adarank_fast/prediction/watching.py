@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,14 +31,16 @@ class Pass:
         self._called: set[nn.Module] = set()
         self._last: tuple[str, Tensor | None, int] | None = None
 
-    def _keep_output(self, module: nn.Module, output: Any) -> list[Tensor]:
+    def _keep_output(self, module: nn.Module, output: object) -> list[Tensor]:
         tensors = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
         if self._keep:
             self.returned[module] = [tensor.clone() for tensor in tensors]
         return tensors
 
     def watch_block(self, path: str, module: nn.Module, original: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        """A forward that notes the blocks' order, and whose output the next one does not get."""
+
+        def forward(*args: object, **kwargs: object) -> object:
             if self._last is not None:
                 before, tensor, written = self._last
                 passed_on = any(leaf is tensor for leaf in leaves((args, kwargs)))
@@ -57,7 +58,7 @@ class Pass:
     def watch_embeddings(self, module: nn.Module, original: Forward) -> Forward:
         """Fixed: called once, with whole numbers, before every block and target."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
             late = bool(self.order or self.rows or module in self._called)
             self._called.add(module)
@@ -72,7 +73,9 @@ class Pass:
         return forward
 
     def watch_target(self, name: str, original: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        """A forward that notes the rows of each call, and with `keep` its input."""
+
+        def forward(*args: object, **kwargs: object) -> object:
             given = (x for x in leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim())
             if (x := next(given, None)) is not None:  # experts may take other things first
                 self.rows.setdefault(name, []).append(x.shape[0])

@@ -29,7 +29,8 @@ COMMON = {
     "report_to": "none",
     "seed": 0,
 }
-DEFAULTS: dict[str, dict[str, Any]] = {
+Fields = Mapping[str, Any]  # of `TrainingArguments` or `SFTConfig`, whose types hold
+DEFAULTS: dict[str, Fields] = {
     "classification": {"per_device_train_batch_size": 32, "learning_rate": 1e-3},
     "causal-lm": {
         "per_device_train_batch_size": 8,
@@ -75,7 +76,7 @@ class ClassificationConfig(TrainingArguments):
 
 
 @cache
-def config_class(task: str) -> Any:
+def config_class(task: str) -> type[TrainingArguments]:
     """The dataclass whose fields training for a task takes.
 
     Raises:
@@ -89,13 +90,14 @@ def config_class(task: str) -> Any:
         raise AdarankImportError(
             f"training language models needs trl ({error}): pip install 'adarank-fast[trl]'"
         ) from error
-    return SFTConfig
+    found: type[TrainingArguments] = SFTConfig
+    return found
 
 
 def read_settings(
     task: str,
     config: str | os.PathLike[str] | None = None,
-    flags: Mapping[str, Any] | None = None,
+    flags: Fields | None = None,
     pairs: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Names and values of the fields that are not the libraries' defaults.
@@ -133,17 +135,20 @@ def read_settings(
     return values
 
 
-def make_arguments(task: str, settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> Any:
+def make_arguments(
+    task: str, settings: Fields, folder: str | os.PathLike[str]
+) -> TrainingArguments:
     """An object of the task's class.
 
     Args:
+        task: "classification" or "causal-lm".
         settings: see `read_settings`.
         folder: for checkpoints and logs.
 
     Raises:
         AdarankError: the class refuses the values together, or one of them.
     """
-    ours: dict[str, Any] = {
+    ours: dict[str, object] = {
         "output_dir": str(folder),
         "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": True,
@@ -182,7 +187,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> object:
     """Text as YAML reads it: true, 3, 0.1, null, [a, b], {a: 1}; else as it is."""
     import yaml
 
@@ -192,12 +197,12 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _checked(task: str, name: str, value: Any, where: str, text: str | None = None) -> Any:
+def _checked(task: str, name: str, value: object, where: str, text: str | None = None) -> object:
     """The value as the field's type, or an error that says what the field takes."""
     if name in OURS:
         raise AdarankError(f"{where}{name} cannot be set: {OURS[name]}")
     cls = config_class(task)
-    hints = _hints(cls)
+    hints = _hints(task)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, 1)
         meant = f"did you mean {near[0]!r}?" if near else "see its documentation"
@@ -211,7 +216,8 @@ def _checked(task: str, name: str, value: Any, where: str, text: str | None = No
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(task: str) -> dict[str, object]:
+    cls = config_class(task)
     known = {one.name for one in fields(cls) if one.init}
     return {name: hint for name, hint in get_type_hints(cls).items() if name in known}
 
@@ -219,7 +225,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 _REFUSED = object()
 
 
-def _as_type(hint: Any, value: Any, text: str | None) -> Any:
+def _as_type(hint: object, value: Any, text: str | None) -> object:
     if get_origin(hint) in (Union, types.UnionType):
         parts = sorted(get_args(hint), key=lambda part: part is str)  # text is the last resort
         found = (_as_type(part, value, text) for part in parts)
@@ -247,11 +253,16 @@ def _as_type(hint: Any, value: Any, text: str | None) -> Any:
     return _REFUSED
 
 
-def _said(hint: Any) -> str:
+def _said(hint: object) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         parts = [part for part in get_args(hint) if part is not type(None)]
         return " or ".join(dict.fromkeys(map(_said, parts)))
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    names: dict[object, str] = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+    }
+    return names.get(hint) or str(getattr(hint, "__name__", hint))

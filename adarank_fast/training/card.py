@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 RECORD = "training.json"
 GENERATED = 64  # tokens that the card's snippet generates
@@ -44,7 +47,7 @@ class Result:
     examples: int
     ranks: Mapping[str, int]
     parameters: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     steps: int
     measured_on: str
     before: Mapping[str, float]
@@ -59,7 +62,11 @@ class Result:
 
 
 def write_beside(
-    folder: Path, result: Result, config: Any, tokenizer: Any, name: str | os.PathLike[str]
+    folder: Path,
+    result: Result,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str | os.PathLike[str],
 ) -> None:
     """Write the tokenizer, the record and the card; for classification the configuration, too.
 
@@ -81,7 +88,7 @@ def write_beside(
     (folder / "README.md").write_text(card(result, str(name)), encoding="utf-8")
 
 
-def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_record(folder: str | os.PathLike[str]) -> dict[str, object]:
     """The record that `write_beside` wrote; empty if there is none that can be read."""
     try:
         found = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
+import numpy
 import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
@@ -16,6 +17,11 @@ from adarank_fast.training.data import Data
 from adarank_fast.training.evaluation import evaluate, macro_f1, metrics
 from adarank_fast.training.tokens import Item, collate, encode_labelled, pad_id, some
 from adarank_fast.training.trainer import ItemTrainer, Watch
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+
+    from adarank_fast.training.arguments import Fields
 
 
 class Classification:
@@ -29,7 +35,11 @@ class Classification:
     """
 
     def __init__(
-        self, data: Data, held_out: Data | None, tokenizer: Any, settings: Mapping[str, Any]
+        self,
+        data: Data,
+        held_out: Data | None,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Fields,
     ) -> None:
         length = int(settings.get("max_length", 128))
         classes = list(data.classes)
@@ -68,7 +78,10 @@ class Classification:
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
     def trainer(
-        self, model: nn.Module, arguments: Any, callbacks: Sequence[TrainerCallback] = ()
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> ItemTrainer:
         """A trainer whose evaluations have accuracy and macro F1.
 
@@ -97,15 +110,15 @@ class Classification:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def measure(self, trainer: Any) -> dict[str, float]:
+    def measure(self, trainer: ItemTrainer) -> dict[str, float]:
         """Metrics of the trainer's model; see `evaluation.metrics`."""
         size = trainer.args.per_device_eval_batch_size
-        return metrics(evaluate(trainer.model, self.held_out, self.pad, size))
+        return metrics(evaluate(cast(nn.Module, trainer.model), self.held_out, self.pad, size))
 
 
-def _accuracy(prediction: Any) -> dict[str, float]:
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     logits = prediction.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits  # and hidden states, say
     guesses = logits.argmax(-1)
-    labels = prediction.label_ids
+    labels = cast(numpy.ndarray, prediction.label_ids)
     return {"accuracy": float((guesses == labels).mean()), "f1": macro_f1(guesses, labels)}

@@ -1,235 +1,121 @@
-"""Texts from files, and the batches that models take."""
+"""What people bring: the one reader of all commands, and what it says it understood."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
+from adarank_fast.errors import AdarankError
+from adarank_fast.options import TASKS, check_choice
+from adarank_fast.training.data_files import is_blank, quote, read_table
+from adarank_fast.training.data_forms import recognise
+from adarank_fast.training.data_rows import Row, make_rows
 
-TEXT_COLUMNS = (
-    *("text", "sentence", "question", "prompt", "content", "document", "review", "query"),
-    *("instruction", "input", "body", "utterance", "title"),
-)
-
-LABEL_COLUMNS = ("label", "labels", "target", "category", "class", "intent", "label_text")
-SUFFIXES = ".jsonl, .ndjson (a JSON object a line), .csv, .tsv, .txt (a text a line)"
-Row = tuple[int, Mapping[str, Any]]  # line number, column -> value
+SHOWN = 8  # classes and columns in a line
 
 
 @dataclass(frozen=True)
-class TextData:
-    """Texts, and a label for each if the file has them."""
+class Understood:
+    """What was understood of data.
 
-    texts: list[str]
-    labels: list[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-
-def read_texts(
-    path: str | os.PathLike[str],
-    text_column: str | None = None,
-    label_column: str | None = None,
-) -> TextData:
-    """Read a file of texts; its suffix says how.
-
-    Rows whose text is empty are left out.
-
-    Args:
-        path: .jsonl or .ndjson (a JSON object a line), .csv or .tsv with a header line, or .txt (a
-            text a line); UTF-8.
-        text_column: default: the first of `TEXT_COLUMNS` that the file has, or its only column.
-        label_column: default: the first of `LABEL_COLUMNS` that the file has, if any.
-
-    Raises:
-        AdarankFileNotFoundError: there is no such file.
-        AdarankError: one line that names the file, the line, the value and the remedy.
+    Attributes:
+        source: the file, folder or name.
+        rows: that were read.
+        used: that are left.
+        form: see `Data`.
+        task: "classification" or "causal-lm".
+        columns: what (text, label, prompt, input, completion, messages) -> the column.
+        classes: their names, and rows of each.
+        dropped: why -> rows.
+        unused: columns; those that hold texts have " (text)" after their names.
+        notes: what was assumed, or looks wrong.
     """
-    path = Path(path)
-    text = _read(path)
-    kind = path.suffix.lower()
-    if kind in (".txt", ".text"):
-        for argument, column in (("text_column", text_column), ("label_column", label_column)):
-            if column is not None:
-                raise AdarankError(
-                    f"{path} is plain text and has no columns; leave out {argument}={column!r} or "
-                    "use a .jsonl, .csv or .tsv file"
-                )
-        texts = [line.strip() for line in text.split("\n") if line.strip()]
-        labels = None
-    elif kind in (".jsonl", ".ndjson", ".csv", ".tsv"):
-        lines = _jsonl(path, text) if kind in (".jsonl", ".ndjson") else _csv(path, text)
-        texts, labels = _columns(path, list(lines), text_column, label_column)
-    else:
-        raise AdarankError(f"{path}: unknown suffix {kind!r}; use {SUFFIXES}")
-    if not texts:
-        raise AdarankError(f"{path} holds no texts; give a file with at least one")
-    return TextData(texts, labels)
+
+    source: str
+    rows: int
+    used: int
+    form: str
+    task: str
+    columns: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Plain sentences for people."""
+        columns = [f"{what} is column {column}" for what, column in self.columns.items()]
+        found = [f"{self.source}: {_count(self.rows, 'row')}; {', '.join(columns) or 'plain text'}"]
+        if self.form == "labelled":
+            names = [f"{quote(name, 40)} ({rows:,})" for name, rows in self.classes.items()]
+            found.append(f"task classification, {len(names)} classes: {_some(names)}")
+        else:
+            what = {"text": "texts without labels", "chat": "chats"}
+            found.append(f"task causal-lm: {what.get(self.form, 'prompts and completions')}")
+        if self.dropped:
+            why = [f"{count:,} {reason}" for reason, count in self.dropped.items()]
+            found.append(f"dropped {_count(self.rows - self.used, 'row')}: {', '.join(why)}")
+        if self.unused:
+            found.append(f"unused columns: {_some(self.unused)}")
+        return found + [f"note: {note}" for note in self.notes]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def as_json(self) -> dict[str, Any]:
+        """The attributes, for `--json`."""
+        return asdict(self)
 
 
-def _read(path: Path) -> str:
-    if not path.exists():
-        raise AdarankFileNotFoundError(f"there is no data file {str(path)!r}")
-    if path.is_dir():
-        raise AdarankError(f"{path} is a folder; name a file in it ({SUFFIXES})")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise AdarankError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise AdarankError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the "
-            f"file, for example with `iconv -f latin1 -t utf-8`"
-        ) from None
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 is no line end
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise AdarankError(
-                f"{path}, line {number}: not JSON ({error}): {quote(line)}; one object a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise AdarankError(
-                f'{path}, line {number}: must be a JSON object such as {{"text": ...}}, got '
-                f"{quote(line)}"
-            )
-        yield number, row
-
-
-def _csv(path: Path, text: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise AdarankError(
-                    f"{path}, line {reader.line_num}: {len(row[None]) + len(row) - 1} fields, the "
-                    f"header has {len(row) - 1}; quote texts that contain {delimiter!r}"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise AdarankError(f"{path}, line {reader.line_num}: {error}; check the quotes") from None
-
-
-def _columns(
-    path: Path, rows: Sequence[Row], text_column: str | None, label_column: str | None
-) -> tuple[list[str], list[str] | None]:
-    if not rows:
-        return [], None
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    text_column = _choose(path, columns, "text", text_column, TEXT_COLUMNS)
-    if text_column is None and len(columns) == 1:
-        text_column = columns[0]
-    if text_column is None:
-        raise AdarankError(
-            f"{path} has no column that looks like text; it has {', '.join(columns)}; "
-            "say which with text_column"
-        )
-    label_column = _choose(path, columns, "label", label_column, LABEL_COLUMNS)
-    texts, labels = [], []
-    for number, row in rows:
-        text = _cell(path, number, row, text_column)
-        if not isinstance(text, str):
-            raise AdarankError(
-                f"{path}, line {number}: {text_column} must be a string, got {quote(text)}; "
-                "choose another text_column"
-            )
-        if text.strip():
-            texts.append(text)
-            if label_column is not None:
-                labels.append(str(_cell(path, number, row, label_column)))
-    return texts, labels if label_column is not None else None
-
-
-def _choose(
-    path: Path, columns: Sequence[str], what: str, wanted: str | None, usual: Sequence[str]
-) -> str | None:
-    if wanted is None:
-        lower = {column.lower().strip(): column for column in reversed(columns)}
-        return next((lower[name] for name in usual if name in lower), None)
-    if wanted not in columns:
-        raise AdarankError(
-            f"{path} has no column {wanted!r} ({what}_column); it has {', '.join(columns)}"
-        )
-    return wanted
-
-
-def _cell(path: Path, number: int, row: Mapping[str, Any], column: str) -> Any:
-    value = row.get(column)
-    if value is None:
-        raise AdarankError(
-            f"{path}, line {number}: no value for {column}; fill it in or drop the line"
-        )
-    return value
-
-
-def quote(value: object, most: int = 60) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def hold_out(data: TextData, share: float, seed: int = 0) -> tuple[TextData, TextData]:
-    """Split at random into (the rest, `share` of it); equal texts never end on both sides.
-
-    Raises:
-        AdarankError: a side would be empty.
-    """
-    unique = sorted(set(data.texts))
-    random.Random(seed).shuffle(unique)
-    chosen = set(unique[: round(share * len(unique))])
-    if not 0 < len(chosen) < len(unique):
-        raise AdarankError(
-            f"cannot hold {share:.0%} of {len(unique)} different texts out; give more texts or "
-            "held-out data of their own"
-        )
-    return _where(data, lambda text: text not in chosen), _where(data, lambda text: text in chosen)
-
-
-def _where(data: TextData, keep: Callable[[str], bool]) -> TextData:
-    kept = [index for index, text in enumerate(data.texts) if keep(text)]
-    labels = None if data.labels is None else [data.labels[index] for index in kept]
-    return TextData([data.texts[index] for index in kept], labels)
+def _some(names: Sequence[str]) -> str:
+    more = f", ... ({len(names):,} in all)" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 @dataclass(frozen=True)
 class Data:
-    """A file's rows, and what was understood of it.
+    """Rows of one form, and what was understood.
 
     Attributes:
         form: "labelled", "text", "completion" or "chat".
-        rows: in TRL's columns: text (and label), prompt and completion, or messages.
-        classes: names, sorted; empty where there are no labels.
-        understood: one line for people.
-        texts: of each row; empty for chats and completions.
-        labels: of each row, or None.
-        task: "classification" or "causal-lm".
+        rows: in TRL's columns: text (and label, a string); prompt and completion, both strings or
+            both lists of messages; or messages, each with role and content.
+        classes: names in a fixed order: a dataset's own, else numbers by value, else the
+            alphabet's; empty unless labelled.
+        understood: what was read and how.
     """
 
     form: str
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     classes: list[str]
-    understood: str
-    texts: list[str]
-    labels: list[str] | None
-    task: str
+    understood: Understood
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> list[str]:
+        """Of each row; empty for completions and chats."""
+        return [row["text"] for row in self.rows if "text" in row]
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Of each row; None unless labelled."""
+        return [row["label"] for row in self.rows] if self.form == "labelled" else None
+
+    @property
+    def task(self) -> str:
+        """What the data are for: "classification" with labels, else "causal-lm"."""
+        return "classification" if self.form == "labelled" else "causal-lm"
 
 
 def read_data(
@@ -238,53 +124,132 @@ def read_data(
     text_column: str | None = None,
     label_column: str | None = None,
     task: str = "auto",
+    answers: bool = True,
 ) -> Data:
-    """Read a file as data of a task; see `read_texts` for formats.
+    """Read what people bring, and say what was understood; see docs/data.md for the formats.
 
     Args:
-        path: .jsonl files may also have prompt and completion, or messages.
-        text_column, label_column: see `read_texts`.
+        path: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, also as .gz; a folder of
+            `datasets`' save_to_disk; or a name of the hub, `name:split`.
+        text_column: of the texts; found by name and content if left out.
+        label_column: of the labels, likewise.
         task: "auto": classification where there are labels, else causal-lm.
+        answers: whether labels, completions and answers are wanted; without them rows have the
+            text, the prompt, or messages that need not be answered.
 
     Raises:
-        AdarankError: see `read_texts`; or the task does not go with the data.
+        AdarankFileNotFoundError: there is no such file.
+        AdarankError: one line that names the file, the place, the value and the remedy; where a
+            guess could be wrong, the option that decides.
     """
-    path = Path(path)
-    if text_column is None and path.suffix.lower() in (".jsonl", ".ndjson"):
-        rows = [dict(row) for _, row in _jsonl(path, _read(path))]
-        for form, columns in (("chat", ["messages"]), ("completion", ["prompt", "completion"])):
-            if rows and all(column in row for row in rows for column in columns):
-                if task == "classification":
-                    raise AdarankError(f"{path}: {form} data have no labels for classification")
-                rows = [{column: row[column] for column in columns} for row in rows]
-                said = f"{path}: {len(rows):,} rows, {' and '.join(columns)}"
-                return Data(form, rows, [], said, [], None, "causal-lm")
-    found = read_texts(path, text_column, label_column)
-    labels = None if task == "causal-lm" else found.labels
-    if task == "classification" and labels is None:
-        raise AdarankError("classification needs labels, the data have none; name their column")
-    said = f"{path}: {len(found):,} texts"
-    if labels is None and task == "auto" and (others := _other_columns(path, text_column)):
+    check_choice("task", task, ("auto", *TASKS))
+    table = read_table(path)
+    form = recognise(table, text_column, label_column, task, answers)
+    made = make_rows(table, form, answers)
+    counts = Counter(row.get("label") for row in made.rows)
+    # without answers what would be their columns is read over, not unused
+    unused = [column for column in table.columns if column not in form.columns.values()]
+    understood = Understood(
+        source=table.name,
+        rows=len(table.rows),
+        used=len(made.rows),
+        form=form.name,
+        task="classification" if form.name == "labelled" else "causal-lm",
+        columns={} if table.plain else form.columns,
+        classes={name: counts[name] for name in made.classes},
+        dropped=dict(+made.dropped),
+        unused=[
+            (column or "(no name)") + " (text)" * (form.kinds[column] == "text")
+            for column in unused
+        ],
+        notes=[*table.notes, *form.notes, *made.notes],
+    )
+    return Data(form.name, made.rows, made.classes, understood)
+
+
+def as_data(rows: Sequence[Any], source: str = "the data") -> Data | None:
+    """Texts, or (text, label) pairs, as data; None if they are neither.
+
+    Raises:
+        AdarankError: a label is blank or of another type than the others.
+    """
+    if rows and all(isinstance(row, str) for row in rows):
+        made, form = [{"text": text} for text in rows], "text"
+    elif rows and all(isinstance(row, (tuple, list)) and len(row) == 2 for row in rows):
+        made, form = [{"text": text, "label": str(label)} for text, label in rows], "labelled"
+        for number, (text, label) in enumerate(rows):
+            if not isinstance(text, str) or is_blank(label):
+                raise AdarankError(
+                    f"{source}, item {number}: must be a text and a label, got "
+                    f"{quote((text, label))}"
+                )
+    else:
+        return None
+    counts = Counter(row.get("label", "") for row in made)
+    classes = {label: counts[label] for label in sorted(counts)} if form == "labelled" else {}
+    task = "classification" if classes else "causal-lm"
+    understood = Understood(source, len(made), len(made), form, task, classes=classes)
+    return Data(form, made, list(classes), understood)
+
+
+def for_task(data: Data, task: str) -> Data:
+    """The data as a task wants them: without labels for a language model.
+
+    Raises:
+        AdarankError: classification, and there are no labels.
+    """
+    check_choice("task", task, ("auto", *TASKS))
+    if task == "classification" and data.form != "labelled":
         raise AdarankError(
-            f"{path} has columns beside the text and none is called a label: {', '.join(others)}; "
-            "say which with label_column (--label-column), or task causal-lm (--task) for none"
+            f"classification needs labels, {data.understood.source} has none; name their column "
+            "with --label-column"
         )
-    if labels is None:
-        rows = [{"text": text} for text in found.texts]
-        return Data("text", rows, [], said, found.texts, None, "causal-lm")
-    classes = sorted(set(labels))
-    rows = [{"text": t, "label": one} for t, one in zip(found.texts, labels, strict=True)]
-    said = f"{said} of {len(classes)} classes ({', '.join(classes[:8])})"
-    return Data("labelled", rows, classes, said, found.texts, labels, "classification")
+    if task != "causal-lm" or data.form != "labelled":
+        return data
+    understood = replace(data.understood, form="text", task=task, classes={})
+    return Data("text", [{"text": text} for text in data.texts], [], understood)
 
 
-def _other_columns(path: Path, text_column: str | None) -> list[str]:
-    """Columns that are not the text's."""
-    kind = path.suffix.lower()
-    if kind in (".txt", ".text"):
-        return []
-    text = _read(path)
-    rows = _jsonl(path, text) if kind in (".jsonl", ".ndjson") else _csv(path, text)
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    chosen = _choose(path, columns, "text", text_column, TEXT_COLUMNS)
-    return [column for column in columns if column != chosen] if len(columns) > 1 else []
+def check_alike(data: Data, held_out: Data) -> None:
+    """Refuse evaluation data that are not like the training data.
+
+    Raises:
+        AdarankError: another form; or a label that no training row has.
+    """
+    if data.form != held_out.form:
+        raise AdarankError(
+            f"the training data are {data.form}, the evaluation data {held_out.form}; give both "
+            "in one form"
+        )
+    if unknown := sorted(set(held_out.labels or ()) - set(data.classes)):
+        raise AdarankError(
+            f"the evaluation data have a label {quote(unknown[0])!r} that the training data do not "
+            "have; correct it or drop those rows"
+        )
+
+
+def hold_out(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
+    """Split at random into (the rest, `share` of it); equal inputs never end on both sides.
+
+    Raises:
+        AdarankError: a side would be empty.
+    """
+    keys = [_input(row) for row in data.rows]
+    unique = sorted(set(keys))
+    random.Random(seed).shuffle(unique)
+    chosen = set(unique[: round(share * len(unique))])
+    if not 0 < len(chosen) < len(unique):
+        raise AdarankError(
+            f"cannot hold {share:.0%} of {len(unique)} different texts out; give more texts or "
+            "held-out data of their own"
+        )
+    pairs = list(zip(data.rows, keys, strict=True))
+    kept = [row for row, key in pairs if key not in chosen]
+    held = [row for row, key in pairs if key in chosen]
+    return replace(data, rows=kept), replace(data, rows=held)
+
+
+def _input(row: Row) -> str:
+    """What the model gets of a row."""
+    value = next(row[key] for key in ("text", "prompt", "messages") if key in row)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -40,7 +40,7 @@ def evaluate(model: nn.Module, items: Sequence[Item], pad: int, batch_size: int 
     model.eval()
     device = next(model.parameters()).device
     order = sorted(range(len(items)), key=lambda index: item_length(items[index]))
-    found: list[Any] = [None] * len(items)
+    found: dict[int, tuple[float, int, numpy.ndarray, numpy.ndarray]] = {}
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -62,7 +62,9 @@ def evaluate(model: nn.Module, items: Sequence[Item], pad: int, batch_size: int 
                     (guesses[row][keep] if labels.dim() == 2 else guesses[row]).cpu().numpy(),
                     labels[row][keep].cpu().numpy(),
                 )
-    sums, counts, predictions, truths = zip(*found, strict=True)
+    sums, counts, predictions, truths = zip(
+        *(found[index] for index in range(len(items))), strict=True
+    )
     join = numpy.concatenate if isinstance(items[0]["labels"], list) else numpy.stack
     return Evaluation(
         numpy.array(sums), numpy.array(counts), join(predictions), numpy.concatenate(truths)

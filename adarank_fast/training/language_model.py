@@ -7,26 +7,30 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.identity import digest_data
 from adarank_fast.models.text import first_line
-from adarank_fast.training.arguments import make_arguments, read_settings
+from adarank_fast.training.arguments import Fields, make_arguments, read_settings
 from adarank_fast.training.data import Data
 from adarank_fast.training.evaluation import evaluate, metrics
 from adarank_fast.training.tokens import Item, collate, pad_id, some
 from adarank_fast.training.trainer import Watch, Watched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
 
 TOKENS = 4096  # of a batch that is measured; there is a logit for every token and word
 CALIBRATED = 512  # tokens of an example that ranks are predicted on
@@ -35,7 +39,7 @@ Row = Mapping[str, Any]  # TRL's columns: text; prompt and completion; or messag
 
 
 @cache
-def _trainer_class() -> Any:
+def _trainer_class() -> type[SFTTrainer]:
     from trl import SFTTrainer
 
     class WatchedSFTTrainer(Watched, SFTTrainer):
@@ -45,19 +49,20 @@ def _trainer_class() -> Any:
 
 
 def make_trainer(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     held_out: Sequence[Row],
-    arguments: Any,
+    arguments: SFTConfig,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Any:
+) -> SFTTrainer:
     """An `SFTTrainer`, which tokenises the rows: templates, loss on completions, packing.
 
     Args:
         model: with adapters.
         tokenizer: with a chat template where rows are chats.
-        rows, held_out: in TRL's columns.
+        rows: to train on, in TRL's columns.
+        held_out: to evaluate on, in the same columns; may be empty.
         arguments: an `SFTConfig`.
         callbacks: beside `Watch`.
 
@@ -107,7 +112,11 @@ class LanguageModel:
     """
 
     def __init__(
-        self, data: Data, held_out: Data | None, tokenizer: Any, settings: Mapping[str, Any]
+        self,
+        data: Data,
+        held_out: Data | None,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Fields,
     ) -> None:
         self.tokenizer, self.rows = tokenizer, list(data.rows)
         self.held_out = some(self.rows) if held_out is None else list(held_out.rows)
@@ -142,12 +151,17 @@ class LanguageModel:
         batches = [collate(items[start : start + batch_size], pad) for start in starts]
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
-    def trainer(self, model: Any, arguments: Any, callbacks: Sequence[TrainerCallback] = ()) -> Any:
+    def trainer(
+        self,
+        model: nn.Module,
+        arguments: SFTConfig,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> SFTTrainer:
         """See `make_trainer`."""
         rows = (self.rows, self.held_out)
         return make_trainer(model, self.tokenizer, *rows, arguments, callbacks)
 
-    def measure(self, trainer: Any) -> dict[str, float]:
+    def measure(self, trainer: SFTTrainer) -> dict[str, float]:
         """Metrics of the trainer's model; see `evaluation.metrics`."""
         items = items_of(trainer.eval_dataset)
         if not items:
@@ -162,7 +176,9 @@ def batch_of(items: Sequence[Item], batch_size: int) -> int:
     return max(min(batch_size, TOKENS // longest), 1)
 
 
-def tokenise(rows: Sequence[Row], tokenizer: Any, settings: Mapping[str, Any]) -> list[Item]:
+def tokenise(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Fields
+) -> list[Item]:
     """Rows as `SFTTrainer` tokenises them, for a model that is not to be trained.
 
     The trainer gets a model of its own, since it changes the one that it gets.
@@ -191,7 +207,7 @@ def tokenise(rows: Sequence[Row], tokenizer: Any, settings: Mapping[str, Any]) -
     return items_of(trainer.train_dataset)
 
 
-def items_of(dataset: Any) -> list[Item]:
+def items_of(dataset: Iterable[Item]) -> list[Item]:
     """What `SFTTrainer` made of rows, as items: ids, mask and labels."""
     return [
         {
@@ -208,7 +224,7 @@ def is_chat(row: Row) -> bool:
     return "messages" in row or not isinstance(row.get("prompt", ""), str)
 
 
-def full_text(row: Row, tokenizer: Any) -> str:
+def full_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """A row as the model sees it in training, template included.
 
     Raises:
@@ -221,7 +237,7 @@ def full_text(row: Row, tokenizer: Any) -> str:
     return apply_template(tokenizer, row.get("messages") or row["prompt"] + row["completion"])
 
 
-def prompt_text(row: Row, tokenizer: Any) -> str:
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """What of a row the model gets to answer: all but the completion or the last answer.
 
     Raises:
@@ -237,7 +253,9 @@ def prompt_text(row: Row, tokenizer: Any) -> str:
     return apply_template(tokenizer, prompt, answer=True)
 
 
-def apply_template(tokenizer: Any, messages: Sequence[Row], answer: bool = False) -> str:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Row], answer: bool = False
+) -> str:
     """Messages as text, for an answer or whole.
 
     Raises:
@@ -247,14 +265,14 @@ def apply_template(tokenizer: Any, messages: Sequence[Row], answer: bool = False
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer
+                [dict(one) for one in messages], tokenize=False, add_generation_prompt=answer
             )
         )
     except Exception as error:  # whatever the template raises
         raise AdarankError(f"the chat template refuses a chat: {first_line(error)}") from error
 
 
-def check_template(tokenizer: Any) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise AdarankError(

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -17,10 +17,15 @@ from adarank_fast.models.outputs import mean_pool
 from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, loading
 from adarank_fast.options import DTYPES, TASKS, check_choice, check_number
-from adarank_fast.training.data import TextData
 from adarank_fast.training.tokens import add_decoder_inputs, make_batches, pad_id
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from adarank_fast.models.batches import Batch
+
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+LoraOptions = dict[str, Any]  # arguments of `LoraConfig`
 PEFT_SAVES = ("classifier", "score")  # heads that PEFT trains along of itself, given SEQ_CLS
 
 
@@ -29,7 +34,7 @@ class MeanPoolClassifier(nn.Module):
 
     base_model_prefix = "encoder"
 
-    def __init__(self, encoder: Any, classes: int) -> None:
+    def __init__(self, encoder: PreTrainedModel, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, classes)
@@ -37,6 +42,7 @@ class MeanPoolClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Logits [B, classes] for token ids and mask, [B, T]; also the mean loss for labels [B]."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         logits = self.head(mean_pool(hidden, attention_mask).to(self.head.weight.dtype))
         if labels is None:
@@ -44,7 +50,7 @@ class MeanPoolClassifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a hub name.
 
     Raises:
@@ -56,7 +62,7 @@ def load_tokenizer(name: str) -> Any:
 
 def load_pretrained(
     name: str, device: str | None = None, dtype: str = "float32", threads: int | None = None
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or a hub name, in eval mode.
 
     Args:
@@ -97,17 +103,20 @@ def load_pretrained(
     return model.eval(), tokenizer
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str) -> PretrainedConfig:
     """The configuration of a folder or a hub name.
 
     Raises:
         AdarankError: it cannot be loaded.
     """
     with loading("config of model", name):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            name, trust_remote_code=is_trusted()
+        )
+    return config
 
 
-def auto_class(config: Any) -> str:
+def auto_class(config: PretrainedConfig) -> str:
     """The transformers class to load with: language models with their head, others without."""
     architectures = getattr(config, "architectures", None) or []
     if not any(name.endswith(LANGUAGE_MODELS) for name in architectures):
@@ -141,10 +150,15 @@ def check_task(name: str, task: str) -> None:
 
 
 def calibration_batches(
-    model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int
-) -> list[dict[str, Any]]:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int,
+    max_length: int,
+    special_tokens: bool = True,
+) -> list[Batch]:
     """Batches on the model's device; with inputs for the decoder if there is one."""
-    batches = make_batches(tokenizer, texts, batch_size, max_length)
+    batches = make_batches(tokenizer, texts, batch_size, max_length, special_tokens)
     if getattr(model.config, "is_encoder_decoder", False):
         start = getattr(model.config, "decoder_start_token_id", None)
         batches = add_decoder_inputs(batches, pad_id(tokenizer) if start is None else start)
@@ -156,11 +170,11 @@ def load_model(
     task: str,
     classes: Sequence[str] = (),
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float32",
     four_bit: bool = False,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """transformers' own model for the task, ready for adapters.
+) -> tuple[PreTrainedModel, LoraOptions]:
+    """The model class of transformers for the task, ready for adapters.
 
     Args:
         name: a folder or a hub name.
@@ -181,7 +195,7 @@ def load_model(
     """
     check_choice("task", task, TASKS)
     check_choice("dtype", dtype, DTYPES)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    options: dict[str, object] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     if four_bit:
         options["quantization_config"] = four_bit_config(getattr(torch, dtype))
     if task == "classification":
@@ -211,8 +225,12 @@ def load_model(
 
 
 def model_factory(
-    name: str, task: str, classes: Sequence[str], tokenizer: Any, dtype: str
-) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+    name: str,
+    task: str,
+    classes: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: str,
+) -> tuple[Callable[[], nn.Module], LoraOptions]:
     """A function that makes the untrained model of the task again and again.
 
     Encoders are read once, and get mean pooling and a new linear head: many a checkpoint's pooler
@@ -245,7 +263,7 @@ def has_other_head(name: str, task: str, classes: Sequence[str]) -> bool:
     return task == "classification" and trained and config.num_labels != len(classes)
 
 
-def four_bit_config(dtype: torch.dtype) -> Any:
+def four_bit_config(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
     """For frozen weights in 4 bits: nf4, computed in `dtype`; heads stay as they are.
 
     Raises:
@@ -259,15 +277,3 @@ def four_bit_config(dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["classifier", "score", "lm_head", "pooler"],
     )
-
-
-def choose_task(task: str, data: TextData) -> str:
-    """What "auto" means: classification where there are labels, else causal-lm.
-
-    Raises:
-        AdarankError: an unknown task.
-    """
-    check_choice("task", task, ("auto", *TASKS))
-    if task != "auto":
-        return task
-    return "causal-lm" if data.labels is None else "classification"

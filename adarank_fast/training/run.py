@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from transformers import TrainerCallback
 
@@ -25,6 +25,14 @@ from adarank_fast.files import (
 )
 from adarank_fast.training.trainer import Training, watch_of
 
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from peft import PeftModel
+    from torch import nn
+    from tqdm import tqdm
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
 KIND = "adapter"  # of folder
 PLAN = "plan.json"  # the plan of the run, in its folder
 
@@ -35,7 +43,7 @@ def check_adapter_folder(folder: Name) -> None:
 
 
 @contextmanager
-def unfinished_run(folder: Name, settings: Mapping[str, Any]) -> Iterator[Path]:
+def unfinished_run(folder: Name, settings: Mapping[str, object]) -> Iterator[Path]:
     """The folder beside `folder` in which a run keeps its checkpoints, for this process alone.
 
     Args:
@@ -60,7 +68,7 @@ def unfinished_run(folder: Name, settings: Mapping[str, Any]) -> Iterator[Path]:
                 remove_folder(found)  # an error before there was anything to go on from
 
 
-def _noted(folder: Path, settings: Mapping[str, Any]) -> bool:
+def _noted(folder: Path, settings: Mapping[str, object]) -> bool:
     try:
         note_settings(folder, settings, "", "")
     except AdarankError:
@@ -68,7 +76,7 @@ def _noted(folder: Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def run(trainer: Any, checkpoints: Path) -> Training:
+def run(trainer: Trainer, checkpoints: Path) -> Training:
     """Train, or go on from the last checkpoint, and forget a run that diverged.
 
     Args:
@@ -80,7 +88,7 @@ def run(trainer: Any, checkpoints: Path) -> Training:
     """
     with writing(checkpoints):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    trainer.model.eval()
+    cast(nn.Module, trainer.model).eval()
     training = watch_of(trainer).training()
     if training.diverged:
         remove_folder(checkpoints)
@@ -91,7 +99,7 @@ def run(trainer: Any, checkpoints: Path) -> Training:
 
 
 def finish(
-    folder: Name, checkpoints: Path, peft_model: Any, write: Callable[[Path], object]
+    folder: Name, checkpoints: Path, peft_model: PeftModel, write: Callable[[Path], object]
 ) -> None:
     """Save the adapter, as a whole or not at all, and remove its checkpoints.
 
@@ -102,7 +110,7 @@ def finish(
         write: puts what else belongs there into the folder that it gets.
     """
     with new_folder(folder, replace=KIND) as temporary:
-        peft_model.save_pretrained(temporary)
+        peft_model.save_pretrained(str(temporary))
         write(temporary)
         if (checkpoints / "runs").is_dir():
             shutil.copytree(checkpoints / "runs", temporary / "runs")
@@ -124,13 +132,30 @@ def last_checkpoint(folder: Path) -> str | None:
 class Progress(TrainerCallback):
     """Shows steps and loss on a tqdm bar."""
 
-    def __init__(self, bar: Any) -> None:
+    def __init__(self, bar: tqdm[NoReturn]) -> None:
         self._bar = bar
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Move the bar to the trainer's step."""
         self._bar.total, self._bar.n = state.max_steps, state.global_step
         self._bar.refresh()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Show the losses that the trainer logs, beside the bar."""
+        logs = logs or {}
         shown = {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
         self._bar.set_postfix({k: f"{float(v):.4g}" for k, v in shown.items()}, refresh=False)

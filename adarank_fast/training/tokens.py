@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.training.data import TextData, quote
+from adarank_fast.training.data_files import quote
 
-
-def encode(tokenizer: Any, data: TextData, classes: list[str], max_length: int) -> list[Item]:
-    if not classes:
-        return encode_blocks(tokenizer, data.texts, max_length)
-    assert data.labels is not None
-    return encode_labelled(tokenizer, data.texts, data.labels, classes, max_length)
-
-
-def make_classes(*parts: TextData) -> list[str]:
-    """All labels that occur, in order.
-
-    Raises:
-        AdarankError: there are none, or fewer than two.
-    """
-    for data in parts:
-        if data.labels is None:
-            raise AdarankError("classification needs labels, the data have none; name their column")
-    names = sorted({label for data in parts for label in data.labels or ()})
-    if len(names) < 2:
-        raise AdarankError(f"classification needs two classes, the data have only {names[0]!r}")
-    return names
-
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Item = dict[str, Any]  # one item's model inputs, lists of token ids; labels: a number or a list
+T = TypeVar("T")
 IGNORED = -100  # a label that counts for nothing: transformers' and torch's own
 
 
 def make_batches(
-    tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_length: int = 128
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int = 16,
+    max_length: int = 128,
+    special_tokens: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts into batches, in order, each padded on the right to its longest text.
 
@@ -48,6 +33,7 @@ def make_batches(
         texts: at least one.
         batch_size: texts a batch.
         max_length: longer texts are cut to this many tokens, or to the tokenizer's own limit.
+        special_tokens: whether the tokenizer adds its own; a chat template wrote them already.
 
     Returns:
         Dicts of [B, T] int64 tensors: input_ids, attention_mask and what else the model takes.
@@ -58,7 +44,8 @@ def make_batches(
     if not texts:
         raise AdarankError("texts is empty; give at least one")
     limit = min(max_length, tokenizer.model_max_length)
-    tokenised = tokenizer(list(texts), truncation=True, max_length=limit)
+    plain = {} if special_tokens else {"add_special_tokens": False}
+    tokenised = tokenizer(list(texts), truncation=True, max_length=limit, **plain)
     items = [
         {key: tokenised[key][i] for key in tokenised if key in tokenizer.model_input_names}
         for i in range(len(texts))
@@ -71,7 +58,7 @@ def make_batches(
 
 
 def encode_labelled(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     labels: Sequence[str],
     classes: Sequence[str],
@@ -80,6 +67,9 @@ def encode_labelled(
     """Token ids and the label's number of each text.
 
     Args:
+        tokenizer: of the model.
+        texts: one an item.
+        classes: the place of a label here is its number.
         labels: one a text, each one of `classes`.
         max_length: longer texts are cut.
     """
@@ -95,10 +85,14 @@ def encode_labelled(
     ]
 
 
-def encode_blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[Item]:
+def encode_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> list[Item]:
     """Texts for a language model: joined by the end-of-text token, cut into blocks.
 
     Args:
+        tokenizer: of the model.
+        texts: in their order.
         length: tokens a block; what is left over at the end is dropped.
 
     Raises:
@@ -120,16 +114,17 @@ def encode_blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[Ite
     ]
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What to pad with; it is masked, so any token will do where there is no pad token."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
     return next(candidate for candidate in candidates if candidate is not None)
 
 
-def collate(items: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
+def collate(items: Sequence[Mapping[str, object]], pad: int) -> dict[str, Tensor]:
     """Lists padded on the right to the longest; numbers kept.
 
     Args:
+        items: at least one, all with the same keys.
         pad: fills input_ids; labels are filled with `IGNORED`, everything else with 0.
 
     Returns:
@@ -168,10 +163,11 @@ def add_decoder_inputs(
 
 
 def item_length(item: Item) -> int:
+    """Tokens of an item; 0 if it has no token ids."""
     return len(item["input_ids"]) if "input_ids" in item else 0
 
 
-def some(items: Sequence[Any], count: int = 256) -> list[Any]:
+def some(items: Sequence[T], count: int = 256) -> list[T]:
     """At most so many of them, evenly spaced: files are often sorted."""
     step = len(items) / max(min(count, len(items)), 1)
     return [items[int(index * step)] for index in range(min(count, len(items)))]

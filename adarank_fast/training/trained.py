@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import accelerate
+from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.remote_code import is_trusted
@@ -21,11 +20,17 @@ from adarank_fast.models.text import first_line, list_names, loading
 from adarank_fast.options import DTYPES, check_choice, check_integer
 from adarank_fast.training import language_model
 from adarank_fast.training.card import GENERATED, read_record
-from adarank_fast.training.data import Data, quote, read_data
+from adarank_fast.training.data import Data, read_data
+from adarank_fast.training.data_files import quote
 from adarank_fast.training.evaluation import evaluate as evaluate_items
 from adarank_fast.training.evaluation import metrics
 from adarank_fast.training.loading import LANGUAGE_MODELS, four_bit_config, load_config
-from adarank_fast.training.tokens import encode_labelled, make_batches, pad_id
+from adarank_fast.training.tokens import Item, encode_labelled, make_batches, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from adarank_fast.training.arguments import Fields
 
 LENGTHS = {"classification": 128, "causal-lm": 1024}  # where the adapter does not say
 
@@ -42,14 +47,15 @@ class Trained:
         settings: fields of the training arguments that the adapter was trained with, if known.
     """
 
-    model: Any
-    tokenizer: Any
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
     task: str
     classes: Sequence[str]
-    settings: Mapping[str, Any]
+    settings: Fields
 
     @property
     def max_length(self) -> int:
+        """Tokens of an example, as in training; a default of the task's where that is not known."""
         length = self.settings.get("max_length")
         return length if isinstance(length, int) and length > 0 else LENGTHS[self.task]
 
@@ -85,7 +91,7 @@ def load_trained(
             tokens_from = str(adapter)
         if (folder / "config.json").exists():  # the base model's, with the classes
             config = load_config(str(adapter))
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    options: dict[str, object] = {"dtype": getattr(torch, dtype)}
     if four_bit:
         options["quantization_config"] = four_bit_config(getattr(torch, dtype))
     if task == "classification":
@@ -111,8 +117,7 @@ def load_trained(
         keep_unpacked(network)
     else:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    names = config.id2label if task == "classification" else {}
-    classes = [str(names[number]) for number in sorted(names)]
+    classes = _classes(config) if task == "classification" else []
     noted = {} if adapter is None else read_record(adapter).get("settings")
     settings = dict(noted) if isinstance(noted, dict) else {}
     if max_length is not None:
@@ -125,7 +130,7 @@ def evaluate(
     data: str | os.PathLike[str] | Data,
     adapter: str | os.PathLike[str] | None = None,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
     batch_size: int = 32,
@@ -140,10 +145,12 @@ def evaluate(
         data: a file, see `read_data`, or what that returns.
         adapter: an adapter folder, for a `model` that is a name.
         tokenizer: for a model in memory.
-        text_column, label_column: guessed if left out.
+        text_column: guessed if left out.
+        label_column: guessed if left out.
         batch_size: examples a batch.
         max_length: tokens of an example; None: as in training.
-        dtype, four_bit: see `load_trained`.
+        dtype: see `load_trained`.
+        four_bit: see `load_trained`.
 
     Returns:
         See `evaluation.metrics`: accuracy, f1, loss and examples for classification; perplexity,
@@ -155,7 +162,7 @@ def evaluate(
     check_integer("batch_size", batch_size, 1)
     if max_length is not None:
         check_integer("max_length", max_length, 1)
-    columns = {"text_column": text_column, "label_column": label_column}
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
 
     def read(task: str) -> Data:
         return data if isinstance(data, Data) else read_data(data, **columns, task=task)
@@ -186,22 +193,22 @@ def task_of(model: str, adapter: str | os.PathLike[str] | None) -> str:
     from peft import PeftConfig
 
     if adapter is None:
-        return _task(load_config(model), None, model)
+        return _task(_architectures(model), None, model)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise AdarankError(
             f"adapter {str(adapter)!r} is no adapter folder: it has no adapter_config.json"
         )
     with loading("configuration of the adapter", str(adapter)):
-        task_type = PeftConfig.from_pretrained(adapter).task_type
-    return _task(load_config(model), task_type, adapter)
+        task_type = PeftConfig.from_pretrained(os.fspath(adapter)).task_type
+    return _task(_architectures(model), task_type, adapter)
 
 
 def apply(
     trained: Trained,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[language_model.Row],
     batch_size: int = 32,
     max_new_tokens: int = GENERATED,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     """What a trained model says of each row, in their order.
 
     Args:
@@ -224,7 +231,7 @@ def apply(
             yield from _generate(trained, some, max_new_tokens)
 
 
-def _classify(trained: Trained, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _classify(trained: Trained, texts: Sequence[str]) -> Iterator[dict[str, object]]:
     (batch,) = make_batches(trained.tokenizer, texts, len(texts), trained.max_length)
     device = next(trained.model.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
@@ -237,8 +244,8 @@ def _classify(trained: Trained, texts: Sequence[str]) -> Iterator[dict[str, Any]
 
 
 def _generate(
-    trained: Trained, rows: Sequence[Mapping[str, Any]], max_new_tokens: int
-) -> Iterator[dict[str, Any]]:
+    trained: Trained, rows: Sequence[language_model.Row], max_new_tokens: int
+) -> Iterator[dict[str, object]]:
     tokenizer = trained.tokenizer
     device = next(trained.model.parameters()).device
     for row in rows:  # one by one: no padding on the left
@@ -249,7 +256,7 @@ def _generate(
             raise AdarankError(f"the tokenizer makes no tokens of {quote(prompt)!r}; leave it out")
         inputs = torch.tensor([ids], device=device)
         with torch.inference_mode():
-            output = trained.model.generate(
+            output = cast(Any, trained.model).generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
@@ -260,7 +267,7 @@ def _generate(
         yield {"prompt": prompt, "generated": tokenizer.decode(answer, skip_special_tokens=True)}
 
 
-def _items(trained: Trained, data: Data, batch_size: int) -> tuple[Any, int, int]:
+def _items(trained: Trained, data: Data, batch_size: int) -> tuple[list[Item], int, int]:
     """(items, the token to pad with, items a batch)."""
     pad = pad_id(trained.tokenizer)
     if trained.task == "classification":
@@ -279,27 +286,36 @@ def _items(trained: Trained, data: Data, batch_size: int) -> tuple[Any, int, int
     return items, pad, language_model.batch_of(items, batch_size)
 
 
-def _in_memory(model: nn.Module, tokenizer: Any, max_length: int | None) -> Trained:
+def _in_memory(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+) -> Trained:
     if tokenizer is None:
         raise AdarankError("a model in memory needs its tokenizer=")
-    config: Any = getattr(model, "config", None)
     peft_config = getattr(model, "peft_config", {})
     task_type = next((one.task_type for one in peft_config.values()), None)
     kind = type(model).__name__
-    task = _task(SimpleNamespace(architectures=[kind]), task_type, kind)
-    names = config.id2label if task == "classification" else {}
+    task = _task([kind], task_type, kind)
+    classes = _classes(model.config) if task == "classification" else []
     settings = {} if max_length is None else {"max_length": max_length}
-    return Trained(model, tokenizer, task, [str(names[n]) for n in sorted(names)], settings)
+    return Trained(model, tokenizer, task, classes, settings)
 
 
-def _task(config: Any, task_type: Any, name: object) -> str:
+def _classes(config: Any) -> list[str]:
+    """Names of the classes, by their numbers."""
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+
+
+def _architectures(model: str) -> Sequence[str]:
+    return getattr(load_config(model), "architectures", None) or []
+
+
+def _task(architectures: Sequence[str], task_type: object, name: object) -> str:
     task_type = getattr(task_type, "value", task_type)
     if task_type is not None:
         tasks = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
         if task_type not in tasks:
             raise AdarankError(f"{str(name)!r} is for {task_type}; {' and '.join(tasks)} are known")
         return tasks[task_type]
-    architectures = getattr(config, "architectures", None) or []
     if any(one.endswith("ForSequenceClassification") for one in architectures):
         return "classification"
     if any(one.endswith(LANGUAGE_MODELS) for one in architectures):

@@ -9,17 +9,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from adarank_fast.adapters.fusion_report import products
 from adarank_fast.options import check_number
 from adarank_fast.training.tokens import Item, collate, item_length
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState
 
 CURVE_POINTS = 40  # of a training curve, at most about
 DIVERGED = 2.0  # a run that ends above this many times its first loss has diverged
@@ -102,17 +105,18 @@ class Watch(TrainerCallback, ExportableState):
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.tokens = 0
-        self.setting: dict[str, Any] = {}  # what the last bits of a result depend on
+        self.setting: dict[str, object] = {}  # what the last bits of a result depend on
         self._of_step: list[Tensor] = []  # losses of the batches that are accumulated to a step
         self._new: list[tuple[Tensor, Tensor]] = []  # (loss, tokens) still on their device
         self._tokens: list[Tensor] = []
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
+        """What Trainer saves in a checkpoint and gives back when it resumes."""
         self._read()
         names = ("losses", "seconds", "tokens", "setting")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
-    def batch(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+    def batch(self, loss: Tensor, inputs: Mapping[str, Tensor]) -> None:
         """A batch is through; nothing is copied from its device yet."""
         mask = inputs.get("attention_mask", inputs.get("input_ids"))
         self._of_step.append(loss.detach())
@@ -121,6 +125,7 @@ class Watch(TrainerCallback, ExportableState):
             self._tokens.append(mask.sum() if unmasked else torch.tensor(mask.numel()))
 
     def training(self) -> Training:
+        """Losses, seconds and tokens of every step so far."""
         self._read()
         return Training(self.losses, self.seconds, self.tokens)
 
@@ -129,9 +134,19 @@ class Watch(TrainerCallback, ExportableState):
         self.tokens += sum(int(tokens) for _, tokens in self._new)
         self._new = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Note what the last bits of a result depend on; warn if a resumed run differs in it."""
+        assert model is not None  # Trainer's own
         now = {
-            "products": products(kwargs["model"]),
+            "products": products(model),
             "device": str(args.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -145,10 +160,24 @@ class Watch(TrainerCallback, ExportableState):
                 )
         self.setting = now
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Start the step's clock."""
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Stop the step's clock, when the device is done, and sum the batches' losses."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._started)
@@ -156,7 +185,14 @@ class Watch(TrainerCallback, ExportableState):
         self._new.append((torch.stack(self._of_step).sum(), tokens))
         self._of_step, self._tokens = [], []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Stop the training if a loss is not finite."""
         self._read()
         if not all(map(math.isfinite, self.losses)):
             control.should_training_stop = True
@@ -165,13 +201,16 @@ class Watch(TrainerCallback, ExportableState):
 class Watched:
     """Mixed into a trainer that has a `Watch` among its callbacks: every batch is told to it."""
 
-    def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], *rest: object, **named: object
+    ) -> Tensor:
+        """Trainer's own step; `Watch` gets the loss and the batch."""
         loss: Tensor = super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
-        watch_of(self).batch(loss, inputs)
+        watch_of(cast(Trainer, self)).batch(loss, inputs)
         return loss
 
 
-def watch_of(trainer: Any) -> Watch:
+def watch_of(trainer: Trainer) -> Watch:
     """The `Watch` among a trainer's callbacks."""
     return next(one for one in trainer.callback_handler.callbacks if isinstance(one, Watch))
 
@@ -182,7 +221,14 @@ class OnStep(TrainerCallback):
     def __init__(self, function: Callable[[], object]) -> None:
         self._function = function
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Call the function."""
         self._function()
 
 
@@ -198,6 +244,7 @@ class LengthGroups(Sampler[int]):
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order comes next."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -221,11 +268,11 @@ class LengthGroups(Sampler[int]):
 class ItemTrainer(Watched, Trainer):
     """Trains on items, like lengths together; the order depends on the arguments' seed alone."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Dataset[Item] | None = None) -> Sampler[int] | None:
         if getattr(self.args, "train_sampling_strategy", "random") != "random":
             return super()._get_train_sampler(train_dataset)
         items = self.train_dataset if train_dataset is None else train_dataset
-        return LengthGroups(items, self.args.train_batch_size, self.args.seed)
+        return LengthGroups(cast(Sequence[Item], items), self.args.train_batch_size, self.args.seed)
 
 
 def fit(
@@ -241,6 +288,7 @@ def fit(
         model: takes a batch of items as keywords, returns "loss" and "logits".
         items: with labels.
         pad: token id to pad with.
+        recipe: epochs, batch size, learning rate and seed.
         on_step: called after every step.
     """
     steps = recipe.steps(len(items))

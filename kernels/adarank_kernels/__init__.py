@@ -4,7 +4,7 @@ Names are imported when they are first used: `adarank_kernels.errors` alone load
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adarank_kernels.disagreement.op import pairwise_disagreement
@@ -40,7 +40,7 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'adarank_kernels' has no attribute {name!r}")
     return getattr(import_module(f"adarank_kernels.{_HOMES[name]}"), name)

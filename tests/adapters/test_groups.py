@@ -132,7 +132,7 @@ def test_nothing_outlives_a_forward():
     handle.remove()
     gc.collect()
     assert seen and all(reference() is None for reference in seen)
-    assert fused_layers._thread.waiting is None
+    assert fused_layers.thread.waiting is None
 
 
 def test_an_exception_leaves_the_groups_sound():
@@ -148,7 +148,7 @@ def test_an_exception_leaves_the_groups_sound():
         loss_of(fused, "llama")
     handle.remove()
     assert_equal(gradients(fused, "llama"), expected)
-    assert fused_layers._thread.waiting is None
+    assert fused_layers.thread.waiting is None
     assert not any(m._adarank.group.missed for m in fusable(fused) if m._adarank.group)
 
 

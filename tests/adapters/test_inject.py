@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from adarank_fast.adapters.fused_linear import restore
+from adarank_fast.adapters.accelerate import restore
 from adarank_fast.adapters.inject import inject, keep_unpacked
 from adarank_fast.models.targets import find_targets
 from adarank_fast.plan.rank_plan import RankPlan

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adarank_fast.adapters import inject as adapters
-from adarank_fast.adapters.fused_linear import accelerate, restore
+from adarank_fast.adapters.accelerate import accelerate, restore
 from adarank_fast.adapters.inject import inject
 from adarank_fast.plan.rank_plan import RankPlan
 from tests.adapters.adapted import adapters_in, mixed_plan

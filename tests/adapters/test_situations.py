@@ -127,7 +127,14 @@ def test_hot_swapping_another_scale(adapter_rank, tmp_path):
         model.eval()
         before = model(x), model(x)
         hotswap_adapter(model, tmp_path, "default")
-    torch.testing.assert_close(fused(x), plain(x))
+    try:
+        expected = plain(x)
+    except RuntimeError:  # PEFT 0.18 takes no adapter of a smaller rank
+        assert adapter_rank < 8
+        with pytest.raises(RuntimeError):
+            fused(x)
+        return
+    torch.testing.assert_close(fused(x), expected)
     assert not torch.allclose(fused(x), before[1])
 
 

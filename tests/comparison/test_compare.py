@@ -268,7 +268,7 @@ def test_bad_input(case, tmp_path):
 
 
 def test_bad_data():
-    with pytest.raises(TypeError, match="data must be a file, TextData"):
+    with pytest.raises(TypeError, match="data must be a file, texts"):
         ada.compare(encoder, [], EXAMPLES)
     with pytest.raises(ValueError, match="need two classes|needs two classes"):
         ada.compare(encoder, [("x y", "a")] * 9, [("z", "a")], tokenizer=tokenizer())

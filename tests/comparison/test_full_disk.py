@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 
 import adarank_fast as ada
 from adarank_fast.adapters.merge import merge_adapter
+from adarank_fast.cli.train import train as train_command
 from adarank_fast.files import own_folder, write_text
-from adarank_fast.training.trainer import Recipe, train_adapter
 from tests.comparison.comparisons import run
 from tests.tiny_models import tiny
 from tests.tiny_texts import save_tiny
@@ -29,7 +30,14 @@ def made(tmp_path_factory, finished):
     model = save_tiny("llama", folder / "model")
     adapted().save_pretrained(folder / "adapter")
     plan = ada.RankPlan.uniform(tiny("bert"), 2)
-    return dict(plan=plan, model=str(model), adapter=folder / "adapter", report=finished[1])
+    (folder / "texts.txt").write_text("one two three\nfour five")
+    return dict(
+        plan=plan,
+        model=str(model),
+        adapter=folder / "adapter",
+        report=finished[1],
+        texts=folder / "texts.txt",
+    )
 
 
 def adapted():
@@ -38,8 +46,8 @@ def adapted():
 
 
 def train(made, path):
-    items = [{"input_ids": [3, 4], "attention_mask": [1, 1], "labels": [3, 4]}] * 2
-    train_adapter(adapted(), items, 0, Recipe(1, 2, max_steps=1), path)
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):  # pytest's are files
+        train_command(str(made["model"]), made["texts"], output_folder=path, rank=2, max_steps=1)
 
 
 FILES = {

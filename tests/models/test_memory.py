@@ -112,5 +112,5 @@ def test_a_stored_tensor_is_a_copy_and_gives_copies(offload):
 
 
 def test_bad_memory():
-    with pytest.raises(ValueError, match="max_memory must be a positive number of bytes, got 0"):
+    with pytest.raises(ValueError, match="max_memory must be a number of at least 1, got 0"):
         ada.predict_ranks(tiny("bert"), [batch("bert")], 8, max_memory=0)

@@ -159,7 +159,7 @@ def check(
             # while it is handled: its traceback keeps every frame that it went through
             odd = differences(before, state_of(model))
             assert not odd, (at, calls.count, odd[:3])
-            run = fused_linear._thread.run
+            run = fused_linear.thread.run
             assert run is None or all("_adarank" in vars(layer) for layer in run.layers)
             ended += 1
         else:

@@ -30,7 +30,7 @@ from adarank_fast.adapters.export import export_saved
 from adarank_fast.plan.rank_plan import RankPlan, Score
 from adarank_fast.plan.trainer_formats import render
 from adarank_fast.prediction.checkpoint import Checkpoint
-from adarank_fast.training.data import read_texts
+from adarank_fast.training.data import read_data
 from tests.reliability import mutations
 from tests.reliability.mutations import Change
 
@@ -85,7 +85,7 @@ def read_folder(folder: Path) -> None:
 
 
 def texts(name: str) -> Callable[[Path], object]:
-    return lambda folder: read_texts(folder / name)
+    return lambda folder: read_data(folder / name)
 
 
 READERS = {

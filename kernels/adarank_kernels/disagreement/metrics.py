@@ -75,7 +75,7 @@ def _argmax(f: Tensor, pairs: bool) -> Tensor:
 
 
 def _kl(f: Tensor, pairs: bool) -> Tensor:
-    """sum p_i log p_i - sum p_i log p_j, both relative to log p_0: one product per token."""
+    """KL as sum p_i log p_i - sum p_i log p_j, both relative to log p_0: one product per token."""
     log_p = f.log_softmax(-1)
     p, excluded = log_p.exp(), log_p == -torch.inf
     log_p.masked_fill_(excluded, 0)
@@ -105,7 +105,9 @@ def _js(f: Tensor, pairs: bool) -> Tensor:
 
 
 def tv_of_deltas(f: Tensor, p: Tensor, pairs: bool) -> Tensor:
-    """tv of p and of p_k ~ p exp(f_k), k > 0, f [R, s, V] and p [s, V] float32; overwrites f.
+    """Total variation between p and p_k ~ p exp(f_k), k > 0; overwrites f.
+
+    f is [R, s, V], p [s, V], both float32.
 
     p_k - p = p (e_k - z_k) / (1 + z_k), e_k = exp(f_k - a_k) - 1, z_k = sum p e_k, for any a_k.
     With a_k = sum p f_k, e_k is small where p is not: every term keeps its digits, also where all

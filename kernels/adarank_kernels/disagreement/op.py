@@ -125,6 +125,7 @@ def check(
     reference: Tensor | None,
     reduction: str,
 ) -> None:
+    """Refuse tensors whose shapes, dtypes or devices do not go together, and unknown names."""
     if hidden.dim() != 3:
         raise AdarankError(f"hidden must be [K, N, D], got {list(hidden.shape)}")
     K, N, D = hidden.shape
@@ -228,7 +229,7 @@ def _chunk(
     metric: str,
     pairs: bool,
 ) -> Tensor:
-    """rows [R, c, D] -> float64 [R, R, c] of all pairs, or [R - 1, c] of row 0 with the others."""
+    """Disagreement of rows [R, c, D]: [R, R, c] of all pairs, or [R - 1, c] of row 0; float64."""
     divergence = metric in ("tv", "kl", "js")
     working = _working(rows.dtype)
     if head is not None:
@@ -284,7 +285,7 @@ def _parts(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _multiply(rows: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor) -> Iterator[int]:
-    """rows [M, D] times weight^T, computed in `dtype`, a block of outputs at a time.
+    """Multiply rows [M, D] by weight^T, computed in `dtype`, a block of outputs at a time.
 
     `out` is [M, V] in rows' dtype, or [M, block] that each block overwrites; yields the width of
     the block that was just written.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -64,7 +63,7 @@ def check_arguments(
                 raise AdarankError(f"{name}[{m}] is on {tensor.device}, x on {x.device}")
 
 
-def check_lengths(M: int, **lists: Sequence[Any]) -> None:
+def check_lengths(M: int, **lists: Sequence[object]) -> None:
     """Raise where a list has not one entry per module."""
     for name, values in lists.items():
         if len(values) != M:

@@ -57,7 +57,8 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
 
     Args:
         seed: int64 tensor with one element; the mask lives on its device.
-        rows, columns: of the masked matrix.
+        rows: of the masked matrix.
+        columns: of the masked matrix.
         dropout: probability of False, in [0, 1].
     """
     seed = seed.reshape(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,25 @@ def _expand(group: Group, x: Tensor, *products: Tensor) -> Sequence[Tensor]:
     return outputs
 
 
-def _dropped_forward(group: Group, x: Tensor, seed: Tensor) -> list[Any]:
+class _Context(Protocol):
+    """What the nodes use of torch's context, and what they keep there."""
+
+    needs_input_grad: tuple[bool, ...]
+    group: Group
+    backend: Any
+    x_shape: torch.Size
+    dtype: torch.dtype
+    bases: int
+    device_type: str
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_dirty(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _dropped_forward(group: Group, x: Tensor, seed: Tensor) -> list[Tensor]:
     """With dropout on a GPU: outputs of all modules, then S and A as it was packed."""
     backend = group.backend
     width, first = group.layout(backend, x.dtype)
@@ -102,7 +120,7 @@ class Dropped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: Group, x: Tensor, seed: Tensor, *adapters: Tensor
+        ctx: _Context, group: Group, x: Tensor, seed: Tensor, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         *outputs, S, packed = _dropped_forward(group, x, seed)
         _, need_x, _, *needs = ctx.needs_input_grad
@@ -119,13 +137,13 @@ class Dropped(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: the result refuses to be differentiated
             return _dropped_once(ctx, *dYs)
         return _dropped_backward(ctx, *dYs)
 
 
-def _dropped_backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+def _dropped_backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
     x, S, packed, seed, *parts = ctx.saved_tensors
     group: Group = ctx.group
     needs = ctx.needs_input_grad
@@ -156,7 +174,7 @@ class Stepwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         group: Group,
         backend: ModuleType,
         in_place: bool,
@@ -170,8 +188,8 @@ class Stepwise(torch.autograd.Function):
         S = packed = None
         adapted = group.adapted
         width, first = group.layout(backend, x.dtype)
-        As: list[Any] = [parts[4 * m + 2] for m in adapted]
-        Bs: list[Any] = [parts[4 * m + 3] for m in adapted]
+        As: list[Tensor | None] = [parts[4 * m + 2] for m in adapted]
+        Bs: list[Tensor | None] = [parts[4 * m + 3] for m in adapted]
         if adapted:
             X = in_order(X)
             S, packed = backend.shrink(X, As, first, width, seed, group.dropout)
@@ -222,14 +240,14 @@ class Stepwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling() or not torch.is_autocast_enabled(ctx.device_type):
             return _stepwise_backward(ctx, dYs)
         with torch.autocast(ctx.device_type, enabled=False):  # the forward's dtypes hold
             return _stepwise_backward(ctx, dYs)
 
 
-def _stepwise_backward(ctx: Any, dYs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _stepwise_backward(ctx: _Context, dYs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     group: Group = ctx.group
     backend = ctx.backend
     M = len(group.scalings)

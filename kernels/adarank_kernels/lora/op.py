@@ -61,9 +61,7 @@ def run(
 def _takes_bases(
     group: Group, x: Tensor, seed: Tensor | None, bases: Sequence[Tensor | None]
 ) -> bool:
-    """Whether whole passes know what to do with foreign base products: of x's dtype, and no mask
-    that Triton draws.
-    """
+    """Whether whole passes take foreign base products: of x's dtype, no mask that Triton draws."""
     if seed is not None and group.device_type != "cpu":
         return False
     return not any([base is not None and base.dtype is not x.dtype for base in bases])
@@ -155,7 +153,7 @@ def lora_linear(
     seed: Tensor | None = None,
     base_output: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + b + scaling drop(x) A^T B^T.
+    """Compute x W^T + b + scaling drop(x) A^T B^T.
 
     Args:
         x: [..., in].

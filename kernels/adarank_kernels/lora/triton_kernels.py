@@ -47,6 +47,7 @@ def shrink_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """S = drop(X) A^T: X [N, K], A [R, K], S [N, R], all row by row. Accumulates in float32."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     ks = tl.arange(0, BLOCK_K)
@@ -106,6 +107,7 @@ def expand_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Y_m += s_m S_m B_m^T in place, for up to four modules; a row of `table_ptr` a tile of one."""
     entry = table_ptr + tl.program_id(1) * 8
     module = tl.load(entry)
     s_offset = tl.multiple_of(tl.load(entry + 1), 16)
@@ -146,6 +148,7 @@ def drop_kernel(
     BLOCK_K: tl.constexpr,
     ADD: tl.constexpr,
 ):
+    """Out [N, K] = drop(X), or with ADD += drop(X)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K
     cols = k + tl.arange(0, BLOCK_K)

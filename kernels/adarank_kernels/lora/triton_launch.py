@@ -5,9 +5,9 @@ Every launcher takes matrices of one dtype on one device, in the packed layout d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # ignored for 16-bit operands
 
 
-def _key(tensors: Sequence[Tensor], integers: Sequence[int]) -> tuple[Any, ...]:
+def _key(tensors: Sequence[Tensor], integers: Sequence[int]) -> tuple[object, ...]:
     """For `launch`."""
     pointers = [(t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
     return tensors[0].device, *pointers, *map(kind, integers)
@@ -179,7 +179,18 @@ def drop(X: Tensor, seed: Tensor, dropout: float, out: Tensor | None = None) -> 
 _RANKS, _OUTS, _N, _K = (1, 3, 24, 16), (160, 72, 33, 256), 150, 200
 
 
-def _problem(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+class _Problem(TypedDict):
+    X: Tensor
+    A: Tensor
+    S: Tensor
+    Bs: list[Tensor]
+    Ys: list[Tensor]
+    offsets: list[int]
+    scalings: list[float]
+    seed: Tensor
+
+
+def _problem(device: torch.device, dtype: torch.dtype) -> _Problem:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -199,7 +210,7 @@ def _problem(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _each_dtype(check: Any) -> Any:
+def _each_dtype(check: Callable[[_Problem], None]) -> Callable[[torch.device], None]:
     def run(device: torch.device) -> None:
         for dtype in (torch.bfloat16, torch.float16):
             check(_problem(device, dtype))
@@ -207,14 +218,14 @@ def _each_dtype(check: Any) -> Any:
     return run
 
 
-def _check_shrink(p: dict[str, Any]) -> None:
+def _check_shrink(p: _Problem) -> None:
     X, A, seed = p["X"], p["A"], p["seed"]
     check_close(shrink(X, A, None, 0.0), X @ A.t(), X.double() @ A.double().t())
     kept = X * _dropout.keep_mask(seed, _N, _K, 0.3)
     check_close(shrink(X, A, seed, 0.3), kept @ A.t(), kept.double() @ A.double().t())
 
 
-def _check_expand(p: dict[str, Any]) -> None:
+def _check_expand(p: _Problem) -> None:
     ours = [y.clone() for y in p["Ys"]]
     expand(ours, p["S"], p["offsets"], p["Bs"], p["scalings"])
     for y, Y, first, B, s in zip(ours, p["Ys"], p["offsets"], p["Bs"], p["scalings"], strict=True):
@@ -223,7 +234,7 @@ def _check_expand(p: dict[str, Any]) -> None:
         check_close(y, Y + s * (S @ B.t()), exact)
 
 
-def _check_drop(p: dict[str, Any]) -> None:
+def _check_drop(p: _Problem) -> None:
     expected = p["X"] * _dropout.keep_mask(p["seed"], _N, _K, 0.3)
     if not torch.equal(drop(p["X"], p["seed"], 0.3), expected):
         raise ArithmeticError("the mask differs from torch's")

@@ -17,8 +17,8 @@ def philox_words(key: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, T
     Args:
         key: int64 tensor [1]; its 64 bits are the key (in a tensor, so that a seed drawn on a
             device stays there).
-        c0, c1: int64 tensors in [0, 2**32), broadcast against each other. The first rounds run on
-            the unbroadcast sizes.
+        c0: int64 tensor in [0, 2**32).
+        c1: likewise; broadcast against `c0`. The first rounds run on the unbroadcast sizes.
     """
     step = torch.arange(ROUNDS, device=key.device)
     keys0 = ((key & WORD) + step * KEY_STEPS[0]) & WORD

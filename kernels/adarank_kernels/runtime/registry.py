@@ -26,8 +26,8 @@ INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
 DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
 _checks: dict[str, Callable[[torch.device], None]] = {}
 _status: dict[tuple[str, str], str] = {}
-_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # what `launch` has launched
-_NOTHING: AbstractContextManager[Any] = nullcontext()
+_compiled: dict[Hashable, tuple[Any, tuple[object, ...]]] = {}  # what `launch` has launched
+_NOTHING: AbstractContextManager[object] = nullcontext()
 _settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
 
 
@@ -87,8 +87,8 @@ def launch(
     kernel: Any,
     key: Hashable,
     grid: tuple[int, int],
-    arguments: Sequence[Any],
-    constants: Mapping[str, Any],
+    arguments: Sequence[object],
+    constants: Mapping[str, object],
 ) -> None:
     """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
 
@@ -97,6 +97,9 @@ def launch(
     Triton, which looks at the sizes of the storages there, too.
 
     Args:
+        kernel: a `triton.jit` function.
+        grid: programs along both axes.
+        arguments: tensors, integers and floats, in the kernel's order.
         key: with the constants, what settles all that Triton specialises on: the device, dtypes,
             which pointers start at 16 bytes, and `kind` of each integer.
         constants: the constexprs, which the kernel names last, and num_warps, num_stages.
@@ -123,7 +126,7 @@ def kind(value: int) -> tuple[bool, bool, bool]:
     return value % 16 == 0, value == 1, value < 2**31
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Where to launch: Triton takes the current CUDA device, whatever the tensors are on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
@@ -131,6 +134,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def cdiv(a: int, b: int) -> int:
+    """The quotient of two integers, rounded up."""
     return -(-a // b)
 
 

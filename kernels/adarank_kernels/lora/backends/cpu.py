@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def usable(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _register_fakes() -> None:
-    fakes: dict[str, Callable[..., Any]] = {
+    fakes: dict[str, Callable[..., object]] = {
         "drop": lambda x, seed, dropout: x.new_empty(x.shape),
         "shrink": lambda x, As, first, width, seed, dropout: x.new_empty(x.shape[0], width),
         "grad_b": lambda dy, s, first, rank, scaling, dtype: dy.new_empty(

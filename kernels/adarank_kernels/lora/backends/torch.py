@@ -33,7 +33,7 @@ def pack(As: Tensors, first: Integers, width: int, dtype: torch.dtype) -> Tensor
 
 
 def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling a b, rounded once."""
+    """The product scaling a b, rounded once."""
     if scaling == 1.0:
         return torch.mm(a, b)
     return torch.addmm(a.new_zeros(1, 1), a, b, beta=0.0, alpha=scaling)

@@ -88,7 +88,7 @@ def grad_X(
 
 
 def drop_into(low: Tensor, seed: Tensor, dropout: float, dX: Tensor | None) -> Tensor:
-    """dX + drop(low), in place."""
+    """Add drop(low) to dX, in place."""
     if "lora_drop" in kernels(low):
         return launch.drop(low, seed, dropout, dX)
     low = aten.drop(low, seed, dropout)

@@ -21,7 +21,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 FILES = ("custom_models", "initialization", "mixed", "lora_variants", "low_level_api")
 NOT_COUNTED = ("adapters disabled", "merged", "extra arguments")  # disabled, merged, per sample
 LEFT_TO_PEFT = ("a LoRA variant", "DoRA ", "several active", "base layer is a")
@@ -52,7 +53,7 @@ def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> di
     folder = results / how
     folder.mkdir()
     files = [f"tests/test_{name}.py" for name in options.only]
-    command = [sys.executable, "-m", "pytest", "-p", "bench.peft_plugin", "-q", "--tb=line"]
+    command = [sys.executable, "-m", "pytest", "-p", "accelerated", "-q", "--tb=line"]
     command += ["-p", "no:cacheprovider", "-p", "no:warnings", "-W", "ignore"]
     command += ["--import-mode=prepend", "-n", str(options.processes), *files]
     command += ["-k", options.expression] if options.expression else []
@@ -60,7 +61,7 @@ def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> di
         **os.environ,
         "PEFT_SUITE": how,
         "PEFT_SUITE_FOLDER": str(folder),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, ROOT, ROOT / "kernels"))),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

@@ -1,6 +1,8 @@
 """Writes docs/compatibility.md: every architecture through every step of tests/conformance.
 
-python bench/compatibility.py [NAME ...]      names: rows to try, without writing the page
+    python -m tests.conformance.compatibility [NAME ...]
+
+Names are rows to try, without writing the page.
 
 Beyond the tests: three pretrained models, and inductor as the compiler's backend (10 to 20 seconds
 a row).

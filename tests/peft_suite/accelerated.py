@@ -1,6 +1,6 @@
 """A pytest plugin for PEFT's own tests: accelerates each model once PEFT made or changed it.
 
-    PEFT_SUITE=accelerated PEFT_SUITE_FOLDER=folder pytest -p bench.peft_plugin ...
+    PEFT_SUITE=accelerated PEFT_SUITE_FOLDER=folder pytest -p accelerated ...
 
 Each process writes the outcomes and counts that it saw into a file of the folder. With
 PEFT_SUITE=plain nothing is accelerated and only outcomes are written. A session in which no layer
@@ -37,7 +37,7 @@ def accelerate(model: Any) -> None:
     """Give new LoRA layers, if there are any, their fused class."""
     if not isinstance(model, nn.Module):
         return
-    classes = fused_linear._fused_classes()
+    classes = fused_linear.fused_classes()
     new = sum(type(module) in classes for module in model.modules())
     if new:
         ada.accelerate(model)
