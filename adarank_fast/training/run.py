@@ -88,7 +88,7 @@ def run(trainer: Trainer, checkpoints: Path) -> Training:
     """
     with writing(checkpoints):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    cast(nn.Module, trainer.model).eval()
+    cast("nn.Module", trainer.model).eval()
     training = watch_of(trainer).training()
     if training.diverged:
         remove_folder(checkpoints)
