@@ -107,15 +107,18 @@ def benchmark(
             )
         texts = read_texts(data).texts[:batch_size]
     tokenizer = None
-    if not isinstance(model, nn.Module):
-        model, tokenizer = load_pretrained(os.fspath(model), device, dtype, threads)
+    loaded: nn.Module
+    if isinstance(model, nn.Module):
+        loaded = model
+    else:
+        loaded, tokenizer = load_pretrained(os.fspath(model), device, dtype, threads)
     batch = dict(data) if isinstance(data, Mapping) else None
     if texts is not None:
-        batch = calibration_batches(model, tokenizer, texts, batch_size, max_length)[0]
-    where = next(p.device for p in model.parameters())
+        batch = calibration_batches(loaded, tokenizer, texts, batch_size, max_length)[0]
+    where = next(p.device for p in loaded.parameters())
     run = _Run(began + max_seconds, where)
     with torch.enable_grad():
-        return _measure(run, model, plan, rank, target_modules, batch, batch_size, max_length,
+        return _measure(run, loaded, plan, rank, target_modules, batch, batch_size, max_length,
                         repetitions, compile)  # fmt: skip
 
 

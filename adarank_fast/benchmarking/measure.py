@@ -90,7 +90,7 @@ def peak_bytes(run: Step, device: torch.device) -> int:
     if device.type != "cuda":
         with LiveBytes() as live:
             run()
-        return live.peak
+        return int(live.peak)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
