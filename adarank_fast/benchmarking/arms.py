@@ -53,7 +53,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no get_input_embeddings(), where the backward pass ends; "
             "give a transformers model that has one"
         )
-    embeddings.register_forward_hook(_require_grad)
+    weight = getattr(embeddings, "weight", None)
+    for module in copied.modules():  # encoder and decoder may each have a module of one weight
+        if module is embeddings or weight is not None and getattr(module, "weight", 0) is weight:
+            if module is not copied.get_output_embeddings():
+                module.register_forward_hook(_require_grad)
     made: nn.Module = copied
     return made
 
@@ -123,14 +127,18 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The model's own loss if it has one on this batch, else the mean square of its output."""
+    """The model's own loss if it has one on this batch, else a fixed sum over its output.
+
+    A mean square would not do: behind a norm it is constant, and its gradients are noise.
+    """
     outputs = model(**batch)
     loss = getattr(outputs, "loss", None)
     if isinstance(loss, Tensor):
         return loss
     values = outputs.values() if isinstance(outputs, Mapping) else [outputs]
     first = next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
-    return first.float().square().mean()
+    weights = torch.arange(first.shape[-1], device=first.device, dtype=torch.float32).cos()
+    return (first.to(torch.promote_types(first.dtype, torch.float32)) * weights).mean()
 
 
 def step_of(model: nn.Module, batch: Mapping[str, Any]) -> Step:

@@ -6,10 +6,11 @@ import html
 import json
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from adarank_fast.benchmarking.arms import OURS
-from adarank_fast.errors import AdarankError
+from adarank_fast.errors import AdarankError, AdarankImportError
 from adarank_fast.files import own_folder, write_text, writing
 from adarank_fast.models.text import plain_text
 from adarank_fast.plots.runs import plot_intervals
@@ -56,8 +57,10 @@ class Benchmark:
         """A pandas DataFrame, a row for each variant.
 
         Raises:
-            ImportError: pandas is not installed.
+            AdarankImportError: pandas is not installed.
         """
+        if find_spec("pandas") is None:
+            raise AdarankImportError("to_frame needs pandas: pip install pandas")
         from pandas import DataFrame
 
         rows = {}
@@ -119,7 +122,7 @@ class Benchmark:
             ratio, peak = n.get("overhead_over_peft"), n.get("peak_bytes")
             table.add_row(
                 name,
-                _with_interval(n["milliseconds"], 4),
+                _with_interval(n["milliseconds"], 3),
                 f"{n['tokens_per_second']:,.0f}",
                 f"{n['overhead']['value']:+.1%}" if "overhead" in n else "",
                 "" if ratio is None else _with_interval(ratio, 2),
@@ -160,8 +163,9 @@ class Benchmark:
 
 def _with_interval(found: dict[str, float], digits: int) -> str:
     def say(value: float) -> str:
-        if digits == 2:
-            return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
+        if abs(value) >= 100:
+            return f"{value:,.0f}"
+        return f"{value:.2f}" if digits == 2 else f"{value:.{digits}g}"
 
-    return f"{say(found['value'])} ({say(found['low'])} to {say(found['high'])})"
+    between = "-" if found["low"] >= 0 else " to "
+    return f"{say(found['value'])} ({say(found['low'])}{between}{say(found['high'])})"
