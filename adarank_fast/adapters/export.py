@@ -131,7 +131,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
         }
         config = replace(config, auto_mapping=mapping)
     scales = {
-        path: cast(LoraLayer, layer).scaling[adapter_name]
+        path: cast("LoraLayer", layer).scaling[adapter_name]
         for path, layer in base.named_modules()
         if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, "scaling", {})
     }
