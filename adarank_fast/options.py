@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.json_values import MOST
@@ -59,7 +59,7 @@ def gather(cls: type[T], given: T | float | None, options: dict[str, object]) ->
         given: an object of it, or a value of its first field.
         options: flat keywords; those of `cls` are taken out.
     """
-    names = [one.name for one in fields(cls)]  # type: ignore[arg-type]
+    names = [one.name for one in fields(cast(Any, cls))]
     mine = {name: options.pop(name) for name in names if name in options}
     if given is None:
         return cls(**mine)

@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Callable[[], Case], int]] = {  # and how many rounds
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prediction(capsys, name):
+def test_prediction(benchmark, capsys, name):
     make, rounds = CASES[name]
     case, low = make(), name.endswith("bfloat16")
     if low:
@@ -220,15 +220,17 @@ def test_prediction(capsys, name):
     case.floor_seconds()  # to warm up
     with peak_resident() as ordinary, torch.no_grad():
         case.model(**case.batch)
-    ours, noise, peaks, around = [], 0.0, [], [case.floor_seconds()]
-    for _ in range(rounds):
+    noises, peaks, around = [], [], []
+
+    def predict() -> None:
         with noise_clock() as spent, peak_resident() as peak:
-            start = time.perf_counter()
             case.predict()
-            ours.append(time.perf_counter() - start)
-        noise += spent[0]
+        noises.append(spent[0])
         peaks.append(peak[1])
-        around.append(case.floor_seconds())
+
+    benchmark.pedantic(predict, setup=lambda: around.append(case.floor_seconds()), rounds=rounds)
+    around.append(case.floor_seconds())
+    ours = list(benchmark.stats.stats.data)
     floors = [(before + after) / 2 for before, after in pairwise(around)]
     naive = case.naive_seconds()
     row = {
@@ -238,7 +240,7 @@ def test_prediction(capsys, name):
         "naive_seconds_extrapolated": naive,
         "naive_over_ours": naive / median(ours),
         "gemm_floor": case.flops() / gemm_rate(torch.bfloat16 if low else torch.float32),
-        "noise_share": noise / sum(ours),
+        "noise_share": sum(noises) / sum(ours),
         "peak_over_ordinary_forward": max(peaks) / ordinary[1],
         "modules": len(case.modules),
         "trials": case.trials,
@@ -246,6 +248,7 @@ def test_prediction(capsys, name):
         "padded_tokens": case.batch["input_ids"].numel(),
         **checked,
     }
+    benchmark.extra_info.update(row)
     report(capsys, name, row)
 
 

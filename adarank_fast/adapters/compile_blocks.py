@@ -7,11 +7,10 @@ every block another version. So the rank dimensions are marked, and shapes of pa
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from adarank_fast.adapters.fusion_report import fusion_report
+from adarank_fast.adapters.peft_private import Layer
 from adarank_fast.adapters.torch_private import (
     mark_dynamic,
     parameter_shape_settings,
@@ -23,7 +22,7 @@ from adarank_fast.models.targets import find_blocks, unwrap
 from adarank_fast.undo import undone_on_error
 
 
-def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
+def compile_blocks(peft_model: nn.Module, **compile_kwargs: object) -> nn.Module:
     """`torch.compile` for each block on its own (regional compilation), in place.
 
     Sets `torch._dynamo.config.force_parameter_static_shapes` and
@@ -51,7 +50,7 @@ def compile_blocks(peft_model: nn.Module, **compile_kwargs: Any) -> nn.Module:
             f"{type(inner).__name__} has no ModuleList of blocks; use torch.compile on the model"
         )
     modules = [inner.get_submodule(path) for path in blocks]
-    layers: list[Any] = [peft_model.get_submodule(path) for path in report]
+    layers: list[Layer] = [peft_model.get_submodule(path) for path in report]
     factors = [
         (part.weight, dimension)
         for layer in layers

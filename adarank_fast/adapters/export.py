@@ -274,7 +274,7 @@ def _module_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
 
     Modules saved whole are left out, and what PEFT put into its layers.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     whole = [f".{name}." for name in config.modules_to_save or []]
     shapes: dict[str, tuple[int, int] | None] = {}
     inside: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from copyreg import _reconstructor  # type: ignore[attr-defined]
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from peft.tuners import lora
@@ -81,7 +81,8 @@ class _Fused:
         if reason:
             state.fallbacks[reason] += 1
             thread.clear()
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return plain
         state.fused += 1
         run = thread.run
         if run is not None and not run.goes_on(x, self):
@@ -108,13 +109,13 @@ class _Fused:
     def _get_name(self) -> str:
         return _plain_class(type(self)).__name__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         new: Any = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """As PEFT's own layer: who loads it need not have this package."""
         state = {key: value for key, value in self.__dict__.items() if key != "_adarank"}
         return _reconstructor, (_plain_class(type(self)), object, None), state
@@ -192,7 +193,7 @@ def _dropout_among(members: Sequence[AnyMember]) -> float:
 def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequence[Tensor]:
     """All outputs of layers that share the input x, in one node."""
     state: LayerState = layers[0]._adarank
-    members: list[Any] = [layer._adarank.member for layer in layers]
+    members = [layer._adarank.member for layer in layers]
     if None in members or torch.is_autocast_enabled(x.device.type):
         return _compute_anew(layers, x)
     dropout, call, made = members[0].dropout, state.call, False
@@ -248,13 +249,16 @@ def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     return [finished(*each) for each in zip(outputs, weights, own_biases, terms, strict=True)]
 
 
-def _forward_compiled(layer: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _forward_compiled(
+    layer: Layer, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor:
     """What torch.compile traces: the same, with nothing remembered between calls."""
     _finish_watching()
     state: LayerState = layer._adarank
     reason = "extra arguments" if args or kwargs else why_not(layer, x)
     if reason:
-        return super(_Fused, layer).forward(x, *args, **kwargs)
+        plain: Tensor = super(_Fused, layer).forward(x, *args, **kwargs)
+        return plain
     group = state.group
     if group is None:
         if not state.alone:

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from copyreg import _reconstructor  # type: ignore[attr-defined]
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class _GatedMLP:
     def _get_name(self) -> str:
         return _plain_class(type(self)).__name__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         new: Any = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
@@ -104,7 +104,8 @@ def _compute(module: Any, structure: Structure, x: Tensor) -> Tensor:
     gate, up = (first, second) if structure.gate_is_first else (second, first)
     down = children[structure.down]
     if not (gate.requires_grad or up.requires_grad) or not _plain_tensors(gate, up):
-        return down(structure.activate(gate) * up)  # type: ignore[no-any-return]
+        unpacked: Tensor = down(structure.activate(gate) * up)
+        return unpacked
     activated = structure.activate(gate)
     recipe = _Recipe(structure.activate, gate, up, [*down.parameters()])
     with saved_tensors_hooks(recipe.pack, recipe.unpack):
@@ -178,7 +179,7 @@ class _Trace(TorchDispatchMode):
     """One forward: which children were called on what, and which operators ran between them."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.module = module
         self.linears = {name: m for name, m in module.named_children() if _is_linear(m)}
         self.calls: dict[str, tuple[Tensor, Tensor]] = {}
@@ -257,7 +258,7 @@ def _find(module: nn.Module) -> Structure | None:
     """The module's structure, if it is a gated MLP whose own forward gives the same numbers."""
     if "forward" in module.__dict__ or has_hooks(module):
         return None
-    sizes: set[int] = {m.in_features for m in module.children() if _is_linear(m)}  # type: ignore[misc]
+    sizes: set[int] = {cast(int, m.in_features) for m in module.children() if _is_linear(m)}
     others = sum(not _is_linear(m) for m in module.children())
     weights = [p for p in module.parameters() if p.is_floating_point()]
     if others > 1 or not weights or type(weights[0].data) is not Tensor:
@@ -313,7 +314,7 @@ def recompute_gated_mlps(model: nn.Module) -> int:
         plain = type(module)
         if plain not in _CLASSES:
             _CLASSES[plain] = type(plain.__name__, (_GatedMLP, plain), {"__module__": __name__})
-        module._adarank_mlp = structure  # type: ignore[assignment]
+        cast(Any, module)._adarank_mlp = structure
         module.__class__ = _CLASSES[plain]
     return sum(1 for _ in gated_mlps(model))
 

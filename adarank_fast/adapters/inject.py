@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from adarank_fast.adapters.accelerate import accelerate
-from adarank_fast.adapters.peft_private import BaseTunerLayer
+from adarank_fast.adapters.peft_private import BaseTunerLayer, Layer
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
@@ -180,7 +180,7 @@ def _verify(
             "LoraConfig arguments that choose modules"
         )
     for path, rank in planned.items():
-        layer: Any = found[path]
+        layer: Layer = found[path]
         experts = getattr(layer, "num_experts", 1)
         weight_ranks = (
             layer.lora_A[adapter_name].weight.shape[0] // experts,
@@ -226,7 +226,7 @@ def _undo(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _registries(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+def _registries(module: nn.Module) -> list[tuple[dict[object, object], dict[object, object]]]:
     """The module's children, parameters, buffers and hooks: (a dict of it, its entries now)."""
     return [(value, dict(value)) for value in module.__dict__.values() if isinstance(value, dict)]
 

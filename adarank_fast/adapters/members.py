@@ -248,7 +248,7 @@ class Made:
         return all([member.holds(own) for member in self.members])
 
     def _holds_magnitude(self, own: Attributes) -> bool:
-        dora: Any = self.magnitude
+        dora: Layer = self.magnitude
         vectors = own["_modules"].get("lora_magnitude_vector")
         inside = dora.__dict__
         return (

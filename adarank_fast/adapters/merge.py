@@ -210,10 +210,10 @@ def _merge(
 
 def _resize_vocabulary(base: PreTrainedModel, adapter: Adapter) -> None:
     """Make room for the tokens that were added before training: the adapter has their embedding."""
-    end: Any = base.get_input_embeddings()
+    end = base.get_input_embeddings()
     path = next((path for path, module in base.named_modules() if module is end), "")
     for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
-        if name in adapter.others and len(adapter.others[name]) != len(end.weight):
+        if name in adapter.others and len(adapter.others[name]) != len(cast(Tensor, end.weight)):
             base.resize_token_embeddings(len(adapter.others[name]), mean_resizing=False)
 
 

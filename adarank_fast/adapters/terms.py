@@ -117,7 +117,7 @@ def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter)
         with torch.no_grad():
             sum_of_both = torch.addmm(weight.to(A.dtype), B.to(A.dtype), A, alpha=float(scaling))
             norm = torch.linalg.vector_norm(sum_of_both, dim=1, dtype=_exact(A.dtype))
-        factor = magnitude / norm
+        factor: Tensor = magnitude / norm
         if bias is None and Y.dtype == _exact(Y.dtype):  # one pass less
             output: Tensor = Y * factor.to(Y.dtype)
             return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -45,11 +45,13 @@ def compare(
     if eval_data is not None:
         read.append(str(eval_data))
     check_own_folder(output_folder, COMPARISON, read)
-    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
-    rows, held_out = read_data(data, **columns, task=design.task), None
+    held_out = None
+    rows = read_data(data, text_column=text_column, label_column=label_column, task=design.task)
     print(rows.understood, file=sys.stderr)
     if eval_data is not None:
-        held_out = read_data(eval_data, **columns, task=rows.task)
+        held_out = read_data(
+            eval_data, text_column=text_column, label_column=label_column, task=rows.task
+        )
         check_alike(rows, held_out)
         print(held_out.understood, file=sys.stderr)
     quiet_transformers()

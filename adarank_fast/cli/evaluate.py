@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,8 +44,9 @@ def evaluate(
     from adarank_fast.training.trained import task_of
 
     quiet_transformers()
-    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
-    rows = read_data(data, **columns, task=task_of(model, adapter))
+    rows = read_data(
+        data, text_column=text_column, label_column=label_column, task=task_of(model, adapter)
+    )
     print(rows.understood, file=sys.stderr)
     found = measure(
         *(model, rows, adapter),

@@ -63,7 +63,7 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
                 parameters.append(parameter)
 
         @wraps(command)
-        def run(**given: Any) -> None:
+        def run(**given: object) -> None:
             for name, cls in names.items():
                 values = {}
                 for one in fields(cls):
@@ -102,7 +102,7 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
     elsewhere = getattr(command, "checked_elsewhere", ())
 
     @wraps(command)
-    def run(**given: Any) -> None:
+    def run(**given: object) -> None:
         trust = given.pop("trust_remote_code", False)
         for name, value in given.items():
             if name in RANGES and name not in elsewhere and isinstance(value, (int, float)):
@@ -111,7 +111,7 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
             return command(**given)
         from adarank_fast.models.remote_code import trusting
 
-        with trusting(trust):
+        with trusting(bool(trust)):
             command(**given)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -127,15 +127,15 @@ def _with_flags(message: str, cls: type) -> str:
     return message
 
 
-def _called(one: Field[Any]) -> str:
+def _called(one: Field[object]) -> str:
     return one.metadata["flag"] or one.name
 
 
-def _parameter(cls: type, one: Field[Any]) -> inspect.Parameter:
-    said: Any = one.metadata
+def _parameter(cls: type, one: Field[object]) -> inspect.Parameter:
+    said = one.metadata
     kind: Any = one.metadata["kind"] or eval(str(one.type), vars(sys.modules[cls.__module__]))
     names = [f"--{_called(one).replace('_', '-')}"] if kind is bool else []  # without --no-...
-    annotation: Any = Annotated[kind, typer.Option(*names, **said["said"])]
+    annotation: object = Annotated[kind, typer.Option(*names, **said["said"])]
     where = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Parameter(_called(one), where, default=said["typed"], annotation=annotation)
 

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -116,7 +116,7 @@ def predict(
 
 
 def _show_cost(
-    targets: Sequence[Target], cost: CostEstimate, understood: Mapping[str, Any] | None
+    targets: Sequence[Target], cost: CostEstimate, understood: Mapping[str, object] | None
 ) -> None:
     if understood is not None:
         sizes = ("name", "in_features", "out_features", "block")

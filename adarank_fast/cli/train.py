@@ -164,7 +164,7 @@ def train(
             model, rows.task, rows.classes, tokenizer=tokenizer, dtype=dtype, four_bit=four_bit
         )
         if not four_bit and torch.cuda.is_available():
-            cast(nn.Module, network).to("cuda")
+            cast("nn.Module", network).to("cuda")
     noted = {
         **{"model": model, "weights": digest_weights(network), "task": rows.task},
         **{"data": examples.digest(), "settings": fields},

@@ -19,7 +19,10 @@ def may_repack(module: nn.Module) -> bool:
     return bool(getattr(module, "support_avx512bf16_for_cpu", False))
 
 
-def set_repacking(module: Any, allowed: bool) -> None:
+Layer = Any  # of bitsandbytes, whose weights have fields without types
+
+
+def set_repacking(module: Layer, allowed: bool) -> None:
     """Let a layer repack its weight at its next forward, or not."""
     module.support_avx512bf16_for_cpu = allowed
 
@@ -30,7 +33,7 @@ def is_repacked(module: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def undo_repacking(module: Any) -> None:
+def undo_repacking(module: Layer) -> None:
     """Bring a repacked weight back into the layout that it was quantised to.
 
     Raises:
@@ -52,7 +55,7 @@ def is_int8(module: nn.Module) -> bool:
     return type(module.weight).__name__ == "Int8Params"
 
 
-def dequantise_int8(layer: Any) -> Tensor:
+def dequantise_int8(layer: Layer) -> Tensor:
     """The weight of an 8-bit layer as numbers; the layer stays as it is.
 
     PEFT's dequantize_module_weight would replace this weight by one without its scales, and the
@@ -65,7 +68,7 @@ def dequantise_int8(layer: Any) -> Tensor:
     return weight
 
 
-def scales(module: Any) -> dict[str, Tensor]:
+def scales(module: Layer) -> dict[str, Tensor]:
     """What a quantised weight's packed numbers mean: tensors that are no buffers of the layer."""
     weight = module._parameters.get("weight")
     if type(weight).__name__ == "Int8Params":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,9 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
         self.peak = self._alive = 0
-        self._counted: dict[int, weakref.ref[Any]] = {}  # by id; forgets a storage when it dies
+        self._counted: dict[
+            int, weakref.ref[torch.UntypedStorage]
+        ] = {}  # by id; forgets a storage when it dies
 
     def __torch_dispatch__(
         self,

@@ -23,7 +23,8 @@ from adarank_fast.models.targets import base_model_prefix, is_adapter
 from adarank_fast.models.transformers_private import came_from_checkpoint
 from adarank_fast.options import OUTPUTS
 
-OutputChoice = str | Callable[[Any], Tensor]
+Outputs = Any  # what a model returns: of transformers, a tensor, a tuple, a dict
+OutputChoice = str | Callable[[Outputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Output:
 
     name: str
     root: str
-    read: Callable[[Any, Batch], Tensor]
+    read: Callable[[Outputs, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def position_mask(model: nn.Module, inputs: Batch) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _tensor(outputs: Any) -> Tensor | None:
+def _tensor(outputs: Outputs) -> Tensor | None:
     """The tensor of a module that returns just one, bare or in a tuple."""
     if isinstance(outputs, Tensor):
         return outputs
@@ -152,7 +153,7 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
     _try(model, sample)
     base = base_model_prefix(model).rstrip(".")
 
-    def pooled(outputs: Any, inputs: Batch) -> Tensor:
+    def pooled(outputs: Outputs, inputs: Batch) -> Tensor:
         return mean_pool(outputs.last_hidden_state, position_mask(model, inputs))
 
     if callable(choice):
@@ -214,7 +215,7 @@ def _try(model: nn.Module, sample: Batch) -> None:
         raise rejection(model, "the first item of batches", sample, error) from error
 
 
-def _attribute(name: str) -> Callable[[Any, Batch], Tensor]:
+def _attribute(name: str) -> Callable[[Outputs, Batch], Tensor]:
     def read(outputs: object, inputs: Batch) -> Tensor:
         value: Tensor | None = getattr(outputs, name, None)
         if value is None:
@@ -271,7 +272,7 @@ def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[
     return [name for name, grad in zip(fresh, grads, strict=True) if grad is not None]
 
 
-def _run(model: nn.Module, root: str, inputs: Batch) -> Any:
+def _run(model: nn.Module, root: str, inputs: Batch) -> Outputs:
     module = model.get_submodule(root)
     return module(**accepted(module, inputs))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.options import RANGES, check_choice, check_number, option
@@ -61,7 +61,7 @@ class Budget:
         check_choice("allocation", self.allocation, ALLOCATIONS)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """The options by name, as `RankPlan.settings` keeps them."""
         return asdict(self)
 

@@ -303,7 +303,7 @@ def _read_score(score: Value) -> Score:
     return Score(score["mean"].number(), score["std"].number(), trials)
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
+def describe_model(model: nn.Module) -> dict[str, object]:
     """What a plan's settings say about the model it was made on."""
     inner = unwrap(model)
     prefix = getattr(inner, "base_model_prefix", "")

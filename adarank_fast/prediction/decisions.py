@@ -9,8 +9,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adarank_fast.models.forward_patching import Forward, ForwardPatches
@@ -85,7 +85,7 @@ class _Decisions(TorchDispatchMode):
         self.first: int | None = None
         self.found = False
         # by the id of a storage, as long as it lives: the mark
-        self._marks: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._marks: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     def mark(self, tree: object, number: int) -> None:
         for leaf in leaves(tree):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from adarank_fast.prediction.replay import Replay
 from adarank_fast.undo import undone
 from adarank_kernels import pairwise_disagreement
 from adarank_kernels.disagreement.choices import METRICS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Run = tuple[Tensor, "Tensor | None", "nn.Module | None"]  # [K, B, ...], mask [B, T], head
 
@@ -137,7 +140,7 @@ def _adapter_outputs(
         raise AdarankError(
             f"adapters={adapters!r} must name at least two adapters of the model ({has})"
         )
-    peft_model: Any = model
+    peft_model = cast("PeftModel", model)
     inner = unwrap(peft_model)
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner), unpacked(inner), _switching(peft_model):
@@ -169,7 +172,7 @@ def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
 
 
 @contextmanager
-def _switching(peft_model: Any) -> Iterator[None]:
+def _switching(peft_model: PeftModel) -> Iterator[None]:
     """The active adapter and what requires gradients, as before at the end."""
     names = ("active_adapter", "_active_adapter")
     active = [

@@ -166,7 +166,7 @@ def make_arguments(
         raise AdarankError(f"{config_class(task).__name__} refuses the settings: {error}") from None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise AdarankFileNotFoundError(f"--config: there is no file {str(path)!r}")
     check_choice("--config suffix", path.suffix.lower(), (".yaml", ".yml", ".json"))
@@ -175,7 +175,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if path.suffix.lower() == ".json":
             found = json.loads(text)
         else:
-            import yaml  # type: ignore[import-untyped]
+            import yaml
 
             found = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError) as error:

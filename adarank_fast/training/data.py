@@ -67,7 +67,7 @@ class Understood:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The attributes, for `--json`."""
         return asdict(self)
 

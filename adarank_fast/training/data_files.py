@@ -35,6 +35,8 @@ OTHERS = (
     (b"ARROW1", "an Arrow file; name the folder that save_to_disk made"),
 )
 
+Row = Mapping[str, Any]  # column -> value, as the file has it
+
 
 @dataclass(frozen=True)
 class Table:
@@ -52,7 +54,7 @@ class Table:
 
     name: str
     columns: list[str]
-    rows: list[Mapping[str, Any]]
+    rows: list[Row]
     places: list[str]
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -133,9 +135,7 @@ def _decode(name: str, content: bytes) -> str:
         ) from None
 
 
-def _table(
-    name: str, rows: Sequence[tuple[int, Mapping[str, Any]]], unit: str = "line", **more: Any
-) -> Table:
+def _table(name: str, rows: Sequence[tuple[int, Row]], unit: str = "line", **more: Any) -> Table:
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     if not rows:
         raise AdarankError(f"{name} holds no rows; give a file with at least one")
@@ -143,7 +143,7 @@ def _table(
     return Table(name, columns, [row for _, row in rows], places, **more)
 
 
-def _json_lines(name: str, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json_lines(name: str, text: str) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 is no line end
         if not line.strip():
             continue
@@ -167,7 +167,7 @@ def _from_array(name: str, text: str) -> Table:
     return _table(name, found, "row")
 
 
-def _object(name: str, place: str, row: Any, said: object) -> Mapping[str, Any]:
+def _object(name: str, place: str, row: object, said: object) -> Row:
     if isinstance(row, dict):
         return row
     raise AdarankError(
@@ -185,7 +185,7 @@ def _from_csv(name: str, text: str, delimiter: str) -> Table:
                 notes.append(f"columns are separated by {said}")
                 break
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, Mapping[str, Any]]] = []
+    rows: list[tuple[int, Row]] = []
     columns: list[str] = []
     try:
         for fields in reader:

@@ -146,7 +146,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _values(table: Table, column: str) -> list[Any]:
+def _values(table: Table, column: str) -> list[object]:
     step = max(len(table.rows) // SAMPLE, 1)  # evenly spaced: files are often sorted
     return [row.get(column) for row in table.rows[::step]]
 
@@ -180,8 +180,8 @@ def _dialogue(
             columns["input"] = extra[0]
         if found:
             columns["completion"] = found[0]
-        elif "text" in named or prompt in ("question", "query", "input"):
-            continue  # nothing says that these are prompts rather than texts
+        elif "text" in named:
+            continue  # that is what a language model goes on with
         exact = prompt == "prompt"
         answer = found[0] if found else ""
         if task == "auto" and answers and not exact and kinds.get(answer) == "label":

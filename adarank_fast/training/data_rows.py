@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ def _texts(table: Table, form: Form, answers: bool) -> Made:
 def _labelled(table: Table, form: Form, answers: bool) -> Made:
     made, column = Made(), form.columns["label"]
     names = table.class_names.get(column)
-    types: dict[str, tuple[str, Any]] = {}  # kind -> where it is first, and the value
+    types: dict[str, tuple[str, object]] = {}  # kind -> where it is first, and the value
     for place, row in zip(table.places, table.rows, strict=True):
         text, label = _text(table, place, row, form.columns["text"]), row.get(column)
         if text is None:
@@ -106,7 +106,7 @@ def _name_labels(made: Made) -> None:
         row["label"] = label
 
 
-def _order(labels: Mapping[str, int]) -> Any:
+def _order(labels: Mapping[str, int]) -> Callable[[str], str | tuple[int, str]]:
     """Whole numbers by value, other names by the alphabet."""
     if all(label.lstrip("-").isdecimal() and label.isascii() for label in labels):
         return lambda label: (int(label), label)
@@ -133,7 +133,7 @@ def _note_labels(made: Made, counts: Mapping[str, int]) -> None:
         made.notes.append(f"{single:,} of {len(counts):,} classes have one row only")
 
 
-def _text(table: Table, place: str, row: Mapping[str, Any], column: str) -> str | None:
+def _text(table: Table, place: str, row: Mapping[str, object], column: str) -> str | None:
     """A text, None where it is blank."""
     value = row.get(column)
     if is_blank(value):
@@ -202,7 +202,7 @@ def _chats(table: Table, form: Form, answers: bool) -> Made:
 
 
 def _messages(
-    table: Table, place: str, column: str, value: Any, made: Made
+    table: Table, place: str, column: str, value: object, made: Made
 ) -> list[dict[str, str]]:
     """Messages with role and content alone."""
     if not isinstance(value, list):
@@ -230,8 +230,8 @@ def _messages(
 
 
 def _turns(
-    table: Table, place: str, column: str, messages: list[Any]
-) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
+    table: Table, place: str, column: str, messages: list[object]
+) -> Iterator[tuple[Mapping[str, object], str, object]]:
     """(message, role, content) of each, in either notation."""
     for message in messages:
         for role, content in (("role", "content"), ("from", "value")):

@@ -162,10 +162,13 @@ def evaluate(
     check_integer("batch_size", batch_size, 1)
     if max_length is not None:
         check_integer("max_length", max_length, 1)
-    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
 
     def read(task: str) -> Data:
-        return data if isinstance(data, Data) else read_data(data, **columns, task=task)
+        return (
+            data
+            if isinstance(data, Data)
+            else read_data(data, text_column=text_column, label_column=label_column, task=task)
+        )
 
     if isinstance(model, str):
         found = read(task_of(model, adapter))  # bad data are said before anything is loaded

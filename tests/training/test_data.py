@@ -191,6 +191,8 @@ def test_without_answers(tmp_path):
     assert read_data(path, answers=False).rows == [{"messages": [ASKED]}]
     path = write(tmp_path / "b.jsonl", [{"instruction": "Say it.", "input": "cat"}])
     assert read_data(path, answers=False).rows == [{"prompt": "Say it.\n\ncat\n"}]
+    path = write(tmp_path / "q.csv", "question\nWhat is it?\n")  # as with answers beside them
+    assert read_data(path, task="causal-lm", answers=False).rows == [{"prompt": "What is it?\n"}]
     path = write(tmp_path / "c.csv", "question,label\nwhat is it,\nwho are you,\n")
     data = read_data(path, task="classification", answers=False)
     assert data.texts == ["what is it", "who are you"] and data.form == "text"

@@ -94,7 +94,8 @@ def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width:
 def grad_B(
     dY: Tensor, S: Tensor, start: int, rank: int, scaling: float, dtype: torch.dtype
 ) -> Tensor:
-    return torch.ops.adarank.grad_b(dY, S, start, rank, scaling, dtype)
+    dB: Tensor = torch.ops.adarank.grad_b(dY, S, start, rank, scaling, dtype)
+    return dB
 
 
 def grad_X(
