@@ -151,7 +151,7 @@ docs: $(VENV)/.installed
 		$(BIN)/python $$script > build-example.log 2>&1 || { cat build-example.log; exit 1; }; \
 	done; rm -f build-example.log
 	$(BIN)/mkdocs build --quiet
-	@echo "the site is in build/site/index.html"
+	@echo "the site is build/site/index.html; with search: $(PYTHON) -m http.server -d build/site"
 
 # A wheel and an sdist, judged, and used in empty environments. Other Pythons, everything installed:
 # make release-check ARGS="--python python3.12"
