@@ -31,7 +31,7 @@ app = typer.Typer(
     name="adarank",
     help="Mixed-rank LoRA: predict a rank for every module, before training and without labels.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
