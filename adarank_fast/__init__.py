@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from adarank_fast.adapters.export import export_uniform
     from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
     from adarank_fast.adapters.inject import inject
+    from adarank_fast.benchmarking.benchmark import benchmark
+    from adarank_fast.benchmarking.report import Benchmark
     from adarank_fast.comparison.compare import compare
     from adarank_fast.comparison.design import Design
     from adarank_fast.errors import AdarankError, AdarankTypeError
@@ -37,6 +39,7 @@ __all__ = [
     "AdarankError",
     "AdarankTypeError",
     "AdaptiveTrials",
+    "Benchmark",
     "Budget",
     "CostEstimate",
     "Design",
@@ -48,6 +51,7 @@ __all__ = [
     "Target",
     "accelerate",
     "allocate_ranks",
+    "benchmark",
     "compare",
     "compile_blocks",
     "estimate_cost",
@@ -70,6 +74,8 @@ _MODULES = {
     "adapters.accelerate": ["accelerate", "restore"],
     "adapters.fusion_report": ["FusionReport", "fusion_report"],
     "adapters.inject": ["inject"],
+    "benchmarking.benchmark": ["benchmark"],
+    "benchmarking.report": ["Benchmark"],
     "comparison.compare": ["compare"],
     "comparison.design": ["Design"],
     "errors": ["AdarankError", "AdarankTypeError"],
@@ -92,9 +98,13 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
-        raise AttributeError(f"module 'adarank_fast' has no attribute {name!r}")
+        import difflib
+
+        near = [] if name.startswith("_") else difflib.get_close_matches(name, __all__, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'adarank_fast' has no attribute {name!r}{meant}")
     return getattr(import_module(f"adarank_fast.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return [*__all__, "__version__"]

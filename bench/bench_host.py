@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 import adarank_fast as ada
 from adarank_fast.adapters import fused_linear
+from adarank_fast.benchmarking.measure import Step, medians, overhead_ratio, timed
 from adarank_kernels.lora import dropout as masks
 from adarank_kernels.lora import group, op, triton_kernels
 from adarank_kernels.lora.backends import triton
 from adarank_kernels.runtime import native, registry
 from bench.blocks import step_of, trained_a_little
 from bench.results_file import write_results
-from bench.slices import Row, Step, arguments, medians, overhead_ratio, timed
+from bench.slices import Row, arguments
 
 CHARGE = 5e-6  # seconds a Triton launch, beyond the Python of `registry.launch`
 CALLS = 5  # steps a measurement

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank_fast.benchmarking.measure import Step, medians, overhead_ratio
 from bench.blocks import ADAPTERS32, DTYPES, TARGETS, Block, block_variants, check, step_of
 from bench.counts import SHAPES
-from bench.slices import Row, Slices, Step, arguments, medians, overhead_ratio
+from bench.slices import Row, Slices, arguments
 
 TOKENS = (4, 256)  # batch, sequence
 OURS = ("torch::autograd::CppNode", "adarank::")  # events of the profile

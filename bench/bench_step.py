@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import adarank_fast as ada
+from adarank_fast.benchmarking.measure import Step, medians, overhead_ratio
 from adarank_fast.demo.assets import minilm, mpnet, smollm2
 from bench.blocks import ADAPTERS32, DTYPES, check, trained_a_little, variants, with_scores
-from bench.slices import Row, Slices, Step, arguments, medians, overhead_ratio
+from bench.slices import Row, Slices, arguments
 
 FOLDERS = {"MiniLM": minilm, "MPNet-base": mpnet, "SmolLM2-135M": smollm2}
 RANK, CLASSES, PROMPT, NEW = 8, 6, 128, 16

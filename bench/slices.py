@@ -9,60 +9,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
-import random
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from adarank_fast.benchmarking.measure import Step, medians, timed
 from bench.results_file import write_json, write_results
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("kernels/adarank_kernels/**/*.py", "kernels/adarank_kernels/runtime/cpp/*")
 SOURCES += ("adarank_fast/adapters/*.py", "bench/blocks.py", "bench/slices.py")
-SLICE = 45.0  # seconds, about
-Step = Callable[[], object]
-Seconds = dict[str, list[float]]  # of every repetition of every variant
+SOURCES += ("adarank_fast/benchmarking/measure.py",)
 Row = dict[str, Any]  # "seconds", and whatever else was found out once
-
-
-def interleaved(
-    names: Iterable[str],
-    seconds_of: Callable[[str], float],
-    repetitions: int,
-    limit: float = math.inf,
-) -> Seconds:
-    """Time every variant once a repetition, in an order drawn anew, for at most `limit` seconds."""
-    order, shuffle = list(names), random.Random(time.time_ns())
-    seconds: Seconds = {name: [] for name in order}
-    began = time.perf_counter()
-    for _ in range(repetitions):
-        shuffle.shuffle(order)
-        for name in order:
-            seconds[name].append(seconds_of(name))
-        if time.perf_counter() - began > limit:
-            break
-    return seconds
-
-
-def timed(
-    steps: dict[str, Step],
-    repetitions: int,
-    limit: float = SLICE,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Seconds:
-    """Seconds of the steps, interleaved, after two calls of each."""
-
-    def seconds_of(name: str) -> float:
-        start = clock()
-        steps[name]()
-        return clock() - start
-
-    for step in [*steps.values()] * 2:
-        step()
-    return interleaved(steps, seconds_of, repetitions, limit)
 
 
 def arguments(description: str, repetitions: int) -> argparse.ArgumentParser:
@@ -127,25 +85,3 @@ class Slices:
         beyond = ", ".join(f"{name} {value / base - 1:+.3f}" for name, value in middle.items())
         print(f"{key}: {asked - self._missing(key)} of {asked} repetitions")
         print(f"   frozen {base * 1e3:.2f} ms; beyond it: {beyond}", flush=True)
-
-
-def medians(seconds: Seconds) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def overhead_ratio(rows: Sequence[Row], ours: str, theirs: str, draws: int = 1000) -> Row:
-    """Sum over rows of our median overhead / theirs, with a 95% bootstrap interval."""
-    random_state = random.Random(0)
-
-    def ratio(pick: Callable[[int], Sequence[int]]) -> float:
-        sums = {ours: 0.0, theirs: 0.0}
-        for row in rows:
-            seconds = {name: row["seconds"][name] for name in ("frozen", ours, theirs)}
-            chosen = pick(len(seconds["frozen"]))
-            middle = medians({n: [values[i] for i in chosen] for n, values in seconds.items()})
-            for name in sums:
-                sums[name] += middle[name] - middle["frozen"]
-        return sums[ours] / sums[theirs]
-
-    drawn = sorted(ratio(lambda n: random_state.choices(range(n), k=n)) for _ in range(draws))
-    return {"ratio": ratio(range), "interval": [drawn[draws // 40], drawn[-1 - draws // 40]]}

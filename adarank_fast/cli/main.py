@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from adarank_fast.cli.apply import apply
+from adarank_fast.cli.bench import bench
 from adarank_fast.cli.compare import compare
 from adarank_fast.cli.demo import demo
 from adarank_fast.cli.evaluate import evaluate
@@ -97,5 +98,5 @@ def _options(
     pass
 
 
-for command in (predict, train, evaluate, apply, compare, plot, export, merge, demo):
+for command in (predict, train, evaluate, apply, bench, compare, plot, export, merge, demo):
     app.command()(checked(command))

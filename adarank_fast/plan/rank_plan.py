@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import html
 import json
 import math
 import os
@@ -9,11 +11,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from adarank_fast.errors import AdarankError, printable
+from adarank_fast.errors import AdarankError, AdarankImportError, printable
 from adarank_fast.files import write_text
 from adarank_fast.json_values import MOST, Value, said
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
@@ -60,7 +63,7 @@ class Score:
         return cls(mean, std, values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankPlan:
     """How much rank each module gets, and why.
 
@@ -224,6 +227,44 @@ class RankPlan:
             AdarankError: it cannot be read, is not a plan, is damaged, or a newer release wrote it.
         """
         return read_plan(path)
+
+    def __getitem__(self, name: str) -> int:
+        """The rank of a module."""
+        if name not in self.ranks:
+            near = difflib.get_close_matches(str(name), self.ranks, 1, 0.3)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise AdarankError(f"the plan has no module {printable(str(name))!r}{meant}")
+        return self.ranks[name]
+
+    def __repr__(self) -> str:
+        ranks = self.ranks.values()
+        return (
+            f"RankPlan({len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, "
+            f"{self.parameters:,} parameters); .table() shows it"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame, a row for each module: rank, sizes, parameters, score.
+
+        Raises:
+            AdarankImportError: pandas is not installed.
+        """
+        if find_spec("pandas") is None:
+            raise AdarankImportError("to_frame needs pandas: pip install pandas")
+        from pandas import DataFrame
+
+        rows = {}
+        for name, rank in self.ranks.items():
+            fan_in, fan_out = self.sizes[name]
+            row: dict[str, float] = {"rank": rank, "in_features": fan_in, "out_features": fan_out}
+            row["parameters"] = rank * (fan_in + fan_out)
+            if score := self.scores.get(name):
+                row |= {"disagreement": score.mean, "std": score.std, "trials": len(score.trials)}
+            rows[name] = row
+        return DataFrame.from_dict(rows, orient="index")
 
     def table(self) -> str:
         """The plan as fixed-width text, one line per module, without colours.

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench.slices import interleaved
+from adarank_fast.benchmarking import measure
+from adarank_fast.benchmarking.measure import event_seconds, interleaved
 
 Outputs = Iterable[Tensor] | None
 OUT_OF_MEMORY = "out of memory"
@@ -62,13 +63,7 @@ class Events:
         return step.run
 
     def seconds(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return event_seconds(run)
 
 
 class Graphs(Events):
@@ -187,14 +182,11 @@ def peak_bytes(step: Step, device: torch.device) -> int | None:
     """Most memory allocated during one run beyond what was allocated before; None on the CPU."""
     if device.type != "cuda":
         return None
+    peak = 0
     for _ in range(2):
         step.before()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        step.run()
-        torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(device) - held
+        peak = measure.peak_bytes(step.run, device)
+    return peak
 
 
 def copies(size: int, device: torch.device) -> int:
