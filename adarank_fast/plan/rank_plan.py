@@ -254,7 +254,7 @@ class RankPlan:
         rows = {}
         for name, rank in self.ranks.items():
             fan_in, fan_out = self.sizes[name]
-            row = {"rank": rank, "in_features": fan_in, "out_features": fan_out}
+            row: dict[str, float] = {"rank": rank, "in_features": fan_in, "out_features": fan_out}
             row["parameters"] = rank * (fan_in + fan_out)
             if score := self.scores.get(name):
                 row |= {"disagreement": score.mean, "std": score.std, "trials": len(score.trials)}
