@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import textwrap
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -41,7 +42,8 @@ class Benchmark:
 
     def table(self) -> str:
         """The table and what it says as fixed-width text of at most 80 columns."""
-        return "\n".join([self._title(), plain_text(self._rich()), *self.reading()])
+        said = [textwrap.fill(line, 80, subsequent_indent="  ") for line in self.reading()]
+        return "\n".join([self._title(), plain_text(self._rich()), *said])
 
     def __str__(self) -> str:
         return self.table()

@@ -43,7 +43,10 @@ def say_interval(results: Results, found: IntervalNumbers | None, difference: bo
     """A confidence interval in words, "1.2 to 3.4 points"; `NONE` where there is none."""
     if found is None or found["low"] is None:
         return NONE
-    low, high = (say(results, found[key], difference) for key in ("low", "high"))
+    ends = [found["low"], found["high"]]
+    if results["settings"]["metric"] == "accuracy" and not difference:
+        ends = [min(max(end, 0.0), 1.0) for end in ends]  # Student's t knows no bounds
+    low, high = (say(results, end, difference) for end in ends)
     return f"{low.removesuffix(' points').removesuffix('%')} to {high}"
 
 
