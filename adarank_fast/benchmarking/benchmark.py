@@ -60,7 +60,7 @@ def benchmark(
     max_length: int = 128,
     repetitions: int = 20,
     max_seconds: float = 100.0,
-    compile: bool = True,
+    compile: bool = False,
     device: str | None = None,
     dtype: str = "float32",
     threads: int | None = None,

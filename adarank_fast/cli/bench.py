@@ -41,7 +41,7 @@ def bench(
     max_seconds: Annotated[
         float, typer.Option(help="Fewer tokens and repetitions keep within it, about.")
     ] = 100.0,
-    compile: Annotated[bool, typer.Option(help="Also time compiled blocks.")] = True,
+    compile: Annotated[bool, typer.Option("--compile", help="Also time compiled blocks.")] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
     ] = None,

@@ -41,7 +41,7 @@ def say(results: Results, value: float | None, difference: bool = False) -> str:
 
 def say_interval(results: Results, found: IntervalNumbers | None, difference: bool = False) -> str:
     """A confidence interval in words, "1.2 to 3.4 points"; `NONE` where there is none."""
-    if found is None or found["low"] is None:
+    if found is None or found["low"] is None or found["high"] is None:
         return NONE
     ends = [found["low"], found["high"]]
     if results["settings"]["metric"] == "accuracy" and not difference:

@@ -102,7 +102,7 @@ def test_the_command(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     texts = tmp_path / "texts.txt"
     texts.write_text("word1 word2 word3\nword4 word5\n")
-    arguments = ["bench", str(folder), "--rank", "4", "--no-compile", "--json", "--data"]
+    arguments = ["bench", str(folder), "--rank", "4", "--json", "--data"]
     done = CliRunner().invoke(app, [*arguments, str(texts), "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
