@@ -169,6 +169,8 @@ class Place:
 
     def finish(self, name: str, folder: Path, kept: dict[str, bytes]) -> list[str]:
         """Run the job again to its end: what differs from an undisturbed run, or was lost."""
+        if result(listing(folder)) == self.whole[name]:
+            return []  # whole already; a second `export` would refuse to touch it
         status, said = self.run(name, folder)
         if status != 0:
             return [f"{name}: resumed, it ends with {status}: {said[-600:]}"]
@@ -210,40 +212,47 @@ def place() -> Iterator[Place]:
 
 
 def kills(
-    seconds: float, seed: int = 0, most: float = float("inf"), names: tuple[str, ...] = NAMES
+    here: Place,
+    seconds: float,
+    seed: int = 0,
+    most: float = float("inf"),
+    names: tuple[str, ...] = NAMES,
 ) -> Counts:
     """SIGKILL at random moments of the jobs, once or twice, each then run to its end."""
     random, deadline = Random(seed), time.monotonic() + seconds
     counts: Counts = {f"killed in {name}": 0 for name in names} | {"resumed": 0}
     faults: list[str] = []
-    with place() as here:
-        for name in names:
-            here.measure(name)
-        done = 0
-        while done < most and time.monotonic() < deadline:
-            name = names[done % len(names)]
-            folder = here.start(name)
-            before = listing(folder)
-            kept: dict[str, bytes] = {}
-            for _ in range(random.choice((1, 1, 2))):
-                after = random.uniform(0, here.seconds[name])
-                status, said = here.run(name, folder, kill_after=after)
-                if status == -9:
-                    counts[f"killed in {name}"] += 1
-                elif status != 0:
-                    faults.append(f"{name}: ended with {status} before its kill: {said[-600:]}")
-                if odd := here.harmed(name, before, listing(folder)):
-                    faults.append(f"{name}: killed after {after:.3f} s: harmed {odd[:5]}")
-                kept |= here.kept(name, folder)
-            faults += here.finish(name, folder, kept)
-            counts["resumed"] += 1
-            shutil.rmtree(folder)
-            done += 1
+    for name in names:
+        here.measure(name)
+    done = 0
+    while done < most and time.monotonic() < deadline:
+        name = names[done % len(names)]
+        folder = here.start(name)
+        before = listing(folder)
+        kept: dict[str, bytes] = {}
+        for _ in range(random.choice((1, 1, 2))):
+            after = random.uniform(0, here.seconds[name])
+            status, said = here.run(name, folder, kill_after=after)
+            if status == -9:
+                counts[f"killed in {name}"] += 1
+            elif status != 0:
+                faults.append(f"{name}: ended with {status} before its kill: {said[-600:]}")
+            if odd := here.harmed(name, before, listing(folder)):
+                faults.append(f"{name}: killed after {after:.3f} s: harmed {odd[:5]}")
+            kept |= here.kept(name, folder)
+        faults += here.finish(name, folder, kept)
+        counts["resumed"] += 1
+        shutil.rmtree(folder)
+        done += 1
     return counts | {"faults": faults}
 
 
 def full_disk(
-    seconds: float, seed: int = 0, most: float = float("inf"), names: tuple[str, ...] = NAMES
+    here: Place,
+    seconds: float,
+    seed: int = 0,
+    most: float = float("inf"),
+    names: tuple[str, ...] = NAMES,
 ) -> Counts:
     """The n-th write fails, or files cannot grow: one line, nothing harmed, the next run is right.
 
@@ -255,29 +264,28 @@ def full_disk(
     random, deadline = Random(seed), time.monotonic() + seconds
     counts: Counts = {"writes": 0} | {f"failed in {name}": 0 for name in names}
     faults: list[str] = []
-    with place() as here:
-        for name in names:
-            here.measure(name)
-        starts = {name: random.randrange(here.calls[name]) for name in names}
-        counts["writes"] = sum(here.calls.values())
-        done = 0
-        while done < most and time.monotonic() < deadline:
-            name, turn = names[done % len(names)], done // len(names)
-            at = 1 + (starts[name] + turn) % here.calls[name]
-            fault = Fault(at, random.choice((errno.ENOSPC, errno.EROFS)))
-            if turn % 4 == 3:
-                fault = Fault(largest=int(here.largest[name] * random.random() ** 3))
-            folder = here.start(name)
-            before = listing(folder)
-            status, said = here.run(name, folder, fault)
-            lines = [line for line in said.splitlines() if line.startswith("adarank: error: ")]
-            if status == 2 and len(lines) == 1 and "Traceback" not in said:
-                counts[f"failed in {name}"] += 1
-            elif status != 0:
-                faults.append(f"{name}: {fault}: ended with {status}: {said[-1500:]}")
-            if odd := here.harmed(name, before, listing(folder)):
-                faults.append(f"{name}: {fault}: harmed {odd[:5]}")
-            faults += here.finish(name, folder, here.kept(name, folder))
-            shutil.rmtree(folder)
-            done += 1
+    for name in names:
+        here.measure(name)
+    starts = {name: random.randrange(here.calls[name]) for name in names}
+    counts["writes"] = sum(here.calls.values())
+    done = 0
+    while done < most and time.monotonic() < deadline:
+        name, turn = names[done % len(names)], done // len(names)
+        at = 1 + (starts[name] + turn) % here.calls[name]
+        fault = Fault(at, random.choice((errno.ENOSPC, errno.EROFS)))
+        if turn % 4 == 3:
+            fault = Fault(largest=int(here.largest[name] * random.random() ** 3))
+        folder = here.start(name)
+        before = listing(folder)
+        status, said = here.run(name, folder, fault)
+        lines = [line for line in said.splitlines() if line.startswith("adarank: error: ")]
+        if status == 2 and len(lines) == 1 and "Traceback" not in said:
+            counts[f"failed in {name}"] += 1
+        elif status != 0:
+            faults.append(f"{name}: {fault}: ended with {status}: {said[-1500:]}")
+        if odd := here.harmed(name, before, listing(folder)):
+            faults.append(f"{name}: {fault}: harmed {odd[:5]}")
+        faults += here.finish(name, folder, here.kept(name, folder))
+        shutil.rmtree(folder)
+        done += 1
     return counts | {"faults": faults}
