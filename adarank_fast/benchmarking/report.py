@@ -43,7 +43,7 @@ class Benchmark:
     def table(self) -> str:
         """The table and what it says as fixed-width text of at most 80 columns."""
         said = [textwrap.fill(line, 80, subsequent_indent="  ") for line in self.reading()]
-        return "\n".join([self._title(), plain_text(self._rich()), *said])
+        return "\n".join([self._title(), plain_text(self._rich(), width=80), *said])
 
     def __str__(self) -> str:
         return self.table()

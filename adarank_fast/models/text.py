@@ -49,11 +49,11 @@ def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
         ) from error
 
 
-def plain_text(*tables: RenderableType, blank_lines: bool = False) -> str:
-    """Rich tables as text: at full width, without colours and spaces at line ends."""
+def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = 10_000) -> str:
+    """Rich tables as text: `width` columns at most, without colours and spaces at line ends."""
     from rich.console import Console
 
-    console = Console(width=10_000, color_system=None, markup=False, highlight=False, emoji=False)
+    console = Console(width=width, color_system=None, markup=False, highlight=False, emoji=False)
     with console.capture() as captured:
         for table in tables:
             console.print(table)

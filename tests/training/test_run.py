@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     for kind in ("bert", "llama"):
         save_tiny(kind, root / kind)
     for count in (2, 3, 50):
-        names = [f"{'class'} {i % count}" for i in range(max(60, count))]
+        names = [f"{'class'} {i % count}" for i in range(max(60, 4 * count))]
         rows = [f"{EXAMPLES[i % 60][0]},{name}" for i, name in enumerate(names)]
         (root / f"{count}.csv").write_text("\n".join(["text,label", *rows]))
     rows = [{"prompt": text, "completion": f" {WORDS[i]}"} for i, (text, _) in enumerate(EXAMPLES)]
@@ -246,11 +246,11 @@ def test_models_that_are_no_language_model(adarank, folder, tmp_path_factory, ki
 
 
 def test_a_label_that_is_not_called_one_is_a_question(adarank, folder):
-    Path("reviews.csv").write_text("review,sentiment\n" + "word1 word2,good\nword3,bad\n" * 4)
+    Path("reviews.csv").write_text("review,verdict\n" + "word1 word2,good\nword3,bad\n" * 4)
     arguments = ("train", folder / "llama", "--data", "reviews.csv", "--rank", 2, "--max-steps", 1)
     status, _, err = adarank(*arguments)
-    assert status == 2 and "sentiment" in err and "--label-column" in err
-    assert adarank(*arguments, "--label-column", "sentiment")[0] == 0
+    assert status == 2 and "verdict" in err and "--label-column" in err
+    assert adarank(*arguments, "--label-column", "verdict")[0] == 0
     assert json.loads(Path("adapter/training.json").read_text())["classes"] == ["bad", "good"]
     assert adarank(*arguments, "--task", "causal-lm")[0] == 0
     assert json.loads(Path("adapter/training.json").read_text())["form"] == "text"
