@@ -22,3 +22,15 @@ def run(arms=ARMS, seeds=2, model=encoder, **changes):
     return ada.compare(
         model, EXAMPLES[:40], EXAMPLES[40:], arms, seeds, **OPTIONS | words | changes
     )
+
+
+class Killed(Exception):
+    pass
+
+
+def named(name):
+    def allocator(problem):
+        return problem.uniform
+
+    allocator.__name__ = name
+    return allocator
