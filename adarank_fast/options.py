@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from importlib.metadata import entry_points
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
@@ -197,6 +198,24 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
         raise AdarankError(f"{argument} {name!r}: {error}; give module:function") from error
     finally:
         sys.path.remove("")
+
+
+def find_function(argument: str, name: str, group: str) -> Callable[..., Any] | None:
+    """The function of an entry point of `group`, or that `module:function` names; None: neither.
+
+    Args:
+        argument: for messages.
+        name: what the user gave.
+        group: of entry points, such as "adarank.metrics".
+
+    Raises:
+        AdarankError: the module or the function is not there.
+    """
+    for entry in entry_points(group=group):
+        if entry.name == name:
+            found: Callable[..., Any] = entry.load()
+            return found
+    return load_function(argument, name) if ":" in name else None
 
 
 def parse_scaling(text: str) -> str | float:

@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
-from adarank_fast.options import load_function
+from adarank_fast.options import find_function
 from adarank_fast.plan.allocation import allocate_ranks
 
 if TYPE_CHECKING:
@@ -196,11 +195,8 @@ def find_allocator(arm: str | Allocator) -> tuple[str, Allocator]:
         return arm, ALLOCATORS[arm]
     if arm.endswith(".json"):
         return Path(arm).stem, lambda problem: load_plan(arm)
-    for entry in entry_points(group=GROUP):
-        if entry.name == arm:
-            return arm, entry.load()
-    if ":" in arm:
-        return arm.partition(":")[2], load_function("arm", arm)
+    if (found := find_function("arm", arm, GROUP)) is not None:
+        return arm.partition(":")[2] or arm, found
     raise AdarankError(
         f"arm {arm!r} is unknown; use {', '.join(ALLOCATORS)}, a plan file (.json) or "
         "module:function"

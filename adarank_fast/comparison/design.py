@@ -23,7 +23,7 @@ from adarank_fast.options import (
     check_choice,
     check_integer,
     check_number,
-    load_function,
+    find_function,
     option,
     parse_numbers,
     parse_scaling,
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 DEFAULT_ARMS = ("adarank", "uniform")
 LEARNING_RATES = {"classification": (1e-3, 2e-3, 4e-3), "causal-lm": (2e-4, 5e-4, 1e-3)}
 
+METRICS = "adarank.metrics"  # group of entry points
+
 
 @dataclass(frozen=True)
 class Design:
@@ -49,7 +51,8 @@ class Design:
         seeds: how many, from 0; or the seeds.
         average_rank: of uniform LoRA, whose number of parameters is every arm's budget.
         task: "classification", "causal-lm", or "auto": classification if the data have labels.
-        metric: None: accuracy or perplexity. Else a function of predictions and labels that returns
+        metric: None: accuracy or perplexity. Else a name, `module:function` or an entry point of
+            `adarank.metrics`, or a function of predictions and labels that returns
             a number: logits [N, C] and labels [N], or for language models the likeliest tokens [M]
             and the true ones [M].
         greater_is_better: of your metric; it decides between learning rates.
@@ -80,7 +83,6 @@ class Design:
         "module:function of predictions and labels.",
         shown="accuracy, perplexity",
         kind=str | None,
-        parse=partial(load_function, "--metric"),
     )
     greater_is_better: bool = option(
         True,
@@ -126,7 +128,11 @@ class Design:
         check_choice("task", self.task, ("auto", *TASKS))
         check_choice("dtype", self.dtype, DTYPES)
         if self.metric is not None and not callable(self.metric):
-            raise AdarankError(f"metric must be a function or None, got {self.metric!r}")
+            given: object = self.metric
+            found = find_function("metric", given, METRICS) if isinstance(given, str) else None
+            if found is None:
+                raise AdarankError(f"metric must be a function or module:function, got {given!r}")
+            object.__setattr__(self, "metric", found)
         if self.learning_rates is not None:
             rates = list(self.learning_rates)
             numbers = all(rate in RANGES["learning_rate"] for rate in rates)

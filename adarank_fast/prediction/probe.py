@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
-from adarank_fast.options import DTYPES, OUTPUTS, Range, check_choice, check_number, option
+from adarank_fast.options import (
+    DTYPES,
+    OUTPUTS,
+    Range,
+    check_choice,
+    check_number,
+    find_function,
+    option,
+)
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_kernels.disagreement.choices import METRICS
+
+GROUP = "adarank.outputs"  # of entry points
 
 
 def parse_trials(text: str) -> int | AdaptiveTrials:
@@ -36,7 +46,8 @@ class Probe:
     Attributes:
         output: what must not move: "auto" (a language model's logits if its head was loaded, else
             the mean-pooled last hidden state), "pooler", "last_hidden_state", "logits", or a
-            callable that takes the model's outputs and returns a [B, ...] tensor.
+            callable that takes the model's outputs and returns a [B, ...] tensor: also its name,
+            as `module:function` or as an entry point of the group `adarank.outputs`.
         metric: "l1", "tv", "kl", "js" or "argmax"; see `disagreement_sums`.
         trials: perturbations of each module, or `AdaptiveTrials`: as many as its rank needs.
         seed: of the noise. The plan depends on it, not on batch sizes or the order of modules.
@@ -45,7 +56,7 @@ class Probe:
     """
 
     output: str | Callable[[Any], Any] = option(
-        "auto", f"What must not move: {', '.join(OUTPUTS)}.", kind=str
+        "auto", f"What must not move: {', '.join(OUTPUTS)} or module:function.", kind=str
     )
     metric: str = option("l1", f"How far it moved: {', '.join(METRICS)}.")
     trials: int | AdaptiveTrials = option(
@@ -64,9 +75,14 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not callable(self.output) and self.output not in OUTPUTS:
-            raise AdarankError(
-                f"output={self.output!r} is unknown; use one of {', '.join(OUTPUTS)} or a callable"
-            )
+            name = self.output
+            found = find_function("output", name, GROUP) if isinstance(name, str) else None
+            if found is None:
+                raise AdarankError(
+                    f"output={name!r} is unknown; use one of {', '.join(OUTPUTS)}, module:function "
+                    "or a callable"
+                )
+            object.__setattr__(self, "output", found)
         check_choice("metric", self.metric, METRICS)
         if not isinstance(self.trials, AdaptiveTrials):
             object.__setattr__(self, "trials", check_number("trials", self.trials))

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
+from adarank_fast import options
 from adarank_fast.comparison import allocators
 from adarank_fast.comparison.allocators import (
     ALLOCATORS,
@@ -108,7 +109,7 @@ def test_allocators_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert allocate("mine_to_try:even", asked).ranks == asked.uniform.ranks
     installed = EntryPoint("even_too", "mine_to_try:even", allocators.GROUP)
-    monkeypatch.setattr(allocators, "entry_points", lambda group: [installed])
+    monkeypatch.setattr(options, "entry_points", lambda group: [installed])
     assert allocate("even_too", asked).ranks == asked.uniform.ranks
     with pytest.raises(ValueError, match="'mine_to_try:odd': .*; give module:function"):
         allocate("mine_to_try:odd", asked)
