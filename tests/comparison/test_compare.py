@@ -237,7 +237,7 @@ BAD = {
     "trials": (dict(trials=0), "trials must be a positive integer, got 0"),
     "seed": (dict(seeds=[2**32]), r"seeds must be .* below 2\*\*32"),
     "no rate": (dict(learning_rates=(math.nan,)), r"learning_rates must be .* got \[nan\]"),
-    "no function": (dict(metric="f1"), "metric must be a function or None, got 'f1'"),
+    "no function": (dict(metric="f1"), "metric must be a function or module:function, got 'f1'"),
     "scaling": (dict(scaling="big"), "scaling"),
     "dtype": (dict(dtype="int8"), "dtype='int8' is unknown"),
     "misspelt": (dict(epoch=1), "no argument 'epoch'; did you mean 'epochs'"),
