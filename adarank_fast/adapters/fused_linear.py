@@ -236,6 +236,7 @@ def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
             output = output.clone()
         bases.append(output)
     lora_As, lora_Bs, scalings = zip(*[low_rank(adapters) for adapters in terms], strict=True)
+    dropouts = [p for p in map(dropout_of, layers) if p is not None]
     outputs = grouped_lora_linear(
         x,
         weights,
@@ -243,7 +244,7 @@ def _compute_anew(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
         lora_Bs,
         scalings,
         biases,
-        dropout=next((p for layer in layers if (p := dropout_of(layer)) is not None), 0.0),
+        dropout=dropouts[0] if dropouts else 0.0,
         base_outputs=bases,
     )
     return [finished(*each) for each in zip(outputs, weights, own_biases, terms, strict=True)]

@@ -6,6 +6,7 @@ float64 PEFT is the truth; the error of fused layers is at most twice that of PE
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -242,11 +243,13 @@ def test_an_adapter_that_comes_later():
     fused = ada.accelerate(copy.deepcopy(plain))
     x = torch.randn(9, 40)
     results(fused, x), results(fused, x)
+    takes = inspect.signature(plain.base_model.model.k.update_layer).parameters
+    rest = dict(lora_dropout=0.0, init_lora_weights=True, use_rslora=False)  # PEFT 0.18 asks
     for model in (plain, fused):
         torch.manual_seed(4)
-        model.base_model.model.k.update_layer(
-            "other", 4, lora_alpha=8, config=model.peft_config["other"]
-        )
+        options = {name: value for name, value in rest.items() if name in takes}
+        options |= {"config": model.peft_config["other"]} if "config" in takes else {}
+        model.base_model.model.k.update_layer("other", 4, lora_alpha=8, **options)
         nn.init.ones_(model.base_model.model.k.lora_B["other"].weight)
     assert not torch.allclose(plain(x), model_of("absent", torch.float32, torch.float32)(x))
     for _ in range(2):
@@ -291,6 +294,8 @@ def test_norms_that_peft_keeps(monkeypatch):
     fused = ada.accelerate(copy.deepcopy(plain))
     x = torch.randn(9, 40)
     fused(x)
+    if not hasattr(dora, "ENABLE_DORA_CACHING"):
+        pytest.skip("this PEFT keeps no norms")
     monkeypatch.setattr(dora, "ENABLE_DORA_CACHING", True)
     torch.testing.assert_close(fused(x), plain(x))
     assert reasons(fused) == {"DoRA whose norms PEFT caches"}
