@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from adarank_fast.adapters.fused_linear import FUSED, fused_classes, fused_layers, thread
+from adarank_fast.adapters.fused_linear import fused_classes, fused_layers, thread
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
 from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
 from adarank_fast.adapters.peft_private import Layer
+from adarank_fast.adapters.swapped import Swapped
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
 from adarank_fast.undo import undone, undone_on_error
@@ -116,20 +117,19 @@ def restore(peft_model: nn.Module) -> nn.Module:
     """Plain PEFT again: the same weights, classes and hooks as before `accelerate`.
 
     Raises:
-        AdarankError: LoRA layers got another class since (`fully_shard` on each); none changes.
+        AdarankError: a module got another class since (`fully_shard` on it); none changes.
     """
-    plain = {fused: cls for cls, fused in FUSED.items()}
-    layers = list(fused_layers(peft_model))
-    for path, layer in layers:
-        if type(layer) not in plain:
+    for path, module in peft_model.named_modules():
+        if isinstance(module, Swapped) and type(module) not in module.PLAIN:
             raise AdarankError(
-                f"{path} became a {type(layer).__name__} after accelerate; restore before sharding"
+                f"{path} became a {type(module).__name__} after accelerate; restore before sharding"
             )
+    layers = list(fused_layers(peft_model))
     thread.clear()
     before = [(layer, type(layer), {"_adarank": layer._adarank}) for _, layer in layers]
     with undone_on_error(partial(_put_back, before)):
         for _, layer in layers:
-            layer.__class__ = plain[type(layer)]
+            layer.__class__ = layer.plain_class()
             del layer._adarank
         restore_gated_mlps(peft_model)
     return peft_model

@@ -8,11 +8,9 @@ not cover goes through PEFT's own forward, counted and with its reason.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from copyreg import _reconstructor  # type: ignore[attr-defined]
-from typing import Any, SupportsIndex
+from typing import ClassVar
 
 import torch
 from peft.tuners import lora
@@ -36,6 +34,7 @@ from adarank_fast.adapters.groups import (
 )
 from adarank_fast.adapters.members import AnyMember, remember
 from adarank_fast.adapters.peft_private import Layer, TorchaoLoraLinear, bitsandbytes_layers
+from adarank_fast.adapters.swapped import Swapped
 from adarank_fast.adapters.terms import (
     adapters_of,
     bias_of,
@@ -54,9 +53,11 @@ thread = ThreadState()
 _is_compiling = torch.compiler.is_compiling
 
 
-class _Fused:
-    """Mixed in before a PEFT layer's class; overrides `forward` and what would show the class."""
+class _Fused(Swapped):
+    """Mixed in before a PEFT layer's class."""
 
+    HIDDEN = "_adarank"
+    PLAIN: ClassVar[dict[type, type]] = {}
     _adarank: LayerState
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -106,20 +107,6 @@ class _Fused:
                 thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
         return outputs[0]
 
-    def _get_name(self) -> str:
-        return _plain_class(type(self)).__name__
-
-    def __deepcopy__(self, memo: dict[int, object]) -> object:
-        new: Any = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return new
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        """As PEFT's own layer: who loads it need not have this package."""
-        state = {key: value for key, value in self.__dict__.items() if key != "_adarank"}
-        return _reconstructor, (_plain_class(type(self)), object, None), state
-
 
 class FusedLinear(_Fused, lora.Linear):
     """`peft.tuners.lora.Linear` with a fused forward."""
@@ -130,6 +117,8 @@ class FusedTorchaoLinear(_Fused, TorchaoLoraLinear):
 
 
 FUSED: dict[type, type] = {lora.Linear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLinear}
+PLAIN = _Fused.PLAIN
+PLAIN |= {fused: plain for plain, fused in FUSED.items()}
 
 
 def fused_classes() -> dict[type, type]:
@@ -138,15 +127,8 @@ def fused_classes() -> dict[type, type]:
         if plain not in FUSED:
             fused = type(f"Fused{plain.__name__}", (_Fused, plain), {"__module__": __name__})
             globals()[fused.__name__] = FUSED[plain] = fused
+            PLAIN[fused] = plain
     return FUSED
-
-
-def _plain_class(fused: type) -> type:
-    """PEFT's class behind a fused one, or behind what something else made of it."""
-    for plain, cls in FUSED.items():
-        if issubclass(fused, cls):
-            return plain if fused is cls else fused
-    return fused
 
 
 def _same_kind(member: AnyMember, x: Tensor) -> bool:

@@ -8,11 +8,9 @@ structure, and if outputs and gradients then agree with those of its own forward
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from copyreg import _reconstructor  # type: ignore[attr-defined]
 from functools import partial
-from typing import Any, SupportsIndex, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adarank_fast.adapters.groups import may_be_repeated
+from adarank_fast.adapters.swapped import Swapped
 from adarank_fast.undo import undone
 from adarank_kernels.lora.op import is_watched
 
@@ -56,9 +55,11 @@ class Structure:
         )
 
 
-class _GatedMLP:
+class _GatedMLP(Swapped):
     """Mixed in before a module's class."""
 
+    HIDDEN = "_adarank_mlp"
+    PLAIN: ClassVar[dict[type, type]] = {}
     _adarank_mlp: Structure
 
     def forward(self, *args: Tensor, **kwargs: object) -> Tensor:
@@ -70,32 +71,11 @@ class _GatedMLP:
             or not torch.is_grad_enabled()
             or is_watched(args[0])
             or may_be_repeated()
-            or not structure.holds(self, _plain_class(type(self)))  # type: ignore[arg-type]
+            or not structure.holds(self, self.plain_class())  # type: ignore[arg-type]
         ):
             output: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
             return output
         return _compute(self, structure, args[0])
-
-    def _get_name(self) -> str:
-        return _plain_class(type(self)).__name__
-
-    def __deepcopy__(self, memo: dict[int, object]) -> object:
-        new: Any = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return new
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        """As its own class: who loads it need not have this package."""
-        state = {key: value for key, value in self.__dict__.items() if key != "_adarank_mlp"}
-        return _reconstructor, (_plain_class(type(self)), object, None), state
-
-
-_CLASSES: dict[type, type] = {}  # class -> its subclass that recomputes
-
-
-def _plain_class(cls: type) -> type:
-    return next(c for c in cls.__mro__ if not issubclass(c, _GatedMLP))
 
 
 def _compute(module: Any, structure: Structure, x: Tensor) -> Tensor:
@@ -312,10 +292,12 @@ def recompute_gated_mlps(model: nn.Module) -> int:
         if structure is None:
             continue
         plain = type(module)
-        if plain not in _CLASSES:
-            _CLASSES[plain] = type(plain.__name__, (_GatedMLP, plain), {"__module__": __name__})
+        swapped = next((cls for cls, old in _GatedMLP.PLAIN.items() if old is plain), None)
+        if swapped is None:
+            swapped = type(plain.__name__, (_GatedMLP, plain), {"__module__": __name__})
+            _GatedMLP.PLAIN[swapped] = plain
         cast(Any, module)._adarank_mlp = structure
-        module.__class__ = _CLASSES[plain]
+        module.__class__ = swapped
     return sum(1 for _ in gated_mlps(model))
 
 
@@ -328,7 +310,7 @@ def restore_gated_mlps(model: nn.Module, but: Set[nn.Module] = frozenset()) -> N
     """Their own classes again."""
     for module in gated_mlps(model):
         if module not in but:
-            module.__class__ = _plain_class(type(module))
+            module.__class__ = _GatedMLP.PLAIN[type(module)]
             module.__dict__.pop("_adarank_mlp", None)
 
 

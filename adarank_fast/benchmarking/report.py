@@ -7,13 +7,12 @@ import json
 import os
 import textwrap
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from adarank_fast.benchmarking.arms import OURS
-from adarank_fast.errors import AdarankError, AdarankImportError
+from adarank_fast.errors import AdarankError
 from adarank_fast.files import own_folder, write_text, writing
-from adarank_fast.models.text import plain_text
+from adarank_fast.models.text import data_frame, plain_text
 from adarank_fast.plots.runs import plot_intervals
 
 KIND = "benchmark"  # its mark
@@ -61,10 +60,6 @@ class Benchmark:
         Raises:
             AdarankImportError: pandas is not installed.
         """
-        if find_spec("pandas") is None:
-            raise AdarankImportError("to_frame needs pandas: pip install pandas")
-        from pandas import DataFrame
-
         rows = {}
         for name, numbers in self.results["arms"].items():
             row = {key: value for key, value in numbers.items() if not isinstance(value, list)}
@@ -73,7 +68,7 @@ class Benchmark:
                 row |= {key: found.get("value")}
                 row |= {f"{key}_{end}": found.get(end) for end in ("low", "high")}
             rows[name] = row
-        return DataFrame.from_dict(rows, orient="index")
+        return data_frame(rows)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write table.txt, results.json and steps.png into `folder`.

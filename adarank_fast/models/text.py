@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from adarank_fast.errors import AdarankError
+from adarank_fast.errors import AdarankError, AdarankImportError
 
 if TYPE_CHECKING:
+    import pandas
     from rich.console import RenderableType
 
 
@@ -47,6 +49,19 @@ def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
         raise AdarankError(
             f"cannot load the {what} {name!r} ({where}){remedy}: {first_line(error)}"
         ) from error
+
+
+def data_frame(rows: Mapping[str, Mapping[str, object]]) -> pandas.DataFrame:
+    """A row for each key, a column for each key of the rows.
+
+    Raises:
+        AdarankImportError: pandas is not installed.
+    """
+    if find_spec("pandas") is None:
+        raise AdarankImportError("to_frame needs pandas: pip install pandas")
+    from pandas import DataFrame
+
+    return DataFrame.from_dict(rows, orient="index")
 
 
 def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = 10_000) -> str:

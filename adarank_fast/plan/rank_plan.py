@@ -11,16 +11,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from adarank_fast.errors import AdarankError, AdarankImportError, printable
+from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import write_text
 from adarank_fast.json_values import MOST, Value, said
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
-from adarank_fast.models.text import plain_text
+from adarank_fast.models.text import data_frame, plain_text
 from adarank_fast.options import check_number, gather, refuse_unknown
 from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
 from adarank_fast.plan.budget import ALLOCATIONS, Budget, BudgetOptions
@@ -252,10 +251,6 @@ class RankPlan:
         Raises:
             AdarankImportError: pandas is not installed.
         """
-        if find_spec("pandas") is None:
-            raise AdarankImportError("to_frame needs pandas: pip install pandas")
-        from pandas import DataFrame
-
         rows = {}
         for name, rank in self.ranks.items():
             fan_in, fan_out = self.sizes[name]
@@ -264,7 +259,7 @@ class RankPlan:
             if score := self.scores.get(name):
                 row |= {"disagreement": score.mean, "std": score.std, "trials": len(score.trials)}
             rows[name] = row
-        return DataFrame.from_dict(rows, orient="index")
+        return data_frame(rows)
 
     def table(self) -> str:
         """The plan as fixed-width text, one line per module, without colours.

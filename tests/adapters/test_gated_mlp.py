@@ -315,3 +315,15 @@ def test_compiled_blocks_are_left_to_the_compiler(monkeypatch: pytest.MonkeyPatc
     layer = model.get_submodule("base_model.model.model.layers.0.mlp")
     layer.compile(backend="aot_eager")
     assert all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(step(model), expected, strict=True))
+
+
+def test_what_something_else_made_of_a_gated_mlp_is_not_restored() -> None:
+    """`fully_shard` gives a module a class of its own."""
+    model = recomputing(adapted())
+    mlp = next(gated_mlps(model))
+    made = type("Sharded", (type("Base", (), {}), type(mlp)), {})
+    mlp.__class__ = made
+    with pytest.raises(ada.AdarankError, match="became a Sharded after accelerate"):
+        ada.restore(model)
+    assert type(mlp) is made and "FusedLinear" in type(mlp.up_proj).__name__
+    assert mlp._get_name() == "Sharded"

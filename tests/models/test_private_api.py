@@ -130,6 +130,7 @@ def test_int8_of_bitsandbytes():
     layer.load_state_dict({"weight": weight, "bias": torch.zeros(8)})
     layer = layer.to("cpu")
     assert bitsandbytes_private.is_int8(layer)
-    torch.testing.assert_close(
-        bitsandbytes_private.dequantise_int8(layer), weight, rtol=0, atol=0.03
-    )
+    half_a_step = weight.abs().amax(1, keepdim=True) / 254
+    in_half = weight.abs() * 2**-10  # it quantises the weights, and keeps the scales, of float16
+    error = bitsandbytes_private.dequantise_int8(layer) - weight
+    assert (error.abs() <= half_a_step + in_half).all()

@@ -1,0 +1,38 @@
+"""Modules whose class was swapped for a subclass: shown, copied and pickled as what they were."""
+
+from __future__ import annotations
+
+import copy
+from copyreg import _reconstructor  # type: ignore[attr-defined]
+from typing import Any, ClassVar, SupportsIndex
+
+
+class Swapped:
+    """Mixed in before a module's class.
+
+    Attributes:
+        HIDDEN: the attribute that came with the swap; pickles leave it out.
+        PLAIN: of the mixin: subclass -> the class that it stands for.
+    """
+
+    HIDDEN: ClassVar[str]
+    PLAIN: ClassVar[dict[type, type]]
+
+    @classmethod
+    def plain_class(cls) -> type:
+        """The class before the swap, or what something else (`fully_shard`) made of the swapped."""
+        return cls.PLAIN.get(cls, cls)
+
+    def _get_name(self) -> str:
+        return self.plain_class().__name__
+
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
+        new: Any = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        """As its own class: who loads it need not have this package."""
+        state = {key: value for key, value in self.__dict__.items() if key != self.HIDDEN}
+        return _reconstructor, (self.plain_class(), object, None), state
