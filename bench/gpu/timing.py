@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,6 +66,30 @@ class Events:
 
     def seconds(self, run: Callable[[], object]) -> float:
         return event_seconds(run)
+
+
+class Host(Events):
+    """The host's clock until the last launch is issued: the card's own time is no part of it."""
+
+    name = "host"
+
+    def ready(self, step: Step) -> Callable[[], object]:
+        for _ in range(3):
+            step.before()
+            step.run()
+        return step.run
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        wait()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+
+def wait() -> None:
+    """For all that was launched, where there is a card."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class Graphs(Events):
@@ -127,11 +153,12 @@ def _free_generator() -> None:
 
 
 def timed(
-    steps: dict[str, Step], repetitions: int, timer: Timer
+    steps: dict[str, Step], repetitions: int, timer: Timer, limit: float = math.inf
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds a call of every repetition of every step, interleaved; why others failed.
 
-    A step that cannot be prepared is left out with its reason.
+    A step that cannot be prepared is left out with its reason. After `limit` seconds no other
+    repetition begins.
     """
     runs: dict[str, Callable[[], object]] = {}
     failed: dict[str, str] = {}
@@ -146,7 +173,7 @@ def timed(
         steps[name].before()
         return timer.seconds(runs[name]) / steps[name].calls
 
-    return interleaved(runs, seconds_of, repetitions), failed
+    return interleaved(runs, seconds_of, repetitions, limit), failed
 
 
 def reason(error: BaseException) -> str:
@@ -173,8 +200,8 @@ def refusal(check: Callable[[], object]) -> str | None:
 def release() -> None:
     """Give back what a row held; raises if the card no longer answers."""
     gc.collect()
+    wait()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
