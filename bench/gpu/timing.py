@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adarank_fast.adapters.torch_private import free_generator
 from adarank_fast.benchmarking import measure
 from adarank_fast.benchmarking.measure import event_seconds, interleaved
 
@@ -124,7 +125,7 @@ class Graphs(Events):
         except Exception:
             torch.cuda.set_stream(outside)  # a capture that breaks off does not
             self.stream, self.graphs = torch.cuda.Stream(), []
-            _free_generator()
+            free_generator(torch.device("cuda", torch.cuda.current_device()))
             raise
         self.graphs.append(graph)
         self._believe(graph, [] if written is None else list(written))
@@ -141,15 +142,6 @@ class Graphs(Events):
         torch.cuda.synchronize()
         if not all(bool(tensor.isfinite().all()) for tensor in floating):
             raise ArithmeticError("a replay of its graph leaves outputs unwritten")
-
-
-def _free_generator() -> None:
-    """Give torch's generator a state of its own again if a broken capture still holds it."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    try:
-        torch.rand(1, device="cuda")
-    except RuntimeError:
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 def timed(
