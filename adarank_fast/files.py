@@ -7,8 +7,8 @@
 - A file that lines are added to: `lock_file`. One run at a time has it.
 - What others write into our folders: `writing` says in one line that the disk is full.
 
-Locks are `flock`'s: they end with the process, however it ends. Where a file system has none,
-nothing is locked.
+Locks leave no files of their own, and end with the process, however it ends. Where a file system
+has no locks, nothing is locked.
 """
 
 from __future__ import annotations
