@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Integral, Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.json_values import MOST
@@ -102,7 +102,7 @@ class Range:
     whole: bool = True
     above: bool = False
 
-    def __contains__(self, value: Any) -> bool:
+    def __contains__(self, value: object) -> bool:
         if not _is_number(value) or self.whole and not isinstance(value, Integral):
             return False
         # NaN is in no range
@@ -150,7 +150,7 @@ RANGES = {
 }
 
 
-def check_number(argument: str, value: Any, within: Range | None = None) -> Any:
+def check_number(argument: str, value: object, within: Range | None = None) -> Any:
     """The value as Python's own int or float, also where it is numpy's.
 
     Args:
@@ -166,7 +166,8 @@ def check_number(argument: str, value: Any, within: Range | None = None) -> Any:
     if value not in within:
         bound = f" and at most {within.most:g}" if _is_number(value) and value > within.most else ""
         raise AdarankError(f"{argument} must be {within}{bound}, got {shown(value)}")
-    return int(value) if within.whole else float(value) if not isinstance(value, int) else value
+    number = cast(float, value)
+    return int(number) if within.whole or isinstance(number, int) else float(number)
 
 
 def check_integer(argument: str, value: object, least: int) -> None:
@@ -174,7 +175,7 @@ def check_integer(argument: str, value: object, least: int) -> None:
     check_number(argument, value, Range(least, MOST))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

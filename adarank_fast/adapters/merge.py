@@ -242,8 +242,7 @@ def _untie(model: PreTrainedModel) -> None:
 def _inside(layer: nn.Module) -> nn.Module:
     if not isinstance(layer, BaseTunerLayer):
         return layer
-    inner: nn.Module = cast(Any, layer).get_base_layer()
-    return inner
+    return layer.get_base_layer()
 
 
 def _say_untied(model: PreTrainedModel) -> None:

@@ -161,17 +161,25 @@ def _predict(
     _check_trials(values, probe.trials, max_seconds)
     scores = {name: Score.from_trials(done) for name, done in values.items()}
     _warn_of_unreached(clean, scores)
-    settings |= {
+    settings |= _asked_for(target_modules, budget, probe, limits)
+    settings["routes"] = prober.routes
+    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes)
+    return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
+
+
+def _asked_for(
+    target_modules: TargetModules, budget: Budget, probe: Probe, limits: Limits
+) -> dict[str, object]:
+    """What the caller asked for, and of which versions, as the plan keeps it."""
+    asked = {
         "target_modules": target_modules,
         "trials": probe.trials if isinstance(probe.trials, int) else vars(probe.trials),
-        "routes": prober.routes,
         **budget.options,
         "versions": {name: version(name) for name in ("adarank-fast", "torch", "transformers")},
     }
-    if max_seconds is not None:
-        settings["max_seconds"] = max_seconds
-    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes)
-    return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
+    if limits.max_seconds is not None:
+        asked["max_seconds"] = limits.max_seconds
+    return asked
 
 
 def _clean_passes(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.options import (
@@ -20,6 +20,9 @@ from adarank_fast.options import (
 )
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_kernels.disagreement.choices import METRICS
+
+if TYPE_CHECKING:
+    import torch
 
 GROUP = "adarank.outputs"  # of entry points
 
@@ -66,7 +69,7 @@ class Probe:
         parse=parse_trials,
     )
     seed: int = option(0, "Of the noise and of the choice of texts.")
-    dtype: Any = option(
+    dtype: torch.dtype | str | None = option(
         None,
         "Run the probes in this type, such as bfloat16, on a copy.",
         flag="probe_dtype",
@@ -135,7 +138,7 @@ class ProbeOptions(TypedDict, total=False):
     metric: str
     trials: int | AdaptiveTrials
     seed: int
-    dtype: Any
+    dtype: torch.dtype | str | None
     checkpoint: str | os.PathLike[str] | None
     max_seconds: float | None
     max_memory: int | None

@@ -87,7 +87,7 @@ class _Context(Protocol):
 
     needs_input_grad: tuple[bool, ...]
     group: Group
-    backend: Any
+    backend: ModuleType
     x_shape: torch.Size
     dtype: torch.dtype
     bases: int
