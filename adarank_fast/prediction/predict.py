@@ -162,7 +162,7 @@ def _predict(
     scores = {name: Score.from_trials(done) for name, done in values.items()}
     _warn_of_unreached(clean, scores)
     settings |= _asked_for(target_modules, budget, probe, limits)
-    settings["routes"] = prober.routes
+    settings |= {"routes": prober.routes, "max_memory": memory.total}
     ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes)
     return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
 
