@@ -1,4 +1,4 @@
-"""What the operating system says of files: who holds a lock, and why a write failed.
+"""Locks of files and folders, and errors of writing in one line.
 
 A lock is taken on an open file or folder itself, so there is no lock file beside it, and none is
 needed where nothing can be written. It ends with the process, however that ends. Where a file
@@ -86,7 +86,7 @@ def is_named(path: Path, opened: int) -> bool:
 
 
 def _error_number(error: Exception) -> int:
-    """The system's number for what went wrong, of whatever a library made of it; 0: none."""
+    """The system's error number, also from a library's own error; 0: there is none."""
     if isinstance(error, OSError):
         return error.errno or 0
     if found := re.search(r"os error (\d+)", str(error)):  # safetensors

@@ -1,9 +1,9 @@
-"""How files are written: whole or not at all, and nothing of others is touched.
+"""How files are written: whole or not at all, and without touching other people's files.
 
 - One file: `replacing`, `write_text`. What was there stays until the new content is on the disk.
 - A folder that appears at once: `new_folder`.
-- A folder that work goes on in: `own_folder`. It carries our mark, and one run at a time has it
-  and may remove it: `remove_folder`.
+- A folder that a run works in: `own_folder`. It carries our mark. One run at a time has it, and
+  that run may remove it: `remove_folder`.
 - A file that lines are added to: `lock_file`. One run at a time has it.
 - What others write into our folders: `writing` says in one line that the disk is full.
 

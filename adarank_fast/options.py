@@ -40,10 +40,10 @@ def option(
         help: what the command line says of it.
         least: the lowest value that the command line takes.
         shown: what the command line shows as the default.
-        flag: its name on the command line, where it is another; with underscores.
-        kind: its type on the command line, where it is another.
-        parse: makes its value of the command line's, where they differ.
-        typed: the default as the command line has it, where it is not simply the default's text.
+        flag: its name on the command line if that differs; with underscores.
+        kind: its type on the command line if that differs.
+        parse: turns the command line's value into the field's, if they differ.
+        typed: the default on the command line, if that is not the text of `default`.
     """
     said = {"help": help, "min": least, "show_default": shown}
     if typed is None:
@@ -72,7 +72,7 @@ def gather(cls: type[T], given: T | float | None, options: dict[str, object]) ->
 
 
 def refuse_unknown(function: str, options: dict[str, object], *classes: type) -> None:
-    """A misspelt keyword is a TypeError, as Python's own is; this one names what was meant."""
+    """Raise a TypeError for a misspelt keyword, as Python does; it suggests the nearest name."""
     for name in options:
         known = [one.name for cls in classes for one in fields(cls)]
         near = difflib.get_close_matches(name, known, 1)
@@ -89,12 +89,12 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be.
+    """The values that a number may have.
 
     Attributes:
         least, most: the smallest and the largest value.
         whole: integers only.
-        above: `least` itself is too small.
+        above: the value must be above `least`.
     """
 
     least: float

@@ -27,10 +27,10 @@ RATE = 1e-4  # of AdamW
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model in eval mode, its storages shared; backward passes go on to its embeddings.
+    """A copy in eval mode that shares the model's storages, with gradients down to its embeddings.
 
-    So the products of the backward pass with the frozen weights are counted for every variant, as
-    they are in training. The model itself stays as it is.
+    So every variant computes the same products with the frozen weights in its backward pass, as it
+    does in training. The model itself stays as it is.
 
     Raises:
         AdarankError: it is offloaded, or its input embeddings cannot be found.

@@ -30,11 +30,14 @@ from adarank_fast.training.data import read_data
 from adarank_fast.training.language_model import full_text, is_chat
 from adarank_fast.training.loading import LANGUAGE_MODELS, calibration_batches, load_pretrained
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of ours against PEFT; other dtypes: 5e-2
-SMALL = 20_000_000  # parameters: up to there the reference is float64
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-9,
+}  # relative, between ours and PEFT; other dtypes: 5e-2
+SMALL = 20_000_000  # models of at most this many parameters are also compared with float64
 FEWEST = 32  # tokens a step
-LEAST, WARM_UP = 5, 2  # repetitions that a fitting step leaves room for; calls before them
-ADAPTED = 1.7  # steps of the frozen base that one with adapters takes, about
+LEAST, WARM_UP = 5, 2  # there must be time for this many repetitions; calls before them
+ADAPTED = 1.7  # time of a step with adapters, in steps of the frozen base, about
 COMPILING = 45.0  # seconds that compiling may take
 
 
@@ -69,23 +72,24 @@ def benchmark(
 ) -> Benchmark:
     """Time training steps of the frozen base, PEFT and adarank-fast, interleaved.
 
-    A step is forward, loss, backward and AdamW, in eval mode. The frozen base's is forward, loss
-    and the backward pass to its embeddings: the floor of every other. Before anything is timed,
-    our loss and gradients are held against PEFT's in the same dtype, and both against float64
-    where the model is small. A variant that differs is not timed and its row says so.
+    A step is forward, loss, backward and AdamW, in eval mode. For the frozen base it is forward,
+    loss and the backward pass down to the embeddings, which every variant does too. Before
+    anything is timed, our loss and gradients are compared with PEFT's in the same dtype, and, if
+    the model is small, both with float64. A variant that differs is not timed; its row says so.
 
     Args:
         model: a transformers model, which stays as it is; or a folder or hub name.
-        plan: ranks, a `RankPlan` or its file; ours is then also timed with uniform ranks of about
-            as many in all. None: uniform LoRA of `rank`.
+        plan: ranks, a `RankPlan` or its file. Ours is then also timed with uniform ranks of about
+            the same sum. None: uniform LoRA of `rank`.
         rank: of the uniform plan.
         data: a file of texts (for a folder or hub name), or one batch: a dict of the model's
             keyword inputs, [B, T] each. None: random tokens.
         target_modules: of the uniform plan.
         batch_size: sequences a step.
         max_length: tokens a sequence.
-        repetitions: of every variant, at most.
-        max_seconds: fewer tokens and repetitions keep within it, about; said in the notes.
+        repetitions: every variant is timed at most this often.
+        max_seconds: approximate time limit. Tokens and repetitions are reduced to fit it, and the
+            notes say so.
         compile: also time ours through `compile_blocks`, where there is time for it.
         device: for a folder or hub name, as `adarank predict` has it.
         dtype: likewise.
@@ -249,7 +253,7 @@ def _fitted(
     length: int,
     count: int,
 ) -> Batch:
-    """The batch, smaller where steps of the frozen base say that there is no time for it."""
+    """The batch, made smaller until the frozen base's step is fast enough for the time limit."""
     batch = given or _random_batch(run, frozen, batch_size, length)
     asked = _tokens(batch)
     while True:
@@ -289,7 +293,7 @@ def _check(
     dtype: torch.dtype,
     rows: dict[str, Row],
 ) -> None:
-    """Hold our gradients against PEFT's; a row of something else gets a "why"."""
+    """Compare our gradients with PEFT's; a variant that differs gets a "why" in its row."""
     tolerance = TOLERANCE.get(dtype, 5e-2)
     reference = None
     if sum(p.numel() for p in arms[FROZEN].parameters()) <= SMALL and dtype == torch.float32:
@@ -330,7 +334,7 @@ def _add_compiled(
     steps: dict[str, Step],
     rows: dict[str, Row],
 ) -> None:
-    """Compile and warm up; a row that says why not where that fails or there is no time."""
+    """Compile and warm up. If that fails or there is no time, the row says why."""
     row = rows[COMPILED] = {"adapter_parameters": rows[OURS]["adapter_parameters"]}
     start = time.perf_counter()
     steps[OURS]()
@@ -372,7 +376,7 @@ def _figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> Row:
     if name in (PEFT, *SAME.values()) or theirs not in seconds:
         return made
     other = interval(lambda m: m[0][theirs] / m[0][FROZEN] - 1, theirs, FROZEN)
-    if other["low"] <= 0:  # no ratio to what may be nothing
+    if other["low"] <= 0:  # PEFT's overhead may be zero
         made["overhead_over_peft"] = None
         return made
 

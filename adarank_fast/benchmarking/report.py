@@ -83,9 +83,9 @@ class Benchmark:
 
     Attributes:
         results: all numbers, as results.json has them: of each variant milliseconds a step,
-            tokens_per_second, overhead over the frozen base (0.2: a fifth more), its ratio to
-            PEFT's in the same dtype, peak_bytes of a step beyond what is held before it, and
-            every repetition's seconds. Intervals are of 95%, by bootstrap.
+            tokens_per_second, overhead over the frozen base (0.2: a fifth more time), its ratio
+            to PEFT's overhead in the same dtype, peak_bytes of a step in addition to what is held
+            before it, and every repetition's seconds. Intervals are 95% bootstrap intervals.
     """
 
     results: Results
@@ -98,7 +98,7 @@ class Benchmark:
         return arms[arm]
 
     def table(self) -> str:
-        """The table and what it says as fixed-width text of at most 80 columns."""
+        """The table and the conclusions as fixed-width text of at most 80 columns."""
         said = [textwrap.fill(line, 80, subsequent_indent="  ") for line in self.reading()]
         return "\n".join([self._title(), plain_text(self._rich(), width=80), *said])
 

@@ -65,11 +65,11 @@ def train(
     ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Train adapters on MODEL; the same command goes on with a run that was cut off."""
+    """Train adapters on MODEL. The same command continues a run that was interrupted."""
     check_choice("--dtype", dtype, DTYPES)
     if settings.early_stopping is not None and eval_data is None:
         raise AdarankError("--early-stopping needs --eval-data to watch")
-    alpha_rule(options.parse_scaling(scaling))  # refuses what is no scaling
+    alpha_rule(options.parse_scaling(scaling))  # refuses an unknown scaling
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training.arguments import config_class, make_arguments
     from adarank_fast.training.loading import check_task
@@ -79,9 +79,9 @@ def train(
     check_adapter_folder(output_folder)
     plan = None if ranks.plan is None else RankPlan.load(ranks.plan)
     rows, held_out = _read(data, eval_data, text_column, label_column, task)
-    config_class(rows.task)  # without trl nothing need be loaded
+    config_class(rows.task)  # refuses a missing trl before a model is loaded
     fields = settings.fields(rows.task)
-    make_arguments(rows.task, fields, output_folder)  # refuses what does not go together
+    make_arguments(rows.task, fields, output_folder)  # refuses fields that contradict each other
     check_task(model, rows.task)
     job = _Job(
         model=model,
@@ -105,7 +105,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Job:
-    """What one call trains, read and checked; `data` are the names of the files."""
+    """All that one call trains with, read and checked; `data` has the names of the files."""
 
     model: str
     rows: Data
@@ -124,7 +124,7 @@ class _Job:
 
     @property
     def source(self) -> dict[str, object]:
-        """Where the ranks come from, as a run that goes on compares it."""
+        """Where the ranks come from, for comparison with the run that is continued."""
         if self.plan is not None:
             return {"plan": self.plan.ranks}
         source: dict[str, object] = {"rank": self.ranks.rank}
@@ -133,7 +133,7 @@ class _Job:
         return {**source, "target_modules": self.target_modules}
 
     def noted(self, network: PreTrainedModel, data: str) -> dict[str, object]:
-        """Everything that must be as it was for a run to go on."""
+        """Everything that must be unchanged for a run to be continued."""
         from adarank_fast.models.identity import digest_weights
 
         return {
@@ -148,7 +148,7 @@ class _Job:
 def _read(
     data: Path, eval_data: Path | None, text_column: str | None, label_column: str | None, task: str
 ) -> tuple[Data, Data | None]:
-    """The training data and the held-out data; what was understood goes to stderr."""
+    """The training data and the held-out data. Says on stderr how they were understood."""
     from adarank_fast.training.data import check_alike, read_data
 
     read = partial(read_data, text_column=text_column, label_column=label_column)
@@ -163,7 +163,7 @@ def _read(
 
 
 def _run(job: _Job) -> Result:
-    """Load the model, give it adapters, train and save them; or go on with such a run."""
+    """Load the model, give it adapters, train and save them; or continue such a run."""
     from transformers import set_seed
 
     from adarank_fast.adapters.inject import inject
@@ -236,7 +236,7 @@ def _fit(
         arguments = make_arguments(rows.task, job.fields, checkpoints)
         trainer = examples.trainer(peft_model, arguments, callbacks)
         training = run(trainer, checkpoints)
-    with peft_model.disable_adapter():  # the base model, and the head as it was drawn
+    with peft_model.disable_adapter():  # the base model, with the head as initialised
         before = examples.measure(trainer)
     return Result(
         base_model=job.model,

@@ -24,17 +24,17 @@ class Ranks:
         AdarankError: more than one is given, or a number is out of its range.
     """
 
-    plan: Path | None = option(None, "The ranks: a plan.json. Default: they are predicted first.")
+    plan: Path | None = option(None, "Plan file with the ranks; default: they are predicted first.")
     average_rank: float | None = option(
-        None, "Of predicted ranks.", least=0, shown=str(DEFAULT_AVERAGE_RANK)
+        None, "Average of the predicted ranks.", least=0, shown=str(DEFAULT_AVERAGE_RANK)
     )
-    rank: int | None = option(None, "Uniform LoRA of this rank instead.", least=1)
+    rank: int | None = option(None, "Train uniform LoRA of this rank instead.", least=1)
 
     def __post_init__(self) -> None:
         given = [one.name for one in fields(self) if getattr(self, one.name) is not None]
         if len(given) > 1:
             names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise AdarankError(f"{names} each say the ranks; give one of them")
+            raise AdarankError(f"{names} each set the ranks; give one of them")
         _check_numbers(self)
 
 
@@ -55,22 +55,25 @@ class Settings:
     epochs: int | None = option(None, "Passes over the data.", least=1, shown="3")
     max_steps: int | None = option(None, "Stop after this many steps.", least=1)
     batch_size: int | None = option(
-        None, "Examples a step.", least=1, shown="32; language models 8"
+        None, "Examples per step.", least=1, shown="32; language models 8"
     )
     learning_rate: float | None = option(
-        None, "The highest of the run.", least=0, shown="1e-3; language models 2e-4"
+        None, "The highest learning rate of the run.", least=0, shown="1e-3; language models 2e-4"
     )
     max_length: int | None = option(
-        None, "Tokens of an example.", least=1, shown="128; language models 1024"
+        None,
+        "Use at most this many tokens of an example.",
+        least=1,
+        shown="128; language models 1024",
     )
     seed: int | None = option(
-        None, "Of a new head, the adapters, order and dropout.", least=0, shown="0"
+        None, "Seed of a new head, the adapters, the order and dropout.", least=0, shown="0"
     )
     early_stopping: int | None = option(
         None, "Stop after this many evaluations without gain; keep the best weights.", least=1
     )
     config: Path | None = option(
-        None, "A .yaml or .json of TrainingArguments (language models: SFTConfig)."
+        None, "YAML or JSON file of TrainingArguments (language models: SFTConfig)."
     )
     pairs: Sequence[str] | None = option(
         None,

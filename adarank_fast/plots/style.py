@@ -41,7 +41,7 @@ def line_style(index: int, marker: bool = True) -> LineStyle:
 
 
 def label(name: str) -> str:
-    """A name as matplotlib draws it: `$` is no formula there, and a leading `_` hides nothing."""
+    """A name for matplotlib, in which `$` starts no formula and a leading `_` hides nothing."""
     shown = printable(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...")
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

@@ -109,7 +109,7 @@ def read_table(source: str | os.PathLike[str]) -> Table:
 
 
 def _refuse_others(name: str, kind: str, content: bytes) -> None:
-    """What people bring beside the formats: each with its own remedy."""
+    """Refuse common files of other formats, each with its own remedy."""
     if content[:4] == b"PK\x03\x04" or kind in (".zip", ".xlsx", ".xls"):
         excel = kind in (".xlsx", ".xlsm", ".xls") or b"xl/workbook" in content
         what = "an Excel workbook; save it as CSV UTF-8" if excel else "a zip archive; unpack it"

@@ -1,4 +1,4 @@
-"""Which form a table has, and which column is what; a guess that could be wrong is a question."""
+"""Which form a table has, and what its columns are. Asks where a guess could be wrong."""
 
 from __future__ import annotations
 
