@@ -179,8 +179,8 @@ audit: $(VENV)/.installed
 	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
 	$(VENV)-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-# A wheel and an sdist, built twice to the same bytes, judged, and used in empty environments. Other Pythons, everything installed:
-# make release-check ARGS="--python python3.12"
+# A wheel and an sdist, built twice to the same bytes, judged, and used in empty environments. Other
+# Pythons, everything installed: make release-check ARGS="--python python3.12"
 .PHONY: release-check
 release-check: $(VENV)/.installed
 	rm -rf build/release

@@ -1,4 +1,4 @@
-"""The share of branches that the suite takes, of coverage.py's JSON: to bench/results/coverage.json.
+"""The share of branches that the suite takes: of coverage.py's JSON, to bench/results.
 
     python -m tests.reliability.coverage build/coverage/coverage.json
 
