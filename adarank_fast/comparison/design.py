@@ -75,8 +75,8 @@ class Design:
         kind=str | None,
         parse=lambda text: [arm.strip() for arm in text.split(",") if arm.strip()],
     )
-    seeds: int | Sequence[int] = option(3, "Training runs of each arm.", least=1, kind=int)
-    average_rank: int = option(8, "Of uniform LoRA, whose parameters every arm may spend.", least=1)
+    seeds: int | Sequence[int] = option(3, "Training runs of each arm.", kind=int)
+    average_rank: int = option(8, "Of uniform LoRA, whose parameters every arm may spend.")
     task: str = option("auto", f"auto (by the labels), {' or '.join(TASKS)}.")
     metric: Callable[[numpy.ndarray, numpy.ndarray], float] | None = option(
         None,
@@ -100,17 +100,17 @@ class Design:
         kind=str | None,
         parse=partial(parse_numbers, "--learning-rates"),
     )
-    epochs: int = option(3, "Passes over the training data.", least=1)
-    max_steps: int | None = option(None, "Stop after this many steps.", least=1)
-    batch_size: int = option(32, "Items a step.", least=1)
-    max_length: int = option(128, "Tokens of a text, or of a block.", least=1)
+    epochs: int = option(3, "Passes over the training data.")
+    max_steps: int | None = option(None, "Stop after this many steps.")
+    batch_size: int = option(32, "Items a step.")
+    max_length: int = option(128, "Tokens of a text, or of a block.")
     scaling: str | float = option(
         "constant",
         "lora_alpha / rank: constant (2), paper (8 / rank), rslora, or a number.",
         kind=str,
         parse=parse_scaling,
     )
-    trials: int = option(5, "Perturbations of each module, for adarank.", least=1)
+    trials: int = option(5, "Perturbations of each module, for adarank.")
     dtype: str = option("float32", f"Of the frozen weights: {', '.join(DTYPES)}.")
 
     def __post_init__(self) -> None:

@@ -39,9 +39,9 @@ class Budget:
     budget_parameters: int | None = option(
         None, "Budget: adapter parameters, instead of --average-rank."
     )
-    min_rank: int = option(0, "No rank below it.", least=0)
-    max_rank: int | None = option(None, "No rank above it.", least=1)
-    rank_multiple: int = option(1, "Ranks are multiples of it.", least=1)
+    min_rank: int = option(0, "No rank below it.")
+    max_rank: int | None = option(None, "No rank above it.")
+    rank_multiple: int = option(1, "Ranks are multiples of it.")
     allocation: str = option("exact", '"exact" spends the whole budget, "paper" rounds down.')
 
     def __post_init__(self) -> None:
