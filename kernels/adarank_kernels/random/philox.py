@@ -80,12 +80,16 @@ def fill_in_torch(out: Tensor, seed: int) -> None:
     step = COUNTERS_PER_CHUNK if on_cpu else 256 * COUNTERS_PER_CHUNK
     for start in range(0, len(out), step):
         part = out[start : start + step]
-        if native:
-            words = torch.ops.adarank.philox(int(key), start, 0, 1, len(part))[:, 0]
-        else:
-            counters = torch.arange(start, start + len(part), device=out.device)
-            words = torch.stack(philox_words(key, counters & WORD, counters >> 32))
-        _box_muller(words, part)
+        _box_muller(words_of(key, start, len(part), native), part)
+
+
+def words_of(key: Tensor, first: int, count: int, native: bool) -> Tensor:
+    """The words of `count` counters from `first` on: int32 [4, count]; `native`: made in C++."""
+    if native:
+        words: Tensor = torch.ops.adarank.philox(int(key), first, 0, 1, count)
+        return words[:, 0]
+    counters = torch.arange(first, first + count, device=key.device)
+    return torch.stack(philox_words(key, counters & WORD, counters >> 32))
 
 
 def _check_kernel(device: torch.device) -> None:
