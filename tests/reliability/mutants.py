@@ -35,8 +35,9 @@ WARM = ("torch", "numpy", "scipy.special", "transformers", "peft", "hypothesis",
 SELF_CHECKS = ("_check", "_each_dtype", "_exact", "_problem", "_RANKS", "register")
 SIZES = (
     *("SHRINK", "EXPAND", "DROP", "FILL", "PAIRS", "WORTH_BUILDING", "COUNTERS_PER_CHUNK"),
-    *("ROWS_PER_CHUNK", "LOGITS_BYTES", "CACHE_BYTES", "ROWS", "LARGE", "OUTPUTS", "GPU_BYTES"),
-    *("GPU_LEAST_BYTES", "GPU_SHARE", "GPU_OUTPUTS", "chunk_tokens", "held_copies", "few"),
+    *("COUNTERS_ELSEWHERE", "ROWS_PER_CHUNK", "LOGITS_BYTES", "CACHE_BYTES", "ROWS", "LARGE"),
+    *("OUTPUTS", "GPU_BYTES", "GPU_LEAST_BYTES", "GPU_SHARE", "GPU_OUTPUTS"),
+    *("chunk_tokens", "held_copies", "few"),
 )
 
 

@@ -27,6 +27,7 @@ if HAS_TRITON:
 # Calls for fewer numbers do not wait for the C++ operators to be built.
 WORTH_BUILDING = 1 << 16
 COUNTERS_PER_CHUNK = 1 << 15  # on the CPU: temporaries stay in the second-level cache
+COUNTERS_ELSEWHERE = 1 << 23
 
 
 def _box_muller(words: Tensor, out: Tensor) -> None:
@@ -77,7 +78,7 @@ def fill_in_torch(out: Tensor, seed: int) -> None:
     on_cpu = out.device.type == "cpu"
     native = on_cpu and out.numel() >= WORTH_BUILDING and operators() is not None
     key = key_tensor(seed, out.device)
-    step = COUNTERS_PER_CHUNK if on_cpu else 256 * COUNTERS_PER_CHUNK
+    step = COUNTERS_PER_CHUNK if on_cpu else COUNTERS_ELSEWHERE
     for start in range(0, len(out), step):
         part = out[start : start + step]
         _box_muller(words_of(key, start, len(part), native), part)
