@@ -65,6 +65,17 @@ test-newest:
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(MAKE) suite BIN=$(VENV)-newest/bin
 
+# What the suite tries for seconds, for hours: kills, full disks, exceptions, changed files, growth,
+# threads, processes. A fault ends it with 1, after all of them. make soak MINUTES=20 shares the time;
+# make soak MINUTES=5 ARGS="--only kills growth" runs some. Renews docs/reliability.md.
+.PHONY: soak reliability-page
+soak: $(VENV)/.installed
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.reliability.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+# docs/reliability.md, of the figures in bench/results; nothing is tried.
+reliability-page: $(VENV)/.installed
+	$(BIN)/python -m bench.reliability_page
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
