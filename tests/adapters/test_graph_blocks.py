@@ -375,3 +375,58 @@ def test_refusals():
     model.get_submodule("base_model.model.lm_head").weight.ds_id = 1
     with pytest.raises(ada.AdarankError, match="partitioned by DeepSpeed ZeRO-3"):
         graph_with(model, StandIn())
+
+
+class Detour(nn.Module):
+    """Two blocks; between them sometimes something else, with or without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Two() for _ in range(2))
+
+    def forward(self, x, scale, detour):
+        hidden, _ = self.blocks[0](x, scale, options={"twice": False})
+        if detour:
+            hidden = hidden.cos()
+        return self.blocks[1](hidden.tanh() if detour else hidden, scale, {"twice": True})[0]
+
+
+def test_what_lies_between_blocks_may_change_and_shared_inputs_may_part():
+    """A graph's output, or an input that another graph under way reads, is not written over."""
+    torch.manual_seed(0)
+    plain = Detour()
+    model = graph_with(copy.deepcopy(plain), StandIn())
+    for i in range(8):
+        results = []
+        for each in (model, plain):
+            torch.manual_seed(i)
+            x = torch.randn(3, 6, requires_grad=True)
+            each.zero_grad()
+            y = each(x, torch.randn(6), i >= 5)
+            if i == 7:  # two forwards, of which only the masks' contents differ
+                y = y + each(x, torch.randn(6), True)
+            y.sin().sum().backward()
+            results.append([x.grad, *(block.linear.weight.grad for block in each.blocks)])
+        assert_close(*results)
+
+
+def test_shapes_that_never_repeat_are_said_and_not_remembered(monkeypatch):
+    monkeypatch.setattr(graphs_module, "MOST_KINDS", 10)
+    model = graphed(llama())
+    for length in range(3, 13):
+        step(model, tokens(1, length))
+    report = graph_report(model)
+    assert report.graphed_calls == 0 and "pad batches to few lengths" in str(report)
+    place = model.get_submodule("base_model.model.model.layers.0")._adarank_graphs
+    assert len(place.graphs.kinds) <= 10
+
+
+def test_parameters_that_move_in_every_step_are_not_captured_for_ever():
+    model = graphed(llama())
+    for i in range(20):
+        for _ in range(4):
+            model(**tokens(2, 8, i)).loss.backward()
+        for p in trained(model):
+            p.data = p.data.clone()
+    report = graph_report(model)
+    assert report.reasons["parameters or modules change again and again"] > 8
