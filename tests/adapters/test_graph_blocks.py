@@ -184,6 +184,52 @@ def test_tensors_that_are_kept_keep_their_values():
     assert all(bool(h.isfinite().all()) for values in kept for h in values)
 
 
+def test_outputs_that_the_caller_sees_are_its_own():
+    """The last block's, and those that a hook on the block itself gets."""
+    torch.manual_seed(0)
+    model = graph_with(Skip(), StandIn())
+    seen = []
+    model.blocks[1].register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    x, scale = torch.randn(3, 6, requires_grad=True), torch.ones(6)
+    for i in range(4):
+        last, _ = model.blocks[3](x * i, scale, {"twice": True})
+        output, kept = model(x * i, scale)
+        values = [t.detach().clone() for t in (last, seen[-1], kept[3])]
+        (output.sum() + last.sum()).backward()
+        for _ in range(2):
+            model(x, scale)[0].sum().backward()
+        assert_close([t.detach() for t in (last, seen[-3], kept[3])], values)
+    assert graph_report(model).graphed_calls > 20
+
+
+class Orders(nn.Module):
+    """Blocks whose backward needs their outputs, called in one order or the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x, order):
+        for i in order:
+            x = self.blocks[i](x)
+        return x
+
+
+def test_blocks_in_another_order_than_that_of_their_capture():
+    torch.manual_seed(0)
+    plain = Orders()
+    model = graph_with(copy.deepcopy(plain), StandIn())
+    for order in [(0, 1, 2)] * 4 + [(2, 1, 0), (0, 2, 1), (0, 0, 1), (0, 1, 2)]:
+        found = []
+        for each in (model, plain):
+            x = torch.linspace(-1, 1, 18).view(3, 6).requires_grad_()
+            each.zero_grad()
+            each(x, order).sin().sum().backward()
+            found.append([x.grad, *(block[0].weight.grad for block in each.blocks)])
+        assert_close(*found)
+    assert graph_report(model).graphed_calls >= 3 * 3 + 3
+
+
 class Skip(nn.Module):
     """Blocks that hand tensors over, around each other, and back to the caller."""
 
