@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from adarank_fast.adapters.accelerate import accelerate
@@ -17,6 +17,7 @@ from adarank_fast.adapters.peft_private import BaseTunerLayer, Layer
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
+from adarank_fast.options import refuse_unknown
 from adarank_fast.plan.lora_config import alpha_rule, lora_config
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.undo import undone_on_error
@@ -55,6 +56,7 @@ def inject(
         AdarankError: the plan does not fit the model, the model has adapters already, all ranks are
             0, or PEFT made something else of it. The model is then as it was.
     """
+    refuse_unknown(inject, lora_config_kwargs, LoraConfig)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdarankError(
             "model already has PEFT adapters; pass the plain base model (peft_model.unload() "

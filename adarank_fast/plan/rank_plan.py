@@ -150,7 +150,7 @@ class RankPlan:
             )
         flat: dict[str, object] = {**options}
         budget = gather(Budget, budget, flat)
-        refuse_unknown("allocate", flat, Budget)
+        refuse_unknown(self.allocate, flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}
         ranks = allocate_ranks(means, budget, self.sizes)
         return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget.options})
@@ -197,6 +197,9 @@ class RankPlan:
         Raises:
             AdarankError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
         """
+        from peft import LoraConfig
+
+        refuse_unknown(self.to_lora_config, lora_config_kwargs, LoraConfig)
         prefix = self.settings.get("base_model_prefix", "")
         experts = set(self.settings.get("expert_parameters", ()))
         return lora_config(self.ranks, scaling, prefix, experts, **lora_config_kwargs)

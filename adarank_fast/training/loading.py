@@ -141,8 +141,9 @@ def check_task(name: str, task: str) -> None:
         return
     if kind == "AutoModel":
         raise AdarankError(
-            f"MODEL {name!r} ({made}) has no language-model head and the data no labels; for "
-            "classification name the column of labels (--label-column), or take a language model"
+            f"MODEL {name!r} ({made}) has no language-model head, which causal-lm (the task of "
+            "texts without labels) needs; for classification name the column of labels "
+            "(--label-column), or take a language model"
         )
     raise AdarankError(
         f"MODEL {name!r} ({made}) is no decoder alone; train it with its own script and ada.inject"
