@@ -80,16 +80,16 @@ def refuse_unknown(
 
     Args:
         function: whose own arguments are known too.
-        options: keywords that nothing has taken.
+        options: keywords.
         classes: dataclasses whose fields `function` takes as keywords.
 
     Raises:
         AdarankTypeError: there is one.
     """
-    for name in options:
-        own = inspect.signature(function).parameters.values()
-        known = [one.name for one in own if one.kind is not one.VAR_KEYWORD]
-        known += [one.name for cls in classes for one in fields(cls) if one.init]
+    own = inspect.signature(function).parameters.values()
+    known = [one.name for one in own if one.kind is not one.VAR_KEYWORD]
+    known += [one.name for cls in classes for one in fields(cls) if one.init]
+    for name in options.keys() - {*known}:
         near = difflib.get_close_matches(name, known, 1)
         more = ", ..." if len(known) > MOST_NAMES else ""
         meant = f"it has {', '.join(known[:MOST_NAMES])}{more}"

@@ -128,7 +128,7 @@ class Benchmark:
         return table
 
     def reading(self) -> list[str]:
-        """What the numbers say, what was left out, and what to do next."""
+        """What the numbers say, and what was left out."""
         arms, lines = self.results["arms"], []
         ours = arms[OURS]
         for name, n in arms.items():
@@ -151,10 +151,6 @@ class Benchmark:
                 text += f"; from float64 by {ours['error_in_float64']:.1g}, PEFT's by {theirs:.1g}"
             lines.append(f"{text}.")
         lines += self.results["notes"]
-        if len(self.results["settings"]["ranks"]) == 1:
-            lines.append("Next: adarank predict, then adarank bench --plan plan.json.")
-        else:
-            lines.append("Next: adarank train MODEL --plan plan.json --data FILE.")
         return lines
 
 

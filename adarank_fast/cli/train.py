@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, say_written, show, status
+from adarank_fast.cli.console import quiet_transformers, say_written, show, status, typed
 from adarank_fast.errors import AdarankError
 from adarank_fast.options import DTYPES, check_choice
 
@@ -209,7 +209,11 @@ def train(
             write_beside(folder, result, network.config, tokenizer, output_folder)
 
         finish(output_folder, checkpoints, peft_model, beside)
-    _say(result, output_folder, rows.understood if as_json else None)
+    names = [model, output_folder, *["--four-bit"] * four_bit]
+    then = typed("adarank", "evaluate", *names, "--data", "FILE")
+    if eval_data is not None:
+        then = typed("adarank", "apply", *names, "--data", "FILE")
+    _say(result, output_folder, then, rows.understood if as_json else None)
 
 
 class RankSource(TypedDict, total=False):
@@ -287,7 +291,7 @@ def _measured_on(examples: Classification | LanguageModel, eval_data: Path | Non
     return f"{count:,} examples of {eval_data.name}"
 
 
-def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
+def _say(result: Result, folder: Path, then: str, as_json: Understood | None) -> None:
     if as_json is not None:
         found = {"adapter": str(folder), "understood": as_json.as_json()}
         print(json.dumps({**found, **asdict(result)}))
@@ -301,4 +305,4 @@ def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
     show(table)
     last = f", training loss {result.curve[-1][1]:.4g} at the end" if result.curve else ""
     print(f"{result.steps:,} steps{last}, {result.parameters:,} adapter parameters")
-    say_written(folder)
+    say_written(folder, then)

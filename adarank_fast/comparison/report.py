@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import textwrap
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING
 from adarank_fast.comparison.findings import reading, tables
 from adarank_fast.comparison.numbers import Results
 from adarank_fast.comparison.report_writer import save_report
-from adarank_fast.models.text import plain_text
+from adarank_fast.models.text import WIDTH, data_frame, plain_text
 from adarank_fast.plan.rank_plan import RankPlan
 
 if TYPE_CHECKING:
+    import pandas
     from rich.table import Table as RichTable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The report of `compare`.
 
@@ -30,8 +32,45 @@ class Comparison:
     plans: dict[str, RankPlan]
 
     def table(self) -> str:
-        """The tables and what they say as fixed-width text."""
-        return "\n".join([plain_text(*rich_tables(self.results)), *reading(self.results)])
+        """The tables and what they say as text of at most 80 columns."""
+        said = [textwrap.fill(line, WIDTH) for line in reading(self.results)]
+        return "\n".join([plain_text(*rich_tables(self.results)), *said])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        settings = self.results["settings"]
+        return (
+            f"Comparison({settings['title']!r}: {', '.join(self.results['arms'])}; "
+            f"{len(settings['seeds'])} seeds); .table(), .save(folder)"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row for each arm: its metric, its difference from the baseline, its cost.
+
+        Intervals are of 95%, over seeds; None where a run diverged or there is one seed.
+
+        Raises:
+            AdarankImportError: pandas is not installed.
+        """
+        metric = self.results["settings"]["metric"]
+        minus = f"minus_{self.results['baseline']}"
+        rows: dict[str, dict[str, object]] = {}
+        for arm, numbers in self.results["arms"].items():
+            difference = self.results["differences"].get(arm)
+            spans = {metric: numbers["value"], minus: difference and difference["seeds"]}
+            row: dict[str, object] = {}
+            for name, found in spans.items():
+                row[name] = found and found["mean"]
+                row |= {f"{name}_{end}": found and found[end] for end in ("low", "high")}
+            row["p_value"] = difference and difference["seeds"]["p_value"]
+            cost = {k: v for k, v in numbers.items() if not isinstance(v, dict) and k != "value"}
+            rows[arm] = row | cost
+        return data_frame(rows)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write report.md, report.html, results.json, pictures and plans into `folder`.

@@ -19,11 +19,12 @@ from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import write_text
 from adarank_fast.json_values import MOST, Value, said
 from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
-from adarank_fast.models.text import data_frame, plain_text
+from adarank_fast.models.text import data_frame
 from adarank_fast.options import check_number, gather, refuse_unknown
 from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
 from adarank_fast.plan.budget import ALLOCATIONS, Budget, BudgetOptions
 from adarank_fast.plan.lora_config import lora_config
+from adarank_fast.plan.table import plan_table
 from adarank_fast.plan.uncertainty import chance_of_change
 
 if TYPE_CHECKING:
@@ -265,36 +266,12 @@ class RankPlan:
         return data_frame(rows)
 
     def table(self) -> str:
-        """The plan as fixed-width text, one line per module, without colours.
+        """The plan as text of at most 80 columns, without colours: a line for each module.
 
         "may change" is the chance that another seed gives another rank (see `chance_of_change`).
+        Sizes are left out, and names go on in a second line, where there is no room for them.
         """
-        from rich import box
-        from rich.table import Table
-
-        rows = Table(box=box.SIMPLE, show_footer=True, pad_edge=False)
-        rows.add_column("module", f"{len(self.ranks)} modules", no_wrap=True)
-        rows.add_column("in x out", justify="right", no_wrap=True)
-        chances = self.chance_of_change()
-        if self.scores:
-            count = sum(len(score.trials) for score in self.scores.values())
-            rows.add_column("disagreement", justify="right", no_wrap=True)
-            rows.add_column("trials", str(count), justify="right", no_wrap=True)
-        rows.add_column("rank", str(sum(self.ranks.values())), justify="right", no_wrap=True)
-        if chances is not None:
-            rows.add_column("may change", justify="right", no_wrap=True)
-        rows.add_column("parameters", f"{self.parameters:,}", justify="right", no_wrap=True)
-        for name, rank in self.ranks.items():
-            fan_in, fan_out = self.sizes[name]
-            cells = [printable(name), f"{fan_in} x {fan_out}"]
-            if self.scores:
-                score = self.scores.get(name)
-                cells += ["", ""] if score is None else [_said(score), str(len(score.trials))]
-            cells.append(str(rank))
-            if chances is not None:
-                cells.append(f"{chances[name]:.0%}")
-            rows.add_row(*cells, f"{rank * (fan_in + fan_out):,}")
-        return plain_text(rows)
+        return plan_table(self)
 
 
 def read_plan(path: str | os.PathLike[str]) -> RankPlan:
@@ -353,7 +330,3 @@ def describe_model(model: nn.Module) -> dict[str, object]:
         "model": getattr(getattr(inner, "config", None), "_name_or_path", "") or "",
         "base_model_prefix": f"{prefix}." if prefix else "",
     }
-
-
-def _said(score: Score) -> str:
-    return f"{score.mean:.4g} ± {score.std:.2g}" if len(score.trials) > 1 else f"{score.mean:.4g}"

@@ -47,7 +47,7 @@ def test_predict(adarank, folders, kind, output):
         *("predict", folders[kind], "--data", folders["texts"], "--average-rank", 3),
         *("--trials", 2, "--batch-size", 7, "-o", "mine.json"),
     )
-    assert (status, err.splitlines()[-1]) == (0, "wrote mine.json")
+    assert (status, err.splitlines()[-2]) == (0, "wrote mine.json")
     assert "texts.csv: 20 rows; text is column question, label is column label" in err
     plan = ada.RankPlan.load("mine.json")
     assert sum(plan.ranks.values()) == 3 * len(plan.ranks)
@@ -156,7 +156,8 @@ def test_dry_run(adarank, folders):
 def test_plot(adarank, folders):
     adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 2)
     status, out, err = adarank("plot", "plan.json", "-o", "a.png")
-    assert (status, out, err) == (0, "", "wrote a.png\n")
+    then = "Next: adarank train MODEL --data FILE --plan plan.json"
+    assert (status, out, err) == (0, "", f"wrote a.png\n{then}\n")
     with open("a.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
 
