@@ -15,6 +15,7 @@ from torch import nn
 from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.adapters.peft_private import BaseTunerLayer, Layer
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.deprecations import without_deprecations
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
 from adarank_fast.options import refuse_unknown
@@ -78,7 +79,7 @@ def inject(
     if any(type(found[path].module).__name__ == "Conv1D" for path in planned):
         lora_config_kwargs.setdefault("fan_in_fan_out", True)  # its weight is [in, out]
     config = lora_config(planned, scaling, parameters=experts, **lora_config_kwargs)
-    with undone_on_error(_undo(model)), warnings.catch_warnings():
+    with undone_on_error(_undo(model)), without_deprecations():
         # for models that mix Conv1D and Linear PEFT corrects fan_in_fan_out layer by layer
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
