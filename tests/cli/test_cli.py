@@ -40,6 +40,18 @@ def test_version(adarank):
 
 
 @pytest.mark.parametrize(
+    "typed, completed", [("adarank pre", "predict"), ("adarank bench --max-s", "--max-seconds")]
+)
+def test_the_shell_completes(typed, completed):
+    code = "import sys; sys.argv = ['adarank']; from adarank_fast.cli.main import main; main()"
+    asked = {"_ADARANK_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+    asked |= {"COMP_CWORD": str(len(typed.split()) - 1), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, [completed]), done.stderr
+
+
+@pytest.mark.parametrize(
     "kind, output", [("bert", "mean_pooled_hidden_state"), ("llama", "logits"), ("t5", "logits")]
 )
 def test_predict(adarank, folders, kind, output):
