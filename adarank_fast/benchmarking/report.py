@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from adarank_fast.benchmarking.arms import OURS
+from adarank_fast.benchmarking.arms import FLOORS, OURS
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import own_folder, write_text, writing
 from adarank_fast.models.text import data_frame, plain_text
@@ -134,6 +134,8 @@ class Benchmark:
         for name, n in arms.items():
             if "why" in n:
                 lines.append(f"{name}: {n['why']}.")
+        if any("overhead" in arms.get(name, {}) for name in FLOORS):
+            lines.append("Graphed steps: over the frozen base's, graphed too.")
         if "overhead" in ours and "overhead_over_peft" in ours:
             ratio = ours["overhead_over_peft"]
             if ratio is None:

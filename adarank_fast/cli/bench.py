@@ -40,7 +40,7 @@ def bench(
     max_length: options.MAX_LENGTH = 128,
     max_seconds: Annotated[
         float, typer.Option(help="Fewer tokens and repetitions keep within it, about.")
-    ] = 100.0,
+    ] = 90.0,
     compile: Annotated[bool, typer.Option("--compile", help="Also time compiled blocks.")] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
