@@ -11,6 +11,7 @@ from torch import nn
 
 from adarank_fast.adapters.fused_linear import fused_classes, fused_layers, thread
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
+from adarank_fast.adapters.graph_blocks import restore_blocks
 from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
 from adarank_fast.adapters.peft_private import Layer
 from adarank_fast.adapters.swapped import Swapped
@@ -114,7 +115,7 @@ def _watch(model: nn.Module, example: Mapping[str, object]) -> None:
 
 
 def restore(peft_model: nn.Module) -> nn.Module:
-    """Plain PEFT again: the same weights, classes and hooks as before `accelerate`.
+    """Plain PEFT again: weights, classes and hooks as before `accelerate` and `graph_blocks`.
 
     Raises:
         AdarankError: a module got another class since (`fully_shard` on it); none changes.
@@ -132,4 +133,5 @@ def restore(peft_model: nn.Module) -> nn.Module:
             layer.__class__ = layer.plain_class()
             del layer._adarank
         restore_gated_mlps(peft_model)
+        restore_blocks(peft_model)
     return peft_model
