@@ -296,7 +296,7 @@ def recompute_gated_mlps(model: nn.Module) -> int:
         if swapped is None:
             swapped = type(plain.__name__, (_GatedMLP, plain), {"__module__": __name__})
             _GatedMLP.PLAIN[swapped] = plain
-        cast(Any, module)._adarank_mlp = structure
+        vars(module)["_adarank_mlp"] = structure
         module.__class__ = swapped
     return sum(1 for _ in gated_mlps(model))
 

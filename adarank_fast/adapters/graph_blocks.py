@@ -42,7 +42,7 @@ class _GraphedBlock(Swapped):
         place = self._adarank_graphs
         return place.graphs.call(self, place, args, kwargs)
 
-    def plain_forward(self, *args: object, **kwargs: object) -> Any:
+    def plain_forward(self, *args: object, **kwargs: object) -> object:
         """The block's own."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 

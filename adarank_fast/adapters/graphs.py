@@ -34,7 +34,7 @@ TOO_MANY = f"more than {MOST_SHAPES} shapes"
 class Block(Protocol):
     """A module with graphs, as far as they know it."""
 
-    def plain_forward(self, *args: object, **kwargs: object) -> Any:
+    def plain_forward(self, *args: object, **kwargs: object) -> object:
         """The block's own."""
 
 
@@ -91,7 +91,7 @@ class Graphs:
 
     def call(
         self, block: Any, place: Place, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> Any:
+    ) -> object:
         """The block's output, from its graphs or its own forward."""
         kind = None
         try:
@@ -139,7 +139,7 @@ class Graphs:
         kwargs: Mapping[str, object],
         reason: str,
         kind: Kind | None,
-    ) -> Any:
+    ) -> object:
         self.eager[reason] += 1
         if kind is None or kind.calls > WARM_UP:
             return block.plain_forward(*args, **kwargs)
