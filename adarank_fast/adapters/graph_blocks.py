@@ -158,13 +158,13 @@ def graph_report(peft_model: nn.Module) -> GraphReport:
     )
 
 
-def _blocks(model: nn.Module) -> Iterator[Any]:
+def _blocks(model: nn.Module) -> Iterator[_GraphedBlock]:
     return (m for m in list(model.modules()) if isinstance(m, _GraphedBlock))
 
 
-def _argument_names(block_class: type) -> list[str]:
+def _argument_names(block_class: type[nn.Module]) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(block_class.forward).parameters.values()  # type: ignore[attr-defined]
+    parameters = inspect.signature(block_class.forward).parameters.values()
     return [p.name for p in parameters if p.kind in kinds][1:]
 
 

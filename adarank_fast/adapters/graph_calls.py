@@ -54,11 +54,11 @@ def taken_apart(value: object, tensors: list[Tensor]) -> tuple[object, Hashable]
         return SLOT, layout
     if kind in VALUES:
         return value, (kind, value)
-    if kind in (tuple, list):
-        parts = [taken_apart(part, tensors) for part in value]  # type: ignore[attr-defined]
+    if isinstance(value, (tuple, list)) and kind in (tuple, list):
+        parts = [taken_apart(part, tensors) for part in value]
         return kind([part for part, _ in parts]), (kind, *[key for _, key in parts])
-    if kind is dict:
-        pairs = [(k, taken_apart(v, tensors)) for k, v in value.items()]  # type: ignore[attr-defined]
+    if isinstance(value, dict) and kind is dict:
+        pairs = [(k, taken_apart(v, tensors)) for k, v in value.items()]
         return {k: part for k, (part, _) in pairs}, (dict, *[(k, key) for k, (_, key) in pairs])
     raise UnfitError(f"an argument is a {kind.__name__}")
 

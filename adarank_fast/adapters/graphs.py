@@ -128,7 +128,7 @@ class Graphs:
         self.graphed += 1
         return kind.graph.call(tensors, clone=place.last or self._is_kept(block))
 
-    def _is_kept(self, block: Any) -> bool:
+    def _is_kept(self, block: nn.Module) -> bool:
         """Whether the caller may keep the output of a block that is not the last."""
         return bool(block._forward_hooks) or getattr(self.config, "output_hidden_states", False)
 
