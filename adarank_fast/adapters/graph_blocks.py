@@ -43,7 +43,7 @@ class _GraphedBlock(Swapped):
         return place.graphs.call(self, place, args, kwargs)
 
     def plain_forward(self, *args: object, **kwargs: object) -> object:
-        """The block's own."""
+        """The block's own forward."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -79,7 +79,7 @@ class GraphReport:
 
 
 def graph_blocks(peft_model: nn.Module, shapes: Iterable[Shape] | None = None) -> nn.Module:
-    """Capture each block's forward and backward as CUDA graphs, in place; call it last but for DDP.
+    """Capture each block's forward and backward as CUDA graphs, in place; only DDP comes after it.
 
     A call of a block is replayed if its shapes, its other arguments and the model's state are those
     of a captured one; a kind of call is captured when it comes for the third time. Gradients are as

@@ -1,4 +1,4 @@
-"""A block's call taken apart: its tensors, and everything else, which must be the same again.
+"""A block's call taken apart: its tensors, and all else, which must be the same in a replay.
 
 A graph repeats one computation on the tensors that it was recorded on. So each call is compared
 with the recorded one: names of arguments, layouts of tensors, values of all else (`taken_apart`),
@@ -27,7 +27,7 @@ class UnfitError(Exception):
 
 
 class _Slot:
-    """Stands where a tensor was."""
+    """Marks the place of a tensor."""
 
 
 SLOT = _Slot()
@@ -122,7 +122,7 @@ class Static:
 
 
 class Foundation:
-    """What a block's graphs rest on beside their inputs.
+    """What a block's graphs depend on beside their inputs.
 
     Attributes:
         parameters: that require gradients, in the block's order.

@@ -32,14 +32,14 @@ TOO_MANY = f"more than {MOST_SHAPES} shapes"
 
 
 class Block(Protocol):
-    """A module with graphs, as far as they know it."""
+    """What the graphs use of a block."""
 
     def plain_forward(self, *args: object, **kwargs: object) -> object:
-        """The block's own."""
+        """The block's own forward."""
 
 
 class Place:
-    """Of one block.
+    """A block's place among the graphs of its model.
 
     Args:
         graphs: of its model.
@@ -63,7 +63,7 @@ class Kind:
 
 
 class Graphs:
-    """Of a model: its graphs' sessions, what is under way, and what was counted."""
+    """The graphs of a model: their sessions, what is under way, and what was counted."""
 
     def __init__(
         self, backend: Backend, shapes: frozenset[Shape] | None, config: object = None
@@ -83,7 +83,7 @@ class Graphs:
         return new
 
     def forget(self) -> None:
-        """What was captured rests on what is no longer so; nothing may be under way."""
+        """Drop all graphs, since what they depend on has changed; no replay may be under way."""
         self.session = Session()
         self.kinds.clear()
         self.foundations.clear()
