@@ -83,7 +83,7 @@ def accelerate(
 
 
 def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) -> None:
-    """Each layer's class, and its `_adarank` or none, as before; nothing waits in this thread."""
+    """Restore each layer's class and `_adarank`, and drop outputs that wait in this thread."""
     thread.waiting = thread.run = None
     for layer, plain, state in layers:
         layer.__class__ = plain
@@ -92,7 +92,7 @@ def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) ->
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Compiled code was made of PEFT's own layers."""
+    """Refuse compiled modules: their code was made of PEFT's own layers."""
     for path, module in model.named_modules():
         if is_compiled(module):
             where = path or type(model).__name__

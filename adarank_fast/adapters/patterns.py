@@ -38,7 +38,7 @@ for pattern in patterns:
 
 
 def check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
-    """Every pattern of the configuration is one, and ends soon over all these module names.
+    """Check that every pattern of the configuration is valid, and fast on these module names.
 
     Raises:
         AdarankError: which does not.
