@@ -63,7 +63,7 @@ def worker(stage: int, accelerated: bool, result: str) -> None:
             "losses": losses,
             "adapters": adapters,
             "reasons": sorted({reason for layer in report for reason in layer.reasons}),
-            "fused": sum(bool(layer.fused) for layer in report),
+            "fused": sum(layer.fused for layer in report),
         }
         Path(result).write_text(json.dumps(found))
 
@@ -106,7 +106,8 @@ def main() -> None:
             gap = max(abs(one - other) / other for one, other in pairs)
             assert gap < 1e-5, (stage, gap)
             assert ours["reasons"] == ([] if stage == 2 else [HOOKS]), ours["reasons"]
-            how = f"{ours["fused"]} layers fused" if stage == 2 else f"PEFT's forward: {HOOKS}"
+            fused = f"{ours['fused']} layers fused"
+            how = fused if stage == 2 else f"PEFT's forward: {HOOKS}"
             print(f"ZeRO-{stage}: {STEPS} steps, at most {gap:.1e} from plain PEFT; {how}")
 
 
