@@ -15,6 +15,11 @@ from adarank_fast.errors import AdarankError
 from adarank_kernels.runtime import native
 from adarank_kernels.runtime.registry import HAS_TRITON, kernel_status
 
+OF_EXPERTS = (
+    "parameters of experts, for which PEFT's lora.ParamWrapper adds B A to the weight of every "
+    "expert in each forward"
+)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -87,7 +92,9 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
         AdarankError: `accelerate` was not called.
     """
     layers = dict(fused_layers(peft_model))
-    if not layers:
+    of_peft = [module for module in peft_model.modules() if isinstance(module, lora.LoraLayer)]
+    only_experts = of_peft and all(isinstance(module, lora.ParamWrapper) for module in of_peft)
+    if not layers and not only_experts:
         raise AdarankError("nothing is fused: call adarank_fast.accelerate(peft_model) first")
     names = {id(layer): path for path, layer in layers.items()}
     report = FusionReport()
@@ -109,6 +116,8 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
     for path, module in peft_model.named_modules():
         if isinstance(module, lora.LoraLayer) and path not in layers:
             reason = f"PEFT's lora.{type(module).__name__}, which has no fused form"
+            if isinstance(module, lora.ParamWrapper):
+                reason = OF_EXPERTS
             report[path] = LayerReport(False, (path,), 0, 0, {reason: 0})
     return report
 

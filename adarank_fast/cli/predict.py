@@ -17,7 +17,7 @@ from adarank_fast.cli import options
 from adarank_fast.cli.console import quiet_transformers, say_written, show, status
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.files import check_file
-from adarank_fast.options import DTYPES, check_choice
+from adarank_fast.options import DEFAULT_TARGETS, DTYPES, check_choice
 from adarank_fast.plan.budget import Budget
 from adarank_fast.prediction.probe import Limits, Probe
 from adarank_fast.training.data import read_data
@@ -43,7 +43,7 @@ def predict(
     output_file: Annotated[
         Path, typer.Option("--output-file", "-o", help="Where to write the plan.")
     ] = Path("plan.json"),
-    target_modules: options.TARGET_MODULES = "attention",
+    target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     samples: Annotated[
         int,
         typer.Option(min=1, help="Use this many texts, drawn from the file; or all it has."),

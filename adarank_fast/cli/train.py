@@ -17,7 +17,8 @@ from rich.table import Table
 from adarank_fast.cli import options
 from adarank_fast.cli.console import quiet_transformers, say_written, show, status
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import DTYPES, check_choice
+from adarank_fast.options import DEFAULT_TARGETS, DTYPES, check_choice
+from adarank_fast.plan.budget import EXPERT_RANK_HELP, EXPERT_RANKS, Budget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +48,8 @@ def train(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Uniform LoRA of this rank instead.")
     ] = None,
-    target_modules: options.TARGET_MODULES = "attention",
+    expert_rank: Annotated[str, typer.Option(help=EXPERT_RANK_HELP)] = "whole",
+    target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     output_folder: Annotated[
         Path, typer.Option("--output-folder", "-o", help="Where to put the adapter.")
     ] = Path("adapter"),
@@ -93,15 +95,15 @@ def train(
 ) -> None:
     """Train adapters on MODEL; the same command goes on with a run that was cut off."""
     check_choice("--dtype", dtype, DTYPES)
-    source = _ranks_from(plan, rank, average_rank)
+    check_choice("--expert-rank", expert_rank, EXPERT_RANKS)
+    source = _ranks_from(plan, rank, average_rank, expert_rank)
     import torch
     from tqdm import tqdm
     from transformers import EarlyStoppingCallback, set_seed
 
     from adarank_fast.adapters.inject import inject
     from adarank_fast.models.identity import digest_weights
-    from adarank_fast.plan.budget import Budget
-    from adarank_fast.plan.lora_config import alpha_rule
+    from adarank_fast.plan.lora_config import alpha_rule, refuse_for_experts
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.training.arguments import config_class, make_arguments, read_settings
     from adarank_fast.training.card import Result, write_beside
@@ -172,10 +174,11 @@ def train(
         **{"dtype": dtype, "four_bit": four_bit, "early_stopping": early_stopping},
     }
     with unfinished_run(output_folder, noted) as checkpoints:
+        lora_config["lora_dropout"] = lora_dropout
+        refuse_for_experts(_experts(source, network), lora_config)
         chosen = _plan(source, network, examples, checkpoints)
         set_seed(int(fields["seed"]))
         (example,) = examples.calibration(1, network.device)  # fused from the first step on
-        lora_config["lora_dropout"] = lora_dropout
         peft_model = inject(network, chosen, scale, example, **lora_config)
         with tqdm(disable=not sys.stderr.isatty(), leave=False) as bar:
             callbacks: list[TrainerCallback] = [Progress(bar)]
@@ -213,12 +216,13 @@ def train(
 
 
 class RankSource(TypedDict, total=False):
-    """Where the ranks come from: one of the first three."""
+    """Where the ranks come from: one of the first three; `expert_rank` where it is "divided"."""
 
     plan: RankPlan
     rank: int
     average_rank: float
     target_modules: TargetModules
+    expert_rank: str
 
 
 def _examples(
@@ -234,17 +238,25 @@ def _examples(
     return kind(rows, held_out, tokenizer, fields)
 
 
-def _ranks_from(plan: Path | None, rank: int | None, average_rank: float | None) -> RankSource:
+def _ranks_from(
+    plan: Path | None, rank: int | None, average_rank: float | None, expert_rank: str
+) -> RankSource:
     given = {"plan": plan, "rank": rank, "average_rank": average_rank}
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in found)
         raise AdarankError(f"{names} each say the ranks; give one of them")
-    if rank is not None:
-        return {"rank": rank}
     if plan is not None:
+        if expert_rank != "whole":
+            raise AdarankError(
+                f"--expert-rank {expert_rank} is for ranks that are predicted or uniform; --plan "
+                "says each expert's"
+            )
         return {}
-    return {"average_rank": AVERAGE_RANK if average_rank is None else average_rank}
+    source: RankSource = {} if expert_rank == "whole" else {"expert_rank": expert_rank}
+    if rank is not None:
+        return {**source, "rank": rank}
+    return {**source, "average_rank": AVERAGE_RANK if average_rank is None else average_rank}
 
 
 def _digestible(source: RankSource) -> dict[str, object]:
@@ -254,6 +266,16 @@ def _digestible(source: RankSource) -> dict[str, object]:
     return dict(source)
 
 
+def _experts(source: RankSource, network: PreTrainedModel) -> list[str]:
+    """The parameters of experts that get a rank."""
+    from adarank_fast.models.targets import find_targets
+
+    if "plan" in source:
+        return [name for name in source["plan"].experts if source["plan"].ranks[name]]
+    targets = find_targets(network, source["target_modules"])
+    return [target.name for target in targets if target.parameter]
+
+
 def _plan(
     source: RankSource,
     network: PreTrainedModel,
@@ -261,19 +283,19 @@ def _plan(
     checkpoints: Path,
 ) -> RankPlan:
     """The given plan, a uniform one, or a prediction; a resumed run does not predict again."""
-    from adarank_fast.plan.budget import Budget
     from adarank_fast.plan.rank_plan import RankPlan
     from adarank_fast.prediction.predict import predict_ranks
     from adarank_fast.training.run import PLAN
 
     if isinstance(given := source.get("plan"), RankPlan):
         return given
+    expert_rank = source.get("expert_rank", "whole")
     if "rank" in source:
-        return RankPlan.uniform(network, source["rank"], source["target_modules"])
+        return RankPlan.uniform(network, source["rank"], source["target_modules"], expert_rank)
     path = checkpoints / PLAN
     if not path.exists():
         batches = examples.calibration(CALIBRATION, network.device)
-        budget = Budget(average_rank=source["average_rank"])
+        budget = Budget(average_rank=source["average_rank"], expert_rank=expert_rank)
         targets, progress = source["target_modules"], sys.stderr.isatty()
         plan = predict_ranks(network, batches, budget, targets, progress=progress)
         plan.save(path)

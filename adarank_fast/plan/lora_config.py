@@ -30,6 +30,11 @@ DECIDED_BY_PLAN = {
     "use_rslora": 'pass scaling="rslora"',
 }
 
+# what PEFT's adapters of parameters do not have
+NOT_OF_EXPERTS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
+# they read the weight of a linear layer
+INITS_OF_LAYERS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
 
 def lora_config(
     ranks: Mapping[str, int],
@@ -76,6 +81,7 @@ def lora_config(
     keys = {rank: f"^{any_of(names[rank])}{end}" for rank in sorted(names)}
     modules = [name for name, rank in ranks.items() if rank > 0 and name not in parameters]
     experts = [name for name, rank in ranks.items() if rank > 0 and name in parameters]
+    refuse_for_experts(experts, lora_config_kwargs)
     largest = max(keys)
     return LoraConfig(
         **{
@@ -89,6 +95,29 @@ def lora_config(
             "use_rslora": scaling == "rslora",
         }
     )
+
+
+def refuse_for_experts(experts: Sequence[str], lora_config_kwargs: Mapping[str, Any]) -> None:
+    """Refuse `LoraConfig` arguments that PEFT has not for parameters of experts.
+
+    Args:
+        experts: names of the parameters.
+        lora_config_kwargs: the arguments.
+
+    Raises:
+        AdarankError: which it is.
+    """
+    if not experts:
+        return
+    given = {name: lora_config_kwargs.get(name) for name in NOT_OF_EXPERTS}
+    init = str(lora_config_kwargs.get("init_lora_weights", ""))
+    given["init_lora_weights"] = init if init.startswith(INITS_OF_LAYERS) else None
+    for name, value in given.items():
+        if value:
+            raise AdarankError(
+                f"{name}={value!r}: PEFT has it for layers, not for parameters of experts "
+                f'({experts[0]}); leave it out, or leave experts out (target_modules="attention")'
+            )
 
 
 def alpha_rule(scaling: str | float) -> Callable[[int], float]:

@@ -17,7 +17,7 @@ from adarank_fast.models.memory import default_memory, tokens
 from adarank_fast.models.outputs import OutputChoice, accepted, choose_output, small_sample
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import TargetModules, find_targets, unwrap
-from adarank_fast.options import check_number
+from adarank_fast.options import DEFAULT_TARGETS, check_number
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.prediction.disagreement import disagreement_sums
 from adarank_fast.prediction.folding import FOLDED
@@ -59,7 +59,7 @@ class CostEstimate:
 def estimate_cost(
     model: nn.Module,
     batches: Iterable[Batch],
-    target_modules: TargetModules = "attention",
+    target_modules: TargetModules = DEFAULT_TARGETS,
     trials: int | AdaptiveTrials = 5,
     output: OutputChoice = "auto",
 ) -> CostEstimate:
