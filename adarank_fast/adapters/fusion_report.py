@@ -11,6 +11,7 @@ from torch import nn
 from adarank_fast.adapters.fused_linear import fused_layers
 from adarank_fast.adapters.gated_mlp import gated_mlps
 from adarank_fast.adapters.groups import LayerState
+from adarank_fast.adapters.peft_private import has_only_experts
 from adarank_fast.errors import AdarankError
 from adarank_kernels.runtime import native
 from adarank_kernels.runtime.registry import HAS_TRITON, kernel_status
@@ -92,9 +93,7 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
         AdarankError: `accelerate` was not called.
     """
     layers = dict(fused_layers(peft_model))
-    of_peft = [module for module in peft_model.modules() if isinstance(module, lora.LoraLayer)]
-    only_experts = of_peft and all(isinstance(module, lora.ParamWrapper) for module in of_peft)
-    if not layers and not only_experts:
+    if not layers and not has_only_experts(peft_model):
         raise AdarankError("nothing is fused: call adarank_fast.accelerate(peft_model) first")
     names = {id(layer): path for path, layer in layers.items()}
     report = FusionReport()

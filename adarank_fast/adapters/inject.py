@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from adarank_fast.adapters.accelerate import accelerate
+from adarank_fast.adapters.patterns import keys_of_experts
 from adarank_fast.adapters.peft_private import BaseTunerLayer, Layer
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
@@ -76,14 +77,13 @@ def inject(
     if any(type(found[path].module).__name__ == "Conv1D" for path in planned):
         lora_config_kwargs.setdefault("fan_in_fan_out", True)  # its weight is [in, out]
     config = lora_config(planned, scaling, parameters=experts, **lora_config_kwargs)
-    with undone_on_error(_undo(model)), warnings.catch_warnings():
+    with undone_on_error(_undo(model)), keys_of_experts(), warnings.catch_warnings():
         # for models that mix Conv1D and Linear PEFT corrects fan_in_fan_out layer by layer
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _verify(model, planned, scaling, adapter_name)
         keep_unpacked(model)
-        if planned.keys() - experts:
-            accelerate(peft_model, example)
+        accelerate(peft_model, example)
         _warn_of_fast_path(model, planned)
     return peft_model
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adarank_fast.errors import printable
-from adarank_fast.models.text import plain_text
+from adarank_fast.models.text import by, plain_text
 
 if TYPE_CHECKING:
-    from adarank_fast.plan.allocation import Experts
     from adarank_fast.plan.rank_plan import RankPlan, Score
 
 
@@ -31,7 +30,10 @@ def plan_table(plan: RankPlan) -> str:
     rows.add_column("parameters", f"{plan.parameters:,}", justify="right", no_wrap=True)
     experts = plan.experts
     for name, rank in plan.ranks.items():
-        cells = [printable(name), _size(plan.sizes[name], experts.get(name))]
+        cells = [
+            printable(name),
+            by(plan.sizes[name], experts[name].total if name in experts else 1),
+        ]
         if plan.scores:
             score = plan.scores.get(name)
             cells += ["", ""] if score is None else [_said(score), str(len(score.trials))]
@@ -40,12 +42,6 @@ def plan_table(plan: RankPlan) -> str:
             cells.append(f"{chances[name]:.0%}")
         rows.add_row(*cells, f"{rank * sum(plan.sizes[name]):,}")
     return plain_text(rows)
-
-
-def _size(size: tuple[int, int], experts: Experts | None) -> str:
-    """As "in x out"; of experts "8 of in x out"."""
-    count = experts.total if experts else 1
-    return f"{count} of " * (count > 1) + f"{size[0] // count} x {size[1] // count}"
 
 
 def _said(score: Score) -> str:

@@ -108,7 +108,8 @@ def estimate_cost(
     per_item = [sum(by_block[: clean.position(t.block)]) for t in targets]
     sizes = [tokens(batch) for batch in parts]
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
-    noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
+    # a perturbed copy of experts costs no product beside the forward's own
+    noise = [0 if t.parameter else 2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
     flops = int((suffixes * count + forward) * scale)
     slow = sum(clean.routes[t.name] != FOLDED for t in targets) / len(targets)
