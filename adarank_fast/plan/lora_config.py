@@ -41,6 +41,7 @@ def lora_config(
     scaling: str | float,
     optional_prefix: str = "",
     parameters: Collection[str] = (),
+    has_experts: bool = False,
     **lora_config_kwargs: Any,
 ) -> LoraConfig:
     r"""A LoraConfig with one anchored key for all modules of a rank.
@@ -49,12 +50,15 @@ def lora_config(
     keys must be anchored at the start, so that `layers.0.q` is not `vision.layers.0.q`, and must
     not overlap. It tries the keys one by one for each module, and Python keeps 512 compiled ones:
     with a key a module, 840 modules took a minute to load, with a key a rank about a second.
-    target_modules is a regex for the full name, since PEFT matches a list's elements as suffixes.
+    target_modules is a regex for the full name, since PEFT matches a list's elements as suffixes;
+    but a list for models with 3-D expert parameters, where PEFT reduces what a regex matches to the
+    last parts of the names and so targets other layers too.
 
     Args:
         ranks: full module name -> rank; rank 0 is left out.
         optional_prefix: what may stand before every name, such as "bert.".
         parameters: which of the names are 3-D expert parameters, PEFT's `target_parameters`.
+        has_experts: whether the model has any, in the plan or not.
         scaling: see `RankPlan.to_lora_config`.
         **lora_config_kwargs: see `RankPlan.to_lora_config`.
     """
@@ -90,7 +94,7 @@ def lora_config(
             "lora_alpha": alpha_of(largest),
             "rank_pattern": {key: rank for rank, key in keys.items()},
             "alpha_pattern": {key: alpha_of(rank) for rank, key in keys.items()},
-            "target_modules": any_of(modules) if modules else [],
+            "target_modules": any_of(modules) if modules and not has_experts else modules,
             "target_parameters": experts or None,
             "use_rslora": scaling == "rslora",
         }

@@ -18,7 +18,13 @@ from torch import nn
 from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import write_text
 from adarank_fast.json_values import MOST, Value, said
-from adarank_fast.models.targets import Target, TargetModules, find_targets, unwrap
+from adarank_fast.models.targets import (
+    Target,
+    TargetModules,
+    find_candidates,
+    find_targets,
+    unwrap,
+)
 from adarank_fast.models.text import data_frame
 from adarank_fast.options import (
     DEFAULT_TARGETS,
@@ -122,7 +128,7 @@ class RankPlan:
     def experts(self) -> dict[str, Experts]:
         """Of the plan's 3-D parameters: name -> (experts, experts active for a token or 0)."""
         said = self.settings.get("experts")
-        if said is None:  # an older release named them, and no more
+        if said is None:  # a plan of an older release has no more than their names
             said = dict.fromkeys(self.settings.get("expert_parameters", ()), (1, 0))
         return {name: Experts(*said[name]) for name in self.ranks if name in said}
 
@@ -239,7 +245,10 @@ class RankPlan:
             AdarankError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
         """
         prefix = self.settings.get("base_model_prefix", "")
-        return lora_config(self.ranks, scaling, prefix, self.experts, **lora_config_kwargs)
+        of_model = bool(self.settings.get("expert_parameters"))
+        return lora_config(
+            self.ranks, scaling, prefix, self.experts, of_model, **lora_config_kwargs
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, modules in the plan's order; never a half-written file."""
@@ -372,9 +381,10 @@ def describe_model(model: nn.Module, targets: Iterable[Target]) -> dict[str, Any
         for target in targets
         if target.parameter
     }
-    # older releases read the list
+    of_model = [target.name for target in find_candidates(inner) if target.parameter]
     return {
-        **({"expert_parameters": [*experts], "experts": experts} if experts else {}),
+        **({"expert_parameters": of_model} if of_model else {}),
+        **({"experts": experts} if experts else {}),
         "model_class": type(inner).__name__,
         "model": getattr(getattr(inner, "config", None), "_name_or_path", "") or "",
         "base_model_prefix": f"{prefix}." if prefix else "",
