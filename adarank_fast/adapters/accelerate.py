@@ -1,4 +1,4 @@
-"""Switching fused layers on and off: the module's classes change, nothing else does."""
+"""Switch fused layers on and off. Only the classes of modules change."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def accelerate(
         peft_model: a `peft.PeftModel`, of uniform or mixed ranks, or any module with PEFT layers.
         example: keyword inputs for one forward in eval mode without gradients.
         recompute_mlp: keep only gate(x) and up(x) of gated MLPs, down(act(gate(x)) * up(x)), for
-            the backward pass, which computes the other two again: about a third of what a layer of
-            Llama keeps goes, two elementwise operations come. Not under checkpointing, which
-            keeps less, nor in compiled code.
+            the backward pass, which computes the other two tensors again. A layer of Llama then
+            keeps about a third less, for two more elementwise operations. Not used under
+            checkpointing, which keeps even less, nor in compiled code.
 
     Returns:
         `peft_model`.

@@ -28,11 +28,18 @@ def compare(
         Path | None, typer.Option(help="Held-out texts.", show_default="a fifth of --data")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="Short for --arms PLAN,uniform, or one arm more.")
+        Path | None,
+        typer.Option(
+            help="Plan file to add as an arm; without --arms, it is compared with uniform."
+        ),
     ] = None,
     output_folder: Annotated[
         Path,
-        typer.Option("--output-folder", "-o", help="Report; finished runs are kept there."),
+        typer.Option(
+            "--output-folder",
+            "-o",
+            help="Folder of the report. Finished runs are kept there and not run again.",
+        ),
     ] = Path("report"),
     target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     text_column: options.TEXT_COLUMN = None,

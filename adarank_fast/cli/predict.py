@@ -34,7 +34,7 @@ def predict(
     data: Annotated[
         Path,
         typer.Option(
-            help="Calibration data, read as `train` reads them: .jsonl, .csv, .parquet, .txt, ...",
+            help="Calibration data, in any format that `train` reads: .jsonl, .csv, .txt, ...",
             show_default=False,
         ),
     ],
@@ -47,9 +47,9 @@ def predict(
     target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     samples: Annotated[
         int,
-        typer.Option(min=1, help="Use this many texts, drawn from the file; or all it has."),
+        typer.Option(min=1, help="Use this many texts, drawn at random; all if there are fewer."),
     ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 16,
     max_length: Annotated[int, typer.Option(min=1, help="Cut texts to this many tokens.")] = 128,
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
@@ -66,7 +66,7 @@ def predict(
     ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Predict a LoRA rank for every module of MODEL, a language model with its head."""
+    """Predict a LoRA rank for every module of MODEL; language models are loaded with their head."""
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
     names = parse_target_modules(target_modules)
     if not dry_run:
@@ -144,3 +144,5 @@ def _show_cost(
         f"{cost.flops / 1e12:.3g} TFLOP ({cost.naive_flops / 1e12:.3g} without replay), "
         f"{cost.memory_bytes / 2**20:,.0f} MiB beside the model"
     )
+    if cost.suggestion:
+        print(cost.suggestion)

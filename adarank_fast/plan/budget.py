@@ -45,13 +45,13 @@ class Budget:
     """
 
     average_rank: float | None = option(
-        None, "Budget: ranks a module on average.", shown=str(DEFAULT_AVERAGE_RANK)
+        None, "Budget: average rank of a module.", shown=str(DEFAULT_AVERAGE_RANK)
     )
     budget_parameters: int | None = option(
-        None, "Budget: adapter parameters, instead of --average-rank."
+        None, "Budget: number of adapter parameters, instead of --average-rank."
     )
-    min_rank: int = option(0, "No rank below it.", least=0)
-    max_rank: int | None = option(None, "No rank above it.", least=1)
+    min_rank: int = option(0, "The smallest rank.", least=0)
+    max_rank: int | None = option(None, "The largest rank.", least=1)
     rank_multiple: int = option(1, "Ranks are multiples of it.", least=1)
     allocation: str = option("exact", '"exact" spends the whole budget, "paper" rounds down.')
     expert_rank: str = option("whole", EXPERT_RANK_HELP)

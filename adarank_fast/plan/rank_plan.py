@@ -46,6 +46,7 @@ from adarank_fast.plan.table import plan_table
 from adarank_fast.plan.uncertainty import chance_of_change
 
 if TYPE_CHECKING:
+    import pandas
     from peft import LoraConfig
 
 FORMAT = "adarank-fast plan"
@@ -294,7 +295,7 @@ class RankPlan:
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
 
-    def to_frame(self) -> Any:
+    def to_frame(self) -> pandas.DataFrame:
         """A pandas DataFrame, a row for each module: rank, sizes, parameters, score.
 
         Raises:
@@ -377,7 +378,7 @@ def describe_model(model: nn.Module, targets: Iterable[Target]) -> dict[str, Any
     inner = unwrap(model)
     prefix = getattr(inner, "base_model_prefix", "")
     experts = {
-        target.name: Experts(target.experts, target.experts_per_token or 0)
+        target.name: [*Experts(target.experts, target.experts_per_token or 0)]
         for target in targets
         if target.parameter
     }

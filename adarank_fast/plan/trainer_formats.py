@@ -70,12 +70,18 @@ def _peft(plan: RankPlan, config: LoraConfig) -> str:
         "lora_alpha": config.lora_alpha,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
-        "target_modules": config.target_modules,
+        "target_modules": _targets(config),
         "use_rslora": config.use_rslora,
     }
     if config.target_parameters:
         settings["target_parameters"] = config.target_parameters
     return json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+
+
+def _targets(config: LoraConfig) -> str | list[str]:
+    """The regex; or the names of modules, which PEFT keeps as a set."""
+    targets = config.target_modules or ()
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 def _axolotl(plan: RankPlan, config: LoraConfig) -> str:
@@ -85,7 +91,7 @@ def _axolotl(plan: RankPlan, config: LoraConfig) -> str:
         adapter="lora",
         lora_r=config.r,
         lora_alpha=_whole(config.lora_alpha, "axolotl"),
-        lora_target_modules=config.target_modules,
+        lora_target_modules=_targets(config),
         **({"lora_target_parameters": experts} if experts else {}),
         lora_rank_pattern=config.rank_pattern,
         lora_alpha_pattern={
