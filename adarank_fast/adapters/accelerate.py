@@ -13,7 +13,7 @@ from adarank_fast.adapters.fused_linear import fused_classes, fused_layers, thre
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
 from adarank_fast.adapters.graph_blocks import restore_blocks
 from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
-from adarank_fast.adapters.peft_private import Layer
+from adarank_fast.adapters.peft_private import Layer, has_only_experts
 from adarank_fast.adapters.swapped import Swapped
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
@@ -54,6 +54,8 @@ def accelerate(
                     f"its LoRA layers are of class {type(module).__name__}, which something else "
                     "made; accelerate first, then shard or wrap them"
                 )
+        if has_only_experts(peft_model):
+            return peft_model  # the report says why not
         raise AdarankError(
             f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
             "adarank_fast.inject or peft.get_peft_model first"

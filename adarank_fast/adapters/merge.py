@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from adarank_fast.adapters.adapter_files import PREFIX, Adapter, read_adapter
 from adarank_fast.adapters.export import check_fits
-from adarank_fast.adapters.patterns import check_patterns
+from adarank_fast.adapters.patterns import check_patterns, keys_of_experts
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
@@ -43,7 +43,7 @@ ModelClass = Any  # a class of transformers that loads models; its methods have 
 def _without_expected_warnings() -> Iterator[None]:
     """Deprecations are not the user's; of tied weights `_untie` takes care."""
     tied = (".*`?tie_word_embeddings", "Input and output embeddings are no longer tied")
-    with warnings.catch_warnings():
+    with keys_of_experts(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         for message in tied:
             warnings.filterwarnings("ignore", message=message)
