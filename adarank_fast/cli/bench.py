@@ -21,7 +21,7 @@ def bench(
         Path | None, typer.Option(help="A rank plan; default: uniform LoRA.", show_default=False)
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of uniform LoRA; 8.", show_default=False)
+        int | None, typer.Option(min=1, help="Rank of uniform LoRA (8).", show_default=False)
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Texts to take; default: random tokens.", show_default=False)
@@ -39,11 +39,14 @@ def bench(
     batch_size: options.BATCH_SIZE = 4,
     max_length: options.MAX_LENGTH = 128,
     max_seconds: Annotated[
-        float, typer.Option(help="Fewer tokens and repetitions keep within it, about.")
+        float,
+        typer.Option(
+            help="About how long it may take; fewer tokens and repetitions keep within it."
+        ),
     ] = 100.0,
     compile: Annotated[bool, typer.Option("--compile", help="Also time compiled blocks.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
+        str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help=f"Load weights as {', '.join(DTYPES)} or auto.")

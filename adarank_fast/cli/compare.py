@@ -27,18 +27,20 @@ def compare(
         Path | None, typer.Option(help="Held-out texts.", show_default="a fifth of --data")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="Short for --arms PLAN,uniform, or one arm more.")
+        Path | None, typer.Option(help="A plan file as one more arm. Without --arms: PLAN,uniform.")
     ] = None,
     output_folder: Annotated[
         Path,
-        typer.Option("--output-folder", "-o", help="Report; finished runs are kept there."),
+        typer.Option(
+            "--output-folder", "-o", help="Folder of the report. Finished runs are kept there."
+        ),
     ] = Path("report"),
     target_modules: options.TARGET_MODULES = "attention",
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
     as_json: options.JSON = False,
 ) -> None:
-    """Train rank allocators under one parameter budget, with several seeds, and compare them."""
+    """Compare ways to share out rank: equal numbers of parameters, several seeds, one report."""
     if plan is not None:
         design = replace(design, arms=[str(plan), *(design.arms or ["uniform"])])
     read = [model, str(data), *design.plan_files]

@@ -28,13 +28,15 @@ def evaluate(
     adapter: ADAPTER = None,
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
     max_length: LENGTH = None,
     dtype: options.DTYPE = "float32",
-    four_bit: Annotated[bool, typer.Option("--four-bit", help="MODEL in 4 bits.")] = False,
+    four_bit: Annotated[
+        bool, typer.Option("--four-bit", help="Load MODEL in 4 bits (bitsandbytes).")
+    ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Accuracy and macro F1 of a classifier, perplexity of a language model, on data."""
+    """Measure accuracy and macro F1 of a classifier, or perplexity of a language model."""
     check_choice("--dtype", dtype, DTYPES)
     from rich import box
     from rich.table import Table

@@ -24,7 +24,8 @@ def merge(
         typer.Option("--output", "-o", help="New folder for the model.", show_default=False),
     ],
     dtype: Annotated[
-        str, typer.Option(help="Of the merged weights: auto (MODEL's own), float32, bfloat16, ...")
+        str,
+        typer.Option(help="Type of the merged weights: auto (MODEL's own), float32, bfloat16, ..."),
     ] = "auto",
     as_json: JSON = False,
 ) -> None:

@@ -29,13 +29,13 @@ TARGET_MODULES = Annotated[
 TASK = Annotated[str, typer.Option(help="auto (by the labels), classification or causal-lm.")]
 EPOCHS = Annotated[int, typer.Option(min=1, help="Passes over the training data.")]
 MAX_STEPS = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")]
-BATCH_SIZE = Annotated[int, typer.Option(min=1, help="Items a step.")]
+BATCH_SIZE = Annotated[int, typer.Option(min=1, help="Texts in a step.")]
 MAX_LENGTH = Annotated[int, typer.Option(min=1, help="Tokens of a text, or of a block.")]
 SCALING = Annotated[
     str,
     typer.Option(help="lora_alpha / rank: constant (2), paper (8 / rank), rslora, or a number."),
 ]
-DTYPE = Annotated[str, typer.Option(help=f"Of the frozen weights: {', '.join(DTYPES)}.")]
+DTYPE = Annotated[str, typer.Option(help=f"Type of the frozen weights: {', '.join(DTYPES)}.")]
 TEXT_COLUMN = Annotated[str | None, typer.Option(help="Column of the texts; guessed if left out.")]
 LABEL_COLUMN = Annotated[
     str | None, typer.Option(help="Column of the labels; guessed if left out.")
@@ -43,7 +43,7 @@ LABEL_COLUMN = Annotated[
 TRUST_REMOTE_CODE = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings along.")
 ]
-JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
 def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

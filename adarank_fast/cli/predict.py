@@ -48,13 +48,13 @@ def predict(
         int,
         typer.Option(min=1, help="Use this many texts, drawn from the file; or all it has."),
     ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 16,
     max_length: Annotated[int, typer.Option(min=1, help="Cut texts to this many tokens.")] = 128,
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
     task: options.TASK = "auto",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
+        str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help=f"Load weights as {', '.join(DTYPES)} or auto.")
@@ -65,7 +65,7 @@ def predict(
     ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Predict a LoRA rank for every module of MODEL, a language model with its head."""
+    """Predict a LoRA rank for every module of MODEL, without labels or training."""
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
     names = parse_target_modules(target_modules)
     if not dry_run:

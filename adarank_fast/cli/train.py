@@ -42,10 +42,10 @@ def train(
     ] = None,
     average_rank: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Of predicted ranks.", show_default=str(AVERAGE_RANK)),
+        typer.Option(min=0.0, help="Mean rank of the prediction.", show_default=str(AVERAGE_RANK)),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Uniform LoRA of this rank instead.")
+        int | None, typer.Option(min=1, help="No prediction: uniform LoRA of this rank.")
     ] = None,
     target_modules: options.TARGET_MODULES = "attention",
     output_folder: Annotated[
@@ -60,11 +60,11 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data (3).")] = None,
     max_steps: options.MAX_STEPS = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Examples a step (32; language models 8).")
+        int | None, typer.Option(min=1, help="Examples in a step (32; language models 8).")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=0.0, help="At its highest (1e-3; language models 2e-4)."),
+        typer.Option(min=0.0, help="The highest learning rate (1e-3; language models 2e-4)."),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an example (128; language models 1024).")
@@ -78,12 +78,13 @@ def train(
         typer.Option(help="A .yaml or .json of TrainingArguments (language models: SFTConfig)."),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One such field: name=value. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="One field of these: name=value. May be given again."),
     ] = None,
     scaling: options.SCALING = "constant",
     lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.0,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of head, adapters, order, dropout (0).")
+        int | None, typer.Option(min=0, help="Seed of new weights, order and dropout (0).")
     ] = None,
     dtype: options.DTYPE = "float32",
     four_bit: Annotated[

@@ -75,8 +75,12 @@ class Design:
         kind=str | None,
         parse=lambda text: [arm.strip() for arm in text.split(",") if arm.strip()],
     )
-    seeds: int | Sequence[int] = option(3, "Training runs of each arm.", least=1, kind=int)
-    average_rank: int = option(8, "Of uniform LoRA, whose parameters every arm may spend.", least=1)
+    seeds: int | Sequence[int] = option(
+        3, "Training runs of each arm, a seed each.", least=1, kind=int
+    )
+    average_rank: int = option(
+        8, "Rank of uniform LoRA. Every arm may spend as many parameters as it has.", least=1
+    )
     task: str = option("auto", f"auto (by the labels), {' or '.join(TASKS)}.")
     metric: Callable[[numpy.ndarray, numpy.ndarray], float] | None = option(
         None,
@@ -86,7 +90,7 @@ class Design:
     )
     greater_is_better: bool = option(
         True,
-        "Of your --metric.",
+        "Smaller values of your --metric are better.",
         shown=False,
         flag="smaller_is_better",
         kind=bool,
@@ -95,14 +99,14 @@ class Design:
     )
     learning_rates: Sequence[float] | None = option(
         None,
-        "Tried for each arm, separated by commas.",
+        "Learning rates to try for each arm, separated by commas.",
         shown="by the task",
         kind=str | None,
         parse=partial(parse_numbers, "--learning-rates"),
     )
     epochs: int = option(3, "Passes over the training data.", least=1)
     max_steps: int | None = option(None, "Stop after this many steps.", least=1)
-    batch_size: int = option(32, "Items a step.", least=1)
+    batch_size: int = option(32, "Texts in a step.", least=1)
     max_length: int = option(128, "Tokens of a text, or of a block.", least=1)
     scaling: str | float = option(
         "constant",
@@ -111,7 +115,7 @@ class Design:
         parse=parse_scaling,
     )
     trials: int = option(5, "Perturbations of each module, for adarank.", least=1)
-    dtype: str = option("float32", f"Of the frozen weights: {', '.join(DTYPES)}.")
+    dtype: str = option("float32", f"Type of the frozen weights: {', '.join(DTYPES)}.")
 
     def __post_init__(self) -> None:
         self._check_arms()

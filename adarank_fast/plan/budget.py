@@ -34,14 +34,14 @@ class Budget:
     """
 
     average_rank: float | None = option(
-        None, "Budget: ranks a module on average.", shown=str(DEFAULT_AVERAGE_RANK)
+        None, "Budget: the mean rank of all modules.", shown=str(DEFAULT_AVERAGE_RANK)
     )
     budget_parameters: int | None = option(
-        None, "Budget: adapter parameters, instead of --average-rank."
+        None, "Budget: number of adapter parameters, instead of --average-rank."
     )
-    min_rank: int = option(0, "No rank below it.", least=0)
-    max_rank: int | None = option(None, "No rank above it.", least=1)
-    rank_multiple: int = option(1, "Ranks are multiples of it.", least=1)
+    min_rank: int = option(0, "The lowest rank that a module may get.", least=0)
+    max_rank: int | None = option(None, "The highest rank that a module may get.", least=1)
+    rank_multiple: int = option(1, "Every rank is a multiple of this.", least=1)
     allocation: str = option("exact", '"exact" spends the whole budget, "paper" rounds down.')
 
     def __post_init__(self) -> None:

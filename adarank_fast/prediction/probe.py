@@ -56,16 +56,16 @@ class Probe:
     """
 
     output: str | Callable[[Any], Any] = option(
-        "auto", f"What must not move: {', '.join(OUTPUTS)} or module:function.", kind=str
+        "auto", f"Output that is compared: {', '.join(OUTPUTS)} or module:function.", kind=str
     )
-    metric: str = option("l1", f"How far it moved: {', '.join(METRICS)}.")
+    metric: str = option("l1", f"How outputs are compared: {', '.join(METRICS)}.")
     trials: int | AdaptiveTrials = option(
         5,
-        "Perturbations of each module; 2-10: as many as its rank needs.",
+        "Perturbations of each module. 2-10: as many as its rank needs, 2 at least and 10 at most.",
         kind=str,
         parse=parse_trials,
     )
-    seed: int = option(0, "Of the noise and of the choice of texts.")
+    seed: int = option(0, "Seed of the noise and of the choice of texts.")
     dtype: Any = option(
         None,
         "Run the probes in this type, such as bfloat16, on a copy.",
@@ -111,13 +111,13 @@ class Limits:
 
     checkpoint: str | os.PathLike[str] | None = option(
         None,
-        "Keep finished probes here; after a kill, go on where it was.",
+        "File for finished probes. After a kill, the same command goes on from it.",
         kind=Path | None,
     )
-    max_seconds: float | None = option(None, "Begin no probes after this time.")
+    max_seconds: float | None = option(None, "Begin no probes after this many seconds.")
     max_memory: int | None = option(
         None,
-        "GB that probing may hold beside the model.",
+        "Gigabytes that probing may hold beside the model.",
         kind=float | None,
         parse=parse_gigabytes,
     )
