@@ -5,6 +5,8 @@ A page for every public name, the options of every command, CONTRIBUTING.md and 
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,4 +63,7 @@ def command_line() -> str:
     """Every command and option, as typer documents them."""
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="adarank")
+    for name, one in command.commands.items():  # typer cuts these lines after a few words
+        whole = f"* `{name}`: {inspect.cleandoc(one.help).splitlines()[0]}"
+        text = re.sub(rf"^\* `{name}`: .*$", whole.replace("\\", r"\\"), text, flags=re.M)
     return text.replace("# `adarank`", "# Command line", 1)
