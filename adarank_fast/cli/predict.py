@@ -143,3 +143,5 @@ def _show_cost(
         f"{cost.flops / 1e12:.3g} TFLOP ({cost.naive_flops / 1e12:.3g} without replay), "
         f"{cost.memory_bytes / 2**20:,.0f} MiB beside the model"
     )
+    if cost.suggestion:
+        print(cost.suggestion)

@@ -165,6 +165,7 @@ def _predict(
         "target_modules": target_modules,
         "trials": probe.trials if isinstance(probe.trials, int) else vars(probe.trials),
         "routes": prober.routes,
+        "max_memory": memory.total,
         **budget.options,
         "versions": {name: version(name) for name in ("adarank-fast", "torch", "transformers")},
     }

@@ -104,9 +104,11 @@ class Limits:
             same call goes on where it was.
         max_seconds: begin no further probes after this time; every module needs one trial.
         max_memory: bytes of tensors that probing may hold beside the model, its outputs and the
-            activations it resumes from; at least one variant is probed at a time. None: what keeps
-            all within 1.5 times the model and one forward over the largest batch. It changes how
-            fast ranks are found and, beyond rounding, not which.
+            activations it resumes from; at least one variant is probed at a time. None: on a GPU
+            half of what is free, elsewhere what keeps all within 1.5 times the model and one
+            forward over the largest batch. It changes how fast ranks are found and, beyond
+            rounding, not which; the same number gives the same bits. The plan's settings say
+            which it was.
     """
 
     checkpoint: str | os.PathLike[str] | None = option(
