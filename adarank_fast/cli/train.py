@@ -82,7 +82,9 @@ def train(
         typer.Option("--set", help="One field of these: name=value. May be given again."),
     ] = None,
     scaling: options.SCALING = "constant",
-    lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.0,
+    lora_dropout: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Dropout in front of the adapters.")
+    ] = 0.0,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of new weights, order and dropout (0).")
     ] = None,
