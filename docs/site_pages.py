@@ -6,7 +6,9 @@ A page for every public name, the options of every command, CONTRIBUTING.md and 
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ PACKAGES = {
     "adarank_kernels": "Tensors in, tensors out. Needs torch and triton only.",
 }
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+
+_ipython = tempfile.TemporaryDirectory()
+
+
+def on_startup(**_: Any) -> None:
+    """Notebooks run without anybody's own IPython settings, and say nothing about their sockets."""
+    profile = Path(_ipython.name) / "profile_default"
+    profile.mkdir()
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 'ERROR'\n")
+    os.environ["IPYTHONDIR"] = _ipython.name
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
