@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from adarank_fast.adapters.compile_blocks import compile_blocks
     from adarank_fast.adapters.export import export_uniform
     from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
+    from adarank_fast.adapters.graph_blocks import GraphReport, graph_blocks, graph_report
     from adarank_fast.adapters.inject import inject
     from adarank_fast.benchmarking.benchmark import benchmark
     from adarank_fast.benchmarking.report import Benchmark
@@ -44,6 +45,7 @@ __all__ = [
     "CostEstimate",
     "Design",
     "FusionReport",
+    "GraphReport",
     "Limits",
     "Probe",
     "RankPlan",
@@ -60,6 +62,8 @@ __all__ = [
     "export_uniform",
     "find_targets",
     "fusion_report",
+    "graph_blocks",
+    "graph_report",
     "inject",
     "model_disagreement",
     "perturbation",
@@ -73,6 +77,7 @@ _MODULES = {
     "adapters.export": ["export_uniform"],
     "adapters.accelerate": ["accelerate", "restore"],
     "adapters.fusion_report": ["FusionReport", "fusion_report"],
+    "adapters.graph_blocks": ["GraphReport", "graph_blocks", "graph_report"],
     "adapters.inject": ["inject"],
     "benchmarking.benchmark": ["benchmark"],
     "benchmarking.report": ["Benchmark"],

@@ -53,7 +53,7 @@ def inject(
 
     Raises:
         AdarankError: the plan does not fit the model, the model has adapters already, all ranks are
-            0, or PEFT made something else of it. The model is then as it was.
+            0, or PEFT made other adapters. The model is then unchanged.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdarankError(
@@ -149,14 +149,14 @@ def _under_one_prefix(
 
 
 def _warn_of_fast_path(model: nn.Module, paths: Iterable[str]) -> None:
-    """In eval mode torch's encoder layers read the weights and pass by every adapter."""
+    """Warn if torch's encoder layers would ignore adapters: in eval mode they read bare weights."""
     if not torch.backends.mha.get_fastpath_enabled():
         return
     for path in paths:
         layer = model.get_submodule(path.rpartition(".")[0])
         if isinstance(layer, nn.TransformerEncoderLayer):
             warnings.warn(
-                "torch.nn.TransformerEncoderLayer passes by its adapters in eval mode without "
+                "torch.nn.TransformerEncoderLayer ignores its adapters in eval mode without "
                 "gradients; call torch.backends.mha.set_fastpath_enabled(False)",
                 stacklevel=3,
             )

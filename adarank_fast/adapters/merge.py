@@ -182,7 +182,7 @@ def _merge(
     adapter: Adapter,
     dtype: str,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """(the merged model, names of weights that nobody had)."""
+    """(the merged model, names of weights that neither model nor adapter has)."""
     failed = f"cannot merge {str(folder)!r} into {name!r}"
     try:
         base, info = model_class.from_pretrained(
@@ -242,8 +242,7 @@ def _untie(model: PreTrainedModel) -> None:
 def _inside(layer: nn.Module) -> nn.Module:
     if not isinstance(layer, BaseTunerLayer):
         return layer
-    inner: nn.Module = cast(Any, layer).get_base_layer()
-    return inner
+    return layer.get_base_layer()
 
 
 def _say_untied(model: PreTrainedModel) -> None:
@@ -253,8 +252,9 @@ def _say_untied(model: PreTrainedModel) -> None:
         return
     if getattr(model.config, "is_encoder_decoder", False):  # T5 then leaves a scaling out
         raise AdarankError(
-            "the adapter parts the head from the embedding whose weight it shares, which "
-            f"{type(model).__name__} cannot save; train without it (target_modules) to merge"
+            "the adapter changes the head or the embedding, which share a weight, and "
+            f"{type(model).__name__} cannot save them apart; to merge, train without them "
+            "(target_modules)"
         )
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False

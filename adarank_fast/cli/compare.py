@@ -27,12 +27,17 @@ def compare(
         Path | None, typer.Option(help="Held-out texts.", show_default="a fifth of --data")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan file as one more arm. Without --arms: PLAN,uniform.")
+        Path | None,
+        typer.Option(
+            help="Plan file to add as an arm; without --arms, it is compared with uniform."
+        ),
     ] = None,
     output_folder: Annotated[
         Path,
         typer.Option(
-            "--output-folder", "-o", help="Folder of the report. Finished runs are kept there."
+            "--output-folder",
+            "-o",
+            help="Folder of the report. Finished runs are kept there and not run again.",
         ),
     ] = Path("report"),
     target_modules: options.TARGET_MODULES = "attention",
@@ -40,7 +45,7 @@ def compare(
     label_column: options.LABEL_COLUMN = None,
     as_json: options.JSON = False,
 ) -> None:
-    """Compare ways to share out rank: equal numbers of parameters, several seeds, one report."""
+    """Train rank allocators under one parameter budget, with several seeds, and compare them."""
     if plan is not None:
         design = replace(design, arms=[str(plan), *(design.arms or ["uniform"])])
     read = [model, str(data), *design.plan_files]

@@ -26,11 +26,16 @@ DATA = Annotated[Path, typer.Option(help=TEXTS, show_default=False)]
 TARGET_MODULES = Annotated[
     str, typer.Option(help='"attention", "all-linear", names separated by commas, or a regex.')
 ]
-TASK = Annotated[str, typer.Option(help="auto (by the labels), classification or causal-lm.")]
+TASK = Annotated[
+    str,
+    typer.Option(help="auto (classification if there are labels), classification or causal-lm."),
+]
 EPOCHS = Annotated[int, typer.Option(min=1, help="Passes over the training data.")]
 MAX_STEPS = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")]
-BATCH_SIZE = Annotated[int, typer.Option(min=1, help="Texts in a step.")]
-MAX_LENGTH = Annotated[int, typer.Option(min=1, help="Tokens of a text, or of a block.")]
+BATCH_SIZE = Annotated[int, typer.Option(min=1, help="Examples per step.")]
+MAX_LENGTH = Annotated[
+    int, typer.Option(min=1, help="Tokens of a text at most; of a language model's block exactly.")
+]
 SCALING = Annotated[
     str,
     typer.Option(help="lora_alpha / rank: constant (2), paper (8 / rank), rslora, or a number."),
@@ -41,15 +46,15 @@ LABEL_COLUMN = Annotated[
     str | None, typer.Option(help="Column of the labels; guessed if left out.")
 ]
 TRUST_REMOTE_CODE = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings along.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code from the model's folder.")
 ]
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
 def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of these dataclasses as options, and it an object of each.
+    """Make the fields of these dataclasses options of a command, which gets an object of each.
 
-    The command takes each object as a keyword that is called like its class, in lower case.
+    The command's argument for an object is named like its class, in lower case.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,10 +90,10 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def checked(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose numbers are in their ranges, and that runs a model's own code if told to.
+    """Check a command's numbers before it runs, and add --trust-remote-code where it loads a model.
 
-    Numbers are checked by their name in `RANGES`; those of `flat` are, by their class. A command
-    that loads a model gets --trust-remote-code.
+    A number's range is found by its name in `RANGES`. Options that `flat` made are left to their
+    dataclass, which has checked them.
     """
     signature = inspect.signature(command, eval_str=True)
     parameters = list(signature.parameters.values())
@@ -120,7 +125,7 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _with_flags(message: str, cls: type) -> str:
-    """A message that calls options as the command line does: --average-rank for average_rank=."""
+    """The message with options named as on the command line: --average-rank for average_rank=."""
     for one in fields(cls):
         flag = f"--{_called(one).replace('_', '-')} "
         message = re.sub(rf"\b{one.name}=|^{one.name} ", flag, message)

@@ -33,7 +33,7 @@ def predict(
     data: Annotated[
         Path,
         typer.Option(
-            help="Calibration data, read as `train` reads them: .jsonl, .csv, .parquet, .txt, ...",
+            help="Calibration data, in any format that `train` reads: .jsonl, .csv, .txt, ...",
             show_default=False,
         ),
     ],
@@ -46,15 +46,15 @@ def predict(
     target_modules: options.TARGET_MODULES = "attention",
     samples: Annotated[
         int,
-        typer.Option(min=1, help="Use this many texts, drawn from the file; or all it has."),
+        typer.Option(min=1, help="Use this many texts, drawn at random; all if there are fewer."),
     ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 16,
     max_length: Annotated[int, typer.Option(min=1, help="Cut texts to this many tokens.")] = 128,
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
     task: options.TASK = "auto",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")
+        str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help=f"Load weights as {', '.join(DTYPES)} or auto.")
@@ -65,7 +65,7 @@ def predict(
     ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Predict a LoRA rank for every module of MODEL, without labels or training."""
+    """Predict a LoRA rank for every module of MODEL; language models are loaded with their head."""
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
     names = parse_target_modules(target_modules)
     if not dry_run:

@@ -84,7 +84,7 @@ class Problem:
         return plan
 
     def within_budget(self, weights: Mapping[str, float], **settings: object) -> RankPlan:
-        """Ranks as they are if they spend the budget exactly, else in proportion to them."""
+        """A plan of these ranks if they spend the budget exactly, else of ranks scaled to it."""
         plan = replace(self.uniform, settings={**self.uniform.settings, **settings})
         ranks = {name: int(weight) for name, weight in weights.items()}
         asked = replace(plan, ranks=ranks)
@@ -119,7 +119,7 @@ def uniform(problem: Problem) -> RankPlan:
 
 @allocator
 def random(problem: Problem) -> RankPlan:
-    """AdaRank's ranks dealt out at random: as uneven, but not by disagreement."""
+    """AdaRank's ranks, assigned to the modules at random instead of by disagreement."""
     ranks = list(problem.adarank.ranks.values())
     random_numbers.Random(problem.seed).shuffle(ranks)
     return _dealt_out(problem, ranks, "random")
@@ -135,7 +135,7 @@ def reversed(problem: Problem) -> RankPlan:
 
 
 def _dealt_out(problem: Problem, ranks: Sequence[int], allocation: str) -> RankPlan:
-    """Other modules, same ranks: scaled to the budget where modules are of different sizes."""
+    """A plan of the same ranks on other modules; scaled to the budget if it is not met."""
     weights = dict(zip(problem.adarank.ranks, ranks, strict=True))
     seconds = problem.adarank.settings["seconds"]
     return problem.within_budget(weights, allocation=allocation, seconds=seconds)
@@ -146,7 +146,7 @@ EVA_RHO = 2.0  # PEFT's default: no module gets more than twice the uniform rank
 
 @allocator
 def eva(problem: Problem) -> RankPlan:
-    """PEFT's EVA (arXiv 2410.07170): rank where the inputs' principal components explain most.
+    """PEFT's EVA (arXiv 2410.07170): ranks by the variance that the inputs' components explain.
 
     Only the ranks are taken, from `peft.tuners.lora.eva`; A starts as in every other arm.
     """

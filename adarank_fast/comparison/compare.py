@@ -1,4 +1,4 @@
-"""Arms of one parameter budget, trained alike and held beside each other."""
+"""Train several arms under one parameter budget, and compare them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def compare(
             of lists, labels included).
         eval_data: held-out data, likewise. None: a fifth of the training data is held out.
         arms: what is compared, "adarank" and "uniform" if left out; see `Design`.
-        seeds: how many (3), from 0; or the seeds.
-        design: all of what is trained, how often, and what judges it; see `Design`.
+        seeds: how many runs of each arm (3), with seeds from 0; or a list of seeds.
+        design: what is trained, how often, and by which metric it is judged; see `Design`.
         target_modules: see `find_targets`.
         tokenizer: for texts where `model` is a function.
         modules_to_save: modules trained in full beside the adapters where `model` is a function.

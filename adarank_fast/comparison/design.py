@@ -55,9 +55,10 @@ class Design:
             `adarank.metrics`, or a function of predictions and labels that returns
             a number: logits [N, C] and labels [N], or for language models the likeliest tokens [M]
             and the true ones [M].
-        greater_is_better: of your metric; it decides between learning rates.
-        learning_rates: tried for each arm, one epoch, the first seed; a single one is taken as is.
-            None: `LEARNING_RATES`.
+        greater_is_better: whether a greater value of your metric is better; it also decides
+            between learning rates.
+        learning_rates: each arm trains one epoch with each of them, with the first seed, and keeps
+            the best; a single one is used without a trial. None: `LEARNING_RATES`.
         epochs, max_steps, batch_size: see `Recipe`.
         max_length: tokens of a text at most; of a language model's blocks exactly.
         scaling: see `inject`; the same for all arms.
@@ -75,22 +76,20 @@ class Design:
         kind=str | None,
         parse=lambda text: [arm.strip() for arm in text.split(",") if arm.strip()],
     )
-    seeds: int | Sequence[int] = option(
-        3, "Training runs of each arm, a seed each.", least=1, kind=int
-    )
+    seeds: int | Sequence[int] = option(3, "Training runs of each arm.", kind=int)
     average_rank: int = option(
-        8, "Rank of uniform LoRA. Every arm may spend as many parameters as it has.", least=1
+        8, "Rank of uniform LoRA; its parameter count is every arm's budget."
     )
-    task: str = option("auto", f"auto (by the labels), {' or '.join(TASKS)}.")
+    task: str = option("auto", f"auto (classification if there are labels), {' or '.join(TASKS)}.")
     metric: Callable[[numpy.ndarray, numpy.ndarray], float] | None = option(
         None,
-        "module:function of predictions and labels.",
+        "Your own metric: module:function, called with predictions and labels.",
         shown="accuracy, perplexity",
         kind=str | None,
     )
     greater_is_better: bool = option(
         True,
-        "Smaller values of your --metric are better.",
+        "A smaller value of your --metric is better.",
         shown=False,
         flag="smaller_is_better",
         kind=bool,
@@ -99,22 +98,22 @@ class Design:
     )
     learning_rates: Sequence[float] | None = option(
         None,
-        "Learning rates to try for each arm, separated by commas.",
+        "Rates to try for each arm, separated by commas.",
         shown="by the task",
         kind=str | None,
         parse=partial(parse_numbers, "--learning-rates"),
     )
-    epochs: int = option(3, "Passes over the training data.", least=1)
-    max_steps: int | None = option(None, "Stop after this many steps.", least=1)
-    batch_size: int = option(32, "Texts in a step.", least=1)
-    max_length: int = option(128, "Tokens of a text, or of a block.", least=1)
+    epochs: int = option(3, "Passes over the training data.")
+    max_steps: int | None = option(None, "Stop after this many steps.")
+    batch_size: int = option(32, "Examples per step.")
+    max_length: int = option(128, "Tokens of a text at most; of a language model's block exactly.")
     scaling: str | float = option(
         "constant",
         "lora_alpha / rank: constant (2), paper (8 / rank), rslora, or a number.",
         kind=str,
         parse=parse_scaling,
     )
-    trials: int = option(5, "Perturbations of each module, for adarank.", least=1)
+    trials: int = option(5, "Perturbations of each module, for adarank.")
     dtype: str = option("float32", f"Type of the frozen weights: {', '.join(DTYPES)}.")
 
     def __post_init__(self) -> None:

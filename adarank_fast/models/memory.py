@@ -1,4 +1,4 @@
-"""What probing may hold, and what a forward holds: bytes, counted from the tensors alone."""
+"""How much memory probing may use, and a forward uses: bytes, counted from the tensors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """What probing may hold beside the model, its clean outputs and what blocks returned.
+    """The memory that probing may use beside the model, its clean outputs and blocks' outputs.
 
     Attributes:
         total: bytes.

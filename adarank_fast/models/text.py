@@ -32,7 +32,7 @@ def list_names(names: Sequence[str], most: int = 8) -> str:
 
 @contextmanager
 def loading(what: str, name: str, remedy: str = "") -> Iterator[None]:
-    """Whatever goes wrong in loading files that somebody else made is bad input.
+    """Turn any error in loading a user's files into an `AdarankError`.
 
     Raises:
         AdarankError: cannot load `what` of the model `name`; `remedy`.

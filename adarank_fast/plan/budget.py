@@ -34,14 +34,14 @@ class Budget:
     """
 
     average_rank: float | None = option(
-        None, "Budget: the mean rank of all modules.", shown=str(DEFAULT_AVERAGE_RANK)
+        None, "Budget: average rank of a module.", shown=str(DEFAULT_AVERAGE_RANK)
     )
     budget_parameters: int | None = option(
         None, "Budget: number of adapter parameters, instead of --average-rank."
     )
-    min_rank: int = option(0, "The lowest rank that a module may get.", least=0)
-    max_rank: int | None = option(None, "The highest rank that a module may get.", least=1)
-    rank_multiple: int = option(1, "Every rank is a multiple of this.", least=1)
+    min_rank: int = option(0, "The smallest rank.")
+    max_rank: int | None = option(None, "The largest rank.")
+    rank_multiple: int = option(1, "Ranks are multiples of it.")
     allocation: str = option("exact", '"exact" spends the whole budget, "paper" rounds down.')
 
     def __post_init__(self) -> None:

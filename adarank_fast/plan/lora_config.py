@@ -97,7 +97,7 @@ def alpha_rule(scaling: str | float) -> Callable[[int], float]:
         return lambda rank: PAPER_ALPHA
     if scaling == "rslora":
         return lambda rank: RSLORA_ALPHA
-    constant: Any = CONSTANT_SCALING if scaling == "constant" else scaling
+    constant = CONSTANT_SCALING if scaling == "constant" else scaling
     if constant not in RANGES["scaling"]:
         raise AdarankError(
             'scaling must be "constant", "paper", "rslora" or a positive number, got '

@@ -27,6 +27,7 @@ from adarank_fast.plan.lora_config import lora_config
 from adarank_fast.plan.uncertainty import chance_of_change
 
 if TYPE_CHECKING:
+    import pandas
     from peft import LoraConfig
 
 FORMAT = "adarank-fast plan"
@@ -245,7 +246,7 @@ class RankPlan:
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
 
-    def to_frame(self) -> Any:
+    def to_frame(self) -> pandas.DataFrame:
         """A pandas DataFrame, a row for each module: rank, sizes, parameters, score.
 
         Raises:

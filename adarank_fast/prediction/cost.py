@@ -142,6 +142,6 @@ def suggest(parameter: Tensor) -> str:
     if parameter.device.type != "cuda" or parameter.dtype != torch.float32:
         return ""
     return (
-        "on a GPU probes are faster in bfloat16 (--probe-dtype bfloat16); of MiniLM and MPNet "
-        "every rank stayed within one"
+        "on a GPU probes are faster in bfloat16 (--probe-dtype bfloat16); for MiniLM and MPNet "
+        "it changed no rank by more than one"
     )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -72,9 +72,9 @@ class Processes:
     def _gather(self, value: T) -> list[T]:
         if self.count == 1:
             return [value]
-        parts: list[Any] = [None] * self.count
+        parts: list[object] = [None] * self.count
         dist.all_gather_object(parts, value)
-        return parts
+        return cast("list[T]", parts)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def _predict(
     _check_whole(inner)
     targets = find_targets(inner, target_modules)
     sizes = {t.name: (t.in_features, t.out_features) for t in targets}
-    shared = SharedBudget(budget, sizes, sizes)  # says no before the work
+    shared = SharedBudget(budget, sizes, sizes)  # refuses an impossible budget before the work
     prepared = prepare_batches(inner, batches)
     processes = Processes.current()
     settings = {
@@ -161,24 +161,31 @@ def _predict(
     _check_trials(values, probe.trials, max_seconds)
     scores = {name: Score.from_trials(done) for name, done in values.items()}
     _warn_of_unreached(clean, scores)
-    settings |= {
+    settings |= _asked_for(target_modules, budget, probe, limits)
+    settings |= {"routes": prober.routes, "max_memory": memory.total}
+    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes)
+    return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
+
+
+def _asked_for(
+    target_modules: TargetModules, budget: Budget, probe: Probe, limits: Limits
+) -> dict[str, object]:
+    """The caller's choices and the versions, as the plan's settings keep them."""
+    asked = {
         "target_modules": target_modules,
         "trials": probe.trials if isinstance(probe.trials, int) else vars(probe.trials),
-        "routes": prober.routes,
-        "max_memory": memory.total,
         **budget.options,
         "versions": {name: version(name) for name in ("adarank-fast", "torch", "transformers")},
     }
-    if max_seconds is not None:
-        settings["max_seconds"] = max_seconds
-    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes)
-    return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
+    if limits.max_seconds is not None:
+        asked["max_seconds"] = limits.max_seconds
+    return asked
 
 
 def _clean_passes(
     model: nn.Module, output: Output, batches: Sequence[Batch], targets: Sequence[Target]
 ) -> CleanPasses:
-    """Without padding, unless the model takes the batches only as they are."""
+    """Clean passes without padding, unless the model accepts the batches only as they are."""
     parts = list(batches) if output.name == "callable" else remove_padding(model, output, batches)
     try:
         return record_clean_passes(model, output, parts, targets)
@@ -246,7 +253,7 @@ class _Sampling:
 
 
 def _add_found(values: Mapping[str, list[float]], found: Found) -> None:
-    """To each module's trials those that were found, up to the first that is missing."""
+    """Append the found trials to each module's own, up to the first that is missing."""
     for name, done in values.items():
         while (name, len(done)) in found:
             done.append(found[name, len(done)])

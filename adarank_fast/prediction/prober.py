@@ -37,14 +37,14 @@ COMPARED = 15  # variants at once beside the clean pass: as many as the kernels 
 
 
 class _Unfoldable(Exception):
-    """A target got other rows than the folded batch should have given it."""
+    """A target was given other rows than folding the batch should give it."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
 
 
 class Prober:
-    """Finds disagreements with the clean passes that `replay` starts from.
+    """Measures how far perturbed outputs are from the clean passes that `replay` starts from.
 
     Attributes:
         routes: target name -> "folded", or why its variants run one by one. At first as the clean
@@ -180,7 +180,7 @@ class Prober:
             others = [v for v in chunk if v.target is not error.target]
             found = dict(zip(others, self._probe(others), strict=True)) if others else {}
             return [found[v] if v in found else self._probe([v])[0] for v in chunk]
-        except Exception as error:  # whatever a model says to more rows than it was tried with
+        except Exception as error:  # any error of a model on more rows than it was tried with
             if not folded:
                 raise
             self.routes |= {v.target.name: rejected(error) for v in chunk}

@@ -1,4 +1,4 @@
-"""A trained adapter in use: its metrics on data, and what it says of texts."""
+"""Use a trained adapter: metrics on data, predictions for texts."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def evaluate(
         )
 
     if isinstance(model, str):
-        found = read(task_of(model, adapter))  # bad data are said before anything is loaded
+        found = read(task_of(model, adapter))  # refuses bad data before anything is loaded
         trained = load_trained(model, adapter, dtype, four_bit, max_length=max_length)
     elif adapter is not None:
         raise AdarankError("adapter= is for a model that is a name; this one is in memory")
@@ -212,7 +212,7 @@ def apply(
     batch_size: int = 32,
     max_new_tokens: int = GENERATED,
 ) -> Iterator[dict[str, object]]:
-    """What a trained model says of each row, in their order.
+    """The trained model's prediction for each row, in their order.
 
     Args:
         trained: see `load_trained`.
@@ -251,7 +251,7 @@ def _generate(
 ) -> Iterator[dict[str, object]]:
     tokenizer = trained.tokenizer
     device = next(trained.model.parameters()).device
-    for row in rows:  # one by one: no padding on the left
+    for row in rows:  # one by one, so that no padding on the left is needed
         prompt = language_model.prompt_text(row, tokenizer)
         special = not language_model.is_chat(row)  # a template writes the first token itself
         ids = tokenizer(prompt, add_special_tokens=special)["input_ids"][-trained.max_length :]

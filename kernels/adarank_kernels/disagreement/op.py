@@ -14,7 +14,7 @@ reference, else variant 0) and to H_k - C, taken in float32:
     f_k       = (C W^T + b) + (H_k - C) W^T         added in float64, normalised there
 
 A product's rounding is then relative to the difference, not to the logit, and softmax, entropies
-and divergences lose nothing to cancellation. Any finite centre is right, so a non-finite one is
+and divergences lose nothing to cancellation. Every finite centre is right, so a non-finite one is
 replaced by zeros and spoils no other variant.
 
 Logits exist for one chunk of tokens at a time; l1 sees one block of outputs of a chunk at a time.

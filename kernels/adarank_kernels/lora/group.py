@@ -1,4 +1,4 @@
-"""What a group of LoRA linears consists of: everything of a call but x."""
+"""A group of LoRA linears: everything that a call needs but x."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Group:
         all_needed: the bits of `adapted`.
         backend: how the products with few ranks are computed where nobody watches.
         whole: each pass may be one C++ call: dtypes that it knows, base weights frozen.
-        safe_bases: the foreign base products that may be written into; None: all.
+        safe_bases: the base products computed elsewhere that may be written into; None: all.
     """
 
     __slots__ = (
@@ -99,7 +99,7 @@ class Group:
         return side_by_side([backend.padded(rank, dtype) for rank in ranks])
 
     def may_overwrite(self, m: int, base: Tensor) -> bool:
-        """Whether a foreign base product may be written into: rows in order, nobody else's."""
+        """Whether a base product from elsewhere may be written into: rows in order, not shared."""
         if self.safe_bases is not None and m not in self.safe_bases:
             return False
         leaf = base.is_leaf and base.requires_grad
