@@ -23,7 +23,7 @@ def demo(
     ] = 2000,
     as_json: JSON = False,
 ) -> None:
-    """Mixed ranks beside uniform LoRA: MiniLM on TREC, some minutes on a CPU, then a report."""
+    """Compare mixed ranks with uniform LoRA: MiniLM on TREC, some minutes on a CPU."""
     from adarank_fast.demo.demo import run_demo
 
     quiet_transformers()

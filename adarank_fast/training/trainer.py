@@ -1,4 +1,4 @@
-"""The training loop, on `transformers.Trainer`: what a run went through, and items in batches."""
+"""The training loop, on `transformers.Trainer`: its records, and the batches of items."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Recipe:
 
 @dataclass
 class Training:
-    """What one training run went through, before it was cut off and after.
+    """Losses, times and tokens of a training run, also from before an interruption.
 
     Attributes:
         losses: of each step, in nats; non-finite ones included.
@@ -106,7 +106,7 @@ class Watch(TrainerCallback, ExportableState):
         self.seconds: list[float] = []
         self.tokens = 0
         self.over = False  # before this process began to train
-        self.setting: dict[str, object] = {}  # what the last bits of a result depend on
+        self.setting: dict[str, object] = {}  # what a result depends on in its last bits
         self._of_step: list[Tensor] = []  # losses of the batches that are accumulated to a step
         self._new: list[tuple[Tensor, Tensor]] = []  # (loss, tokens) still on their device
         self._tokens: list[Tensor] = []
@@ -118,7 +118,7 @@ class Watch(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def batch(self, loss: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        """A batch is through; nothing is copied from its device yet."""
+        """Record a batch; nothing is copied from its device yet."""
         mask = inputs.get("attention_mask", inputs.get("input_ids"))
         self._of_step.append(loss.detach())
         if isinstance(mask, Tensor):
@@ -220,7 +220,7 @@ class Watch(TrainerCallback, ExportableState):
 
 
 class Watched:
-    """Mixed into a trainer that has a `Watch` among its callbacks: every batch is told to it."""
+    """Mixed into a trainer: passes every batch to the `Watch` among its callbacks."""
 
     def training_step(
         self, model: nn.Module, inputs: Mapping[str, Tensor], *rest: object, **named: object
@@ -263,8 +263,8 @@ class OnStep(TrainerCallback):
 class LengthGroups(Sampler[int]):
     """Items of like length in one batch, batches in random order.
 
-    The order depends on seed and epoch alone, not on what else has drawn from torch's generator, so
-    that arms of any ranks, and resumed runs, see the items alike.
+    The order depends on seed and epoch alone, not on other draws from torch's generator. So arms
+    of any ranks, and continued runs, see the items in the same order.
     """
 
     def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
@@ -310,7 +310,7 @@ def fit(
     recipe: Recipe,
     on_step: Callable[[], object] = lambda: None,
 ) -> Training:
-    """Train what of `model` requires gradients, in place. Stops early where the loss is not finite.
+    """Train the parameters that require gradients, in place. Stops if a loss is not finite.
 
     Args:
         model: takes a batch of items as keywords, returns "loss" and "logits".

@@ -298,6 +298,16 @@ NOT_LOADED |= {
         "--epoch": "1",
         "-o": "/dev/null/report",
     }.items()
+} | {
+    f"train {options}": ["train", "x", "--data", "y", *options.split()]
+    for options in (
+        "--average-rank 0",
+        "--rank 2 --average-rank 3",
+        "--seed 4294967296",
+        "--scaling big",
+        "--early-stopping 2",
+        "--dtype int3",
+    )
 }
 
 

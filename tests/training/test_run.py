@@ -265,7 +265,8 @@ def test_evaluate_changes_nothing_of_a_model_in_memory(folder, task):
 
 
 @pytest.mark.parametrize(
-    "kind, message", [("bert", "has no language-model head and the data no labels"), ("t5", "no d")]
+    "kind, message",
+    [("bert", "no language-model head, and the data have"), ("t5", "not a decoder-only")],
 )
 def test_models_that_are_no_language_model(adarank, folder, tmp_path_factory, kind, message):
     model = save_tiny(kind, tmp_path_factory.mktemp("other") / kind)

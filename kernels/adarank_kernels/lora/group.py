@@ -1,10 +1,9 @@
-"""What a group of LoRA linears consists of: everything of a call but x."""
+"""A group of LoRA linears: everything that a call needs but x."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class Group:
         all_needed: the bits of `adapted`.
         backend: how the products with few ranks are computed where nobody watches.
         whole: each pass may be one C++ call: dtypes that it knows, base weights frozen.
-        safe_bases: the foreign base products that may be written into; None: all.
+        safe_bases: the base products computed elsewhere that may be written into; None: all.
     """
 
     __slots__ = (
@@ -57,8 +56,8 @@ class Group:
         self.parts = tuple([t for module in zipped for t in module])
         self.ranks = tuple([0 if A is None else A.shape[0] for A in lora_As])
         self.adapted = tuple([m for m, rank in enumerate(self.ranks) if rank])
-        self.lora_As: Any = tuple([lora_As[m] for m in self.adapted])
-        self.lora_Bs: Any = tuple([lora_Bs[m] for m in self.adapted])
+        self.lora_As = tuple([A for A in lora_As if A is not None and A.shape[0]])
+        self.lora_Bs = tuple([B for m in self.adapted if (B := lora_Bs[m]) is not None])
         self.scalings_of_adapted = tuple([self.scalings[m] for m in self.adapted])
         self.dtypes_of_B = tuple([None if B is None else B.dtype for B in lora_Bs])
         self.inputs = (*self.lora_As, *self.lora_Bs)
@@ -99,7 +98,7 @@ class Group:
         return side_by_side([backend.padded(rank, dtype) for rank in ranks])
 
     def may_overwrite(self, m: int, base: Tensor) -> bool:
-        """Whether a foreign base product may be written into: rows in order, nobody else's."""
+        """Whether a base product from elsewhere may be written into: rows in order, not shared."""
         if self.safe_bases is not None and m not in self.safe_bases:
             return False
         leaf = base.is_leaf and base.requires_grad

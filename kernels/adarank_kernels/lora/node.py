@@ -1,7 +1,7 @@
 """The autograd nodes of a group of LoRA linears; the maths is in op.py.
 
 `whole` runs each pass as one C++ call, its node in C++ too. It is for what training mostly is: a
-frozen base, and nobody who watches operators. `Stepwise` does the same operator by operator, for
+frozen base, and nothing that watches operators. `Stepwise` does the same operator by operator, for
 everything else: trained or foreign base products, compilers, dispatch modes, no compiler.
 """
 
@@ -63,7 +63,7 @@ def whole(
 
 
 def _few(group: Group, x: Tensor) -> bool:
-    """Whether a Triton launch from Python takes longer than the card: then C++ adds the products.
+    """Whether a Triton launch from Python takes longer than the GPU works: then C++ is used.
 
     Not where a CUDA graph is captured: it runs without Python.
     """
@@ -87,7 +87,7 @@ class _Context(Protocol):
 
     needs_input_grad: tuple[bool, ...]
     group: Group
-    backend: Any
+    backend: ModuleType
     x_shape: torch.Size
     dtype: torch.dtype
     bases: int

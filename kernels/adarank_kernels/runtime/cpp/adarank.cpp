@@ -621,10 +621,12 @@ struct GroupNode : torch::autograd::Function<GroupNode> {
         auto S = out.back();
         out.pop_back();
         int64_t M = out.size(), count = adapters.size() / 2;
-        bool need_x = ctx->needs_input_grad(0), need_A = false, need_B = false;
+        // not `needs_input_grad`: in a forward that checkpointing repeats inside `autograd.grad(y, inputs)`
+        // it answers for that backward pass, and a node made there has no part in it
+        bool need_x = x.requires_grad(), need_A = false, need_B = false;
         for (int64_t i = 0; i < count; i++) {
-            need_A = need_A || ctx->needs_input_grad(1 + i);
-            need_B = need_B || ctx->needs_input_grad(1 + count + i);
+            need_A = need_A || adapters[i].requires_grad();
+            need_B = need_B || adapters[count + i].requires_grad();
         }
         auto call = c10::make_intrusive<Call>();
         variable_list saved;
