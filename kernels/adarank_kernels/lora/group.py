@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,12 +11,28 @@ from torch import Tensor
 
 from adarank_kernels.lora.backends import cpu
 from adarank_kernels.lora.backends import torch as aten
-from adarank_kernels.lora.dropout import keep_scale
+from adarank_kernels.lora.dropout import draw_mask, draw_seed, keep_scale
 from adarank_kernels.runtime import native
 from adarank_kernels.runtime.registry import HAS_TRITON, INTERPRETED
 
 if HAS_TRITON:
     from adarank_kernels.lora.backends import triton
+
+HOST_BOUND = 1 << 23  # numbers of a group's outputs; a choice by host time, which waits for a card
+PADDING = 16  # of the ranks where Triton adds the low-rank products
+
+
+class _Number:
+    """Of a group in C++, as long as the group lives."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, group: Group, x: Tensor) -> None:
+        make = torch.ops.adarank.make_group
+        self.value: int = make(x, group.parts, group.scalings, group.dropout, PADDING)
+
+    def __del__(self, free: Callable[[int], None] = native.free_group) -> None:
+        free(self.value)
 
 
 class Group:
@@ -28,15 +44,19 @@ class Group:
         adapted: the modules with a rank above 0; `lora_As` and `lora_Bs` are theirs.
         kept: what the backward pass needs of `parts`; without weights if x needs no gradient.
         all_needed: the bits of `adapted`.
+        out: columns of all outputs with an adapter.
         backend: how the products with few ranks are computed where nobody watches.
         whole: each pass may be one C++ call: dtypes that it knows, base weights frozen.
-        safe_bases: the foreign base products that may be written into; None: all.
+        flat: without C++, passes may be those of `flat.py`: base weights frozen, adapters trained.
+        number: of the group in C++, if `whole`; else 0.
+        owned: bits of the foreign base products that may be written into.
     """
 
     __slots__ = (
         "parts", "scalings", "dropout", "adapted", "lora_As", "lora_Bs", "scalings_of_adapted",
         "ranks", "dtypes_of_B", "inputs", "kept", "kept_without_weights", "all_needed", "backend",
-        "whole", "device", "device_type", "safe_bases", "_tensors", "_shapes", "_dtypes", "_dtype",
+        "whole", "flat", "number", "out", "device", "device_type", "dtype", "owned", "_number",
+        "_tensors", "_shapes", "_dtypes",
     )  # fmt: skip
 
     def __init__(
@@ -65,15 +85,22 @@ class Group:
         self.kept = tuple([t for W, _, A, B in zipped for t in (W, None, A, B)])
         self.kept_without_weights = tuple([t for _, _, A, B in zipped for t in (None, None, A, B)])
         self.all_needed = sum([1 << m for m in self.adapted])
-        self.device, self.device_type, self._dtype = x.device, x.device.type, x.dtype
+        self.device, self.device_type, self.dtype = x.device, x.device.type, x.dtype
         self._tensors = [t for t in self.parts if t is not None]
         self._shapes = [t.shape for t in self._tensors]
         self._dtypes = [t.dtype for t in self._tensors]
-        self.safe_bases = safe_bases
+        self.owned = -1 if safe_bases is None else sum([1 << m for m in safe_bases])
+        self.out = sum([B.shape[0] for B in lora_Bs if B is not None])
         self.backend = choose_backend(x, self.inputs)
         frozen = not any(t is not None and t.requires_grad for t in weights)
         frozen = frozen and not any(b is not None and b.requires_grad for b in biases)
+        self.number = 0
+        self._number: _Number | None = None
         self.whole = frozen and len(zipped) < 64 and self._whole_backend(x)
+        self.flat = frozen and bool(self.adapted) and self._flat_backend()
+        if self.whole:
+            self._number = _Number(self, x)
+            self.number = self._number.value
 
     def _whole_backend(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or INTERPRETED:
@@ -82,10 +109,41 @@ class Group:
             return self.backend is cpu
         return HAS_TRITON and self.backend is triton and native.operators() is not None
 
+    def _flat_backend(self) -> bool:
+        if torch.compiler.is_compiling() or INTERPRETED or self.backend is cpu:
+            return False
+        return all([t.requires_grad for t in self.inputs])
+
+    def is_few(self, x: Tensor) -> bool:
+        """Whether Python takes longer than the device, on one that is not the CPU with C++.
+
+        A Triton launch from Python is slow then, and a mask that Triton would draw again. Not where
+        a CUDA graph is captured: it runs without Python.
+        """
+        if self.backend is cpu or x.numel() // max(x.shape[-1], 1) * self.out > HOST_BOUND:
+            return False
+        return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """What stands for the dropout mask of a call: a seed, or the mask; None without dropout.
+
+        The same for one x whatever computes the group, so that a checkpoint's forward and its
+        repetition, of which a dispatch mode may see only one, get the same mask.
+        """
+        if self.dropout == 0.0 or not self.adapted:
+            return None
+        if torch.compiler.is_compiling() or not self.is_few(x):
+            return draw_seed(x.device)
+        return draw_mask(x, self.dropout)
+
+    def takes(self, seed: Tensor) -> bool:
+        """Whether a mask, drawn for another group, may be this one's; a seed always is."""
+        return seed.dtype is torch.int64 or (seed.dtype is self.dtype and self.backend is not cpu)
+
     def fits(self, x: Tensor) -> bool:
         """Whether a call with x finds what this was made for: shapes, dtypes, devices."""
         return (
-            x.dtype is self._dtype
+            x.dtype is self.dtype
             and x.device == self.device
             and [t.shape for t in self._tensors] == self._shapes
             and [t.dtype for t in self._tensors] == self._dtypes
@@ -100,7 +158,7 @@ class Group:
 
     def may_overwrite(self, m: int, base: Tensor) -> bool:
         """Whether a foreign base product may be written into: rows in order, nobody else's."""
-        if self.safe_bases is not None and m not in self.safe_bases:
+        if not self.owned >> m & 1:
             return False
         leaf = base.is_leaf and base.requires_grad
         return base.is_contiguous() and not base._is_view() and not leaf
