@@ -169,7 +169,8 @@ def steps_of_row(key: str) -> dict[str, Step]:
     def dropped(self: nn.Module, X: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=()):  # the mask that a group draws
             torch.manual_seed(0)
-            return X * masks.draw_mask(X, p) * masks.keep_scale(p)
+            mask = masks.draw_mask(X.flatten(0, -2), masks.keep_probability(p))
+            return X * mask.view(X.shape) * masks.keep_scale(p)
 
     def computed(name: str) -> list[Tensor]:
         torch.manual_seed(0)

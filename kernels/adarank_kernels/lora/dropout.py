@@ -30,10 +30,19 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def draw_mask(x: Tensor, dropout: float) -> Tensor:
-    """The mask itself, [N, in] of x's dtype, 0 or 1, from torch's generator: one launch."""
-    shape = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-    return x.new_empty(shape).bernoulli_((LEVELS - threshold(dropout)) / LEVELS)
+def draw_mask(X: Tensor, keep: float) -> Tensor:
+    """The mask itself, [N, in] like X, 0 or 1, from torch's generator: one launch.
+
+    Args:
+        X: [N, in].
+        keep: the probability of a 1, `keep_probability(dropout)`.
+    """
+    return torch.empty_like(X, memory_format=torch.contiguous_format).bernoulli_(keep)
+
+
+def keep_probability(dropout: float) -> float:
+    """Of an element, for the dropout really applied."""
+    return (LEVELS - threshold(dropout)) / LEVELS
 
 
 def is_mask(seed: Tensor | None) -> bool:

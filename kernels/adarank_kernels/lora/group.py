@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adarank_kernels.lora.backends import cpu
 from adarank_kernels.lora.backends import torch as aten
-from adarank_kernels.lora.dropout import draw_mask, draw_seed, keep_scale
+from adarank_kernels.lora.dropout import draw_mask, draw_seed, keep_probability, keep_scale
 from adarank_kernels.runtime import native
 from adarank_kernels.runtime.registry import HAS_TRITON, INTERPRETED
 
@@ -41,22 +41,24 @@ class Group:
     Attributes:
         parts: weight, bias, lora_A and lora_B of each module, or None.
         scalings: with the factor 1 / (1 - dropout) of the kept elements.
+        keep: the probability of an element to be kept.
         adapted: the modules with a rank above 0; `lora_As` and `lora_Bs` are theirs.
         kept: what the backward pass needs of `parts`; without weights if x needs no gradient.
         all_needed: the bits of `adapted`.
         out: columns of all outputs with an adapter.
         backend: how the products with few ranks are computed where nobody watches.
         whole: each pass may be one C++ call: dtypes that it knows, base weights frozen.
-        flat: without C++, passes may be those of `flat.py`: base weights frozen, adapters trained.
-        number: of the group in C++, if `whole`; else 0.
+        trains_bias: some base bias wants a gradient.
+        flat: without C++, few inputs may go through `flat.py`.
+        number, compute: of the group in C++, if `whole`, and the operator.
         owned: bits of the foreign base products that may be written into.
     """
 
     __slots__ = (
-        "parts", "scalings", "dropout", "adapted", "lora_As", "lora_Bs", "scalings_of_adapted",
-        "ranks", "dtypes_of_B", "inputs", "kept", "kept_without_weights", "all_needed", "backend",
-        "whole", "flat", "number", "out", "device", "device_type", "dtype", "owned", "_number",
-        "_tensors", "_shapes", "_dtypes",
+        "parts", "scalings", "dropout", "keep", "adapted", "lora_As", "lora_Bs", "ranks",
+        "scalings_of_adapted", "dtypes_of_B", "inputs", "kept", "kept_without_weights",
+        "all_needed", "backend", "whole", "flat", "trains_bias", "compute", "number", "out",
+        "device", "device_type", "dtype", "owned", "_number", "_tensors", "_shapes", "_dtypes",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +74,7 @@ class Group:
     ) -> None:
         scale = keep_scale(dropout)
         self.scalings = tuple([float(s) * scale for s in scalings])
-        self.dropout = float(dropout)
+        self.dropout, self.keep = float(dropout), keep_probability(dropout)
         zipped = list(zip(weights, biases, lora_As, lora_Bs, strict=True))
         self.parts = tuple([t for module in zipped for t in module])
         self.ranks = tuple([0 if A is None else A.shape[0] for A in lora_As])
@@ -93,14 +95,16 @@ class Group:
         self.out = sum([B.shape[0] for B in lora_Bs if B is not None])
         self.backend = choose_backend(x, self.inputs)
         frozen = not any(t is not None and t.requires_grad for t in weights)
-        frozen = frozen and not any(b is not None and b.requires_grad for b in biases)
+        self.trains_bias = any([b is not None and b.requires_grad for b in biases])
         self.number = 0
         self._number: _Number | None = None
+        self.compute: Any = None
         self.whole = frozen and len(zipped) < 64 and self._whole_backend(x)
-        self.flat = frozen and bool(self.adapted) and self._flat_backend()
+        self.flat = not (self.whole or self.backend is cpu or INTERPRETED)
         if self.whole:
             self._number = _Number(self, x)
             self.number = self._number.value
+            self.compute = torch.ops.adarank.group_linear.default._op  # without a Python frame
 
     def _whole_backend(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or INTERPRETED:
@@ -109,18 +113,13 @@ class Group:
             return self.backend is cpu
         return HAS_TRITON and self.backend is triton and native.operators() is not None
 
-    def _flat_backend(self) -> bool:
-        if torch.compiler.is_compiling() or INTERPRETED or self.backend is cpu:
-            return False
-        return all([t.requires_grad for t in self.inputs])
-
     def is_few(self, x: Tensor) -> bool:
         """Whether Python takes longer than the device, on one that is not the CPU with C++.
 
         A Triton launch from Python is slow then, and a mask that Triton would draw again. Not where
         a CUDA graph is captured: it runs without Python.
         """
-        if self.backend is cpu or x.numel() // max(x.shape[-1], 1) * self.out > HOST_BOUND:
+        if self.backend is cpu or x.numel() * self.out > HOST_BOUND * x.shape[-1]:
             return False
         return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -134,7 +133,7 @@ class Group:
             return None
         if torch.compiler.is_compiling() or not self.is_few(x):
             return draw_seed(x.device)
-        return draw_mask(x, self.dropout)
+        return draw_mask(x.reshape(-1, x.shape[-1]), self.keep)
 
     def takes(self, seed: Tensor) -> bool:
         """Whether a mask, drawn for another group, may be this one's; a seed always is."""

@@ -48,21 +48,22 @@ def whole(
         bound = HOST_BOUND
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             bound = -1
-        if group.dropout and group.adapted and not is_mask(seed):
-            if seed is None and bound < 0 or not group.is_few(x):
-                seed = draw_seed(x.device)
-            if seed is not None:
-                return _dropped(group, x, seed, bases)
-    outputs: Sequence[Tensor] = torch.ops.adarank.group_linear(
-        x, group.number, seed, bases, group.owned, bound
-    )
-    return outputs if len(outputs) <= len(group.scalings) else _expand(group, x, *outputs)
+        if seed is not None and not is_mask(seed):
+            return _dropped(group, x, seed, bases)
+    outputs: Sequence[Tensor] = group.compute(x, group.number, seed, bases, group.owned, bound)
+    if len(outputs) == len(group.scalings):
+        return outputs
+    if outputs:
+        return _expand(group, x, *outputs)
+    if seed is None and group.dropout and group.adapted and group.device_type != "cpu":
+        return () if group.is_few(x) else _dropped(group, x, draw_seed(x.device), bases)
+    return ()
 
 
 def _dropped(
     group: Group, x: Tensor, seed: Tensor, bases: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
-    if bases or not group.fits(x):
+    if bases or group.trains_bias or not group.fits(x):
         return ()
     if torch.is_grad_enabled():
         return _apply_dropped(group, x, seed, *group.inputs)

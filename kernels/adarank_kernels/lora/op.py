@@ -11,11 +11,11 @@
 Saved for backward: X, S and the parameters. drop is made again from its seed (dropout.py); its
 scale 1 / (1 - p) rides on s_m. Products accumulate in float32 (float64 for float64).
 
-A group is computed in one of three ways. *Whole*: each pass is one C++ call. *Flat*: the same in as
-little Python as it takes, where C++ cannot be built. *Stepwise*: operator by operator, for trained
-bases, compilers, and wherever somebody watches operators (selective checkpointing, a FLOP counter,
-any dispatch mode): there every product is an aten call and nothing is written in place.
-docs/fusing.md has what was measured.
+A group is computed in one of three ways. *Whole*: each pass is one C++ call. *Flat*: a few aten
+calls with aten's autograd, for few inputs where C++ cannot be built. *Stepwise*: operator by
+operator, for trained bases, compilers, and wherever somebody watches operators (selective
+checkpointing, a FLOP counter, any dispatch mode): there every product is an aten call and nothing
+is written in place. docs/fusing.md has what was measured.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 
 from adarank_kernels.lora.backends import cpu
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.checks import check_arguments, check_lengths
 from adarank_kernels.lora.dropout import is_mask
-from adarank_kernels.lora.flat import apply_flat
+from adarank_kernels.lora.flat import flat
 from adarank_kernels.lora.group import Group
 from adarank_kernels.lora.node import Stepwise, whole
+
+# Looked up once: they are called for every layer of every forward.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
 
 
 def run(
@@ -70,26 +76,23 @@ def quickly(
     """
     if group.whole:
         return whole(group, x, seed, bases)
-    if not group.flat or not group.is_few(x) or not group.fits(x):
+    if not group.flat or x.dtype is not group.dtype or not group.is_few(x):
         return ()
-    if seed is None:
-        seed = group.draw(x)
-    elif not is_mask(seed):
+    if seed is not None and not is_mask(seed):
         return ()
-    if any([base is not None and base.dtype is not x.dtype for base in bases]):
+    if bases and any([base is not None and base.dtype is not x.dtype for base in bases]):
         return ()
     if torch.is_autocast_enabled(group.device_type):
         return ()
-    return apply_flat(group, x, seed, *group.inputs, *bases)
+    return flat(group, x, seed, bases)
 
 
 def is_watched(x: Tensor) -> bool:
     """Whether somebody may look at, or stand in for, the operators of this call."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if _dispatch_modes() or _function_modes() or _transforms():
         return True
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return type(x) is not Tensor and type(x) is not nn.Parameter
+    kind = type(x)
+    return kind is not Tensor and kind is not Parameter
 
 
 def grouped_lora_linear(

@@ -99,6 +99,15 @@ Tensor columns(const Tensor &s, int64_t first, int64_t count)
 
 Tensor defined_or_empty(const std::optional<Tensor> &tensor) { return tensor.value_or(Tensor()); }
 
+// s a b.
+Tensor scaled_mm(const Tensor &a, const Tensor &b, double scaling)
+{
+    if (scaling == 1)
+        return at::mm(a, b);
+    auto product = at::empty({a.size(0), b.size(1)}, a.options());
+    return product.addmm_(a, b, 0.0, scaling);
+}
+
 // What stands for a dropout mask: a seed, or the mask itself in the compute dtype.
 bool is_mask(const Tensor &seed) { return seed.defined() && seed.scalar_type() != at::kLong; }
 
@@ -235,9 +244,14 @@ std::vector<Tensor> backward_pass(const Group &g, std::vector<Tensor> &&dY, cons
             dB = grad_b(dY[m], S, g.first[i], rank, scalings[m], g.B[m].scalar_type());
             continue;
         }
-        dB = buffer.defined() ? buffer.as_strided({out, rank}, {rank, 1}, start) : at::empty({out, rank}, like.options());
+        auto S_m = columns(S, g.first[i], rank);
+        if (buffer.defined()) {
+            dB = buffer.as_strided({out, rank}, {rank, 1}, start);
+            dB.addmm_(dY[m].t(), S_m, 0.0, scalings[m]);
+        } else {
+            dB = scaled_mm(dY[m].t(), S_m, scalings[m]);
+        }
         start += out * rank;
-        dB.addmm_(dY[m].t(), columns(S, g.first[i], rank), 0.0, scalings[m]);
     }
     if (!exact && !g.native) {
         auto to = g.B[g.modules[trained[0]]].scalar_type();
@@ -255,8 +269,12 @@ std::vector<Tensor> backward_pass(const Group &g, std::vector<Tensor> &&dY, cons
         if (!g.native && low_B.empty())
             Bs = g.cast_B(dtype);
         auto &of_B = low_B.empty() ? Bs : low_B;
-        auto dS = gaps && !g.native ? at::zeros({N, width}, like.options()) : at::empty({N, width}, like.options());
-        for (size_t at = 0; at < through.size(); at++) {
+        Tensor dS;
+        if (!g.native && !gaps && through.size() == 1)
+            dS = scaled_mm(dY[g.modules[through[0]]], of_B[through[0]], scalings[g.modules[through[0]]]);
+        else
+            dS = gaps && !g.native ? at::zeros({N, width}, like.options()) : at::empty({N, width}, like.options());
+        for (size_t at = 0; at < through.size() && (g.native || gaps || through.size() > 1); at++) {
             size_t i = through[at];
             int64_t m = g.modules[i];
             if (g.native)
@@ -303,7 +321,7 @@ std::vector<Tensor> backward_pass(const Group &g, std::vector<Tensor> &&dY, cons
         }
     }
     if (dX.defined())
-        grads[0] = x_shape.size() == 2 ? dX : dX.view(x_shape);
+        grads[0] = dX.sizes() == x_shape ? dX : dX.view(x_shape);
     return grads;
 }
 
@@ -393,7 +411,7 @@ struct Plan {
         for (auto &k : known) {
             Tensor t(k.tensor.lock());
             if (!t.defined() || t.sizes() != at::IntArrayRef(k.sizes) || t.scalar_type() != k.dtype ||
-                t.device() != device || (k.position % 4 < 2 && t.requires_grad()))
+                t.device() != device || (k.position % 4 == 0 && t.requires_grad()))
                 return false;
             (*of[k.position % 4])[k.position / 4] = std::move(t);
         }
@@ -483,7 +501,8 @@ struct GroupLinearBackward : autograd::Node {
     std::shared_ptr<const Plan> plan;
     SavedVariable x, S, packed, seed;
     std::vector<SavedVariable> weight, A, B, low_B; // the last where it is not B
-    std::vector<int64_t> foreign;                   // the modules with foreign base products
+    std::vector<int64_t> trained, foreign;          // the modules with a trained bias, with a foreign base product
+    std::vector<at::ScalarType> of_bias;
     c10::DimVector shape;
     bool tight;
 
@@ -505,7 +524,7 @@ struct GroupLinearBackward : autograd::Node {
         auto &layout = tight ? plan->tight : plan->wide;
         auto &modules = layout.modules;
         size_t M = A.size(), count = modules.size();
-        variable_list grads(1 + 2 * count);
+        variable_list grads(1 + 2 * count), of_biases(trained.size());
         size_t some = 0;
         while (some < M && !dYs[some].defined())
             some++;
@@ -531,11 +550,15 @@ struct GroupLinearBackward : autograd::Node {
             at::AutoDispatchBelowADInplaceOrView guard;
             c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
             Group g(std::move(parts), layout);
+            for (size_t i = 0; i < trained.size(); i++)
+                if (dYs[trained[i]].defined() && task_should_compute_output(1 + 2 * count + i))
+                    of_biases[i] = rows_of(dYs[trained[i]]).sum(0).to(of_bias[i]);
             auto dY = foreign.empty() ? std::move(dYs) : dYs;
             grads = backward_pass(g, std::move(dY), x.unpack(), S.unpack(), packed.unpack(), low, plan->scalings,
                                   plan->dropout, seed.unpack(), Tensor(), need_x, need_A, need_B, shape);
             grads.resize(1 + 2 * count); // without what only a seed on a GPU needs
         }
+        grads.insert(grads.end(), of_biases.begin(), of_biases.end());
         if (at::GradMode::is_enabled())
             grads = once(std::move(grads));
         for (auto m : foreign)
@@ -580,8 +603,11 @@ std::vector<Tensor> group_linear(const Tensor &x, int64_t number, const std::opt
     bool tight = plan->wide.native || N * plan->out <= bound;
     Group g(std::move(parts), tight ? plan->tight : plan->wide);
     auto noise = defined_or_empty(seed);
-    if (!noise.defined() && plan->dropout > 0 && !g.modules.empty())
+    if (!noise.defined() && plan->dropout > 0 && !g.modules.empty()) {
+        if (!tight)
+            return {}; // of many a mask takes too much memory
         noise = draw(*plan, x);
+    }
     auto passed = forward_pass(g, x, foreign, owned, plan->scalings, plan->dropout, noise, tight, Tensor());
     for (size_t m = 0; m < foreign.size(); m++)
         if (foreign[m].defined() && wants(owned, m))
@@ -591,6 +617,8 @@ std::vector<Tensor> group_linear(const Tensor &x, int64_t number, const std::opt
         wanted = x.requires_grad();
         for (auto m : g.modules)
             wanted = wanted || g.A[m].requires_grad() || g.B[m].requires_grad();
+        for (auto &bias : g.bias)
+            wanted = wanted || (bias.defined() && bias.requires_grad());
         for (auto &base : foreign)
             wanted = wanted || (base.defined() && base.requires_grad());
     }
@@ -605,6 +633,11 @@ std::vector<Tensor> group_linear(const Tensor &x, int64_t number, const std::opt
             edges.push_back(autograd::impl::gradient_edge(g.A[m])), need_A |= edges.back().is_valid();
         for (auto m : g.modules)
             edges.push_back(autograd::impl::gradient_edge(g.B[m])), need_B |= edges.back().is_valid();
+        for (size_t m = 0; m < M; m++)
+            if (g.bias[m].defined() && g.bias[m].requires_grad() && (foreign.empty() || !foreign[m].defined())) {
+                node->trained.push_back(m), node->of_bias.push_back(g.bias[m].scalar_type());
+                edges.push_back(autograd::impl::gradient_edge(g.bias[m]));
+            }
         for (size_t m = 0; m < foreign.size(); m++)
             if (foreign[m].defined())
                 node->foreign.push_back(m), edges.push_back(autograd::impl::gradient_edge(foreign[m]));
@@ -614,7 +647,7 @@ std::vector<Tensor> group_linear(const Tensor &x, int64_t number, const std::opt
             node->x = SavedVariable(x, false);
         if (need_B)
             node->S = SavedVariable(passed.S, false);
-        if (need_x && passed.A.defined())
+        if (need_x && passed.A.defined() && !passed.A.is_same(g.A[g.modules[0]]))
             node->packed = SavedVariable(passed.A, false);
         if (noise.defined())
             node->seed = SavedVariable(noise, false);
