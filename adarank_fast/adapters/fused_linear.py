@@ -117,7 +117,7 @@ class _Fused(Swapped):
                     dropout = _dropout_among(members)
                 device = x.device
                 thread.waiting = Waiting(
-                    group, x, dropout, outputs, members, device.type, device.index
+                    group, x, dropout, outputs, members, device.type, device.index or 0
                 )
         return outputs[0]
 

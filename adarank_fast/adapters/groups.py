@@ -119,7 +119,7 @@ class Call:
             (layer.__dict__, m, m.dropout) for layer, m in zip(layers, members, strict=True)
         ]
         self.foreign = any([m.foreign for m in members])
-        self.kind, self.index = group.device.type, group.device.index
+        self.kind, self.index = group.device.type, group.device.index or 0
         self.quick = True
 
     def bases(self, x: Tensor) -> Sequence[Tensor | None]:
@@ -164,7 +164,7 @@ class Waiting:
         outputs: Sequence[Tensor],
         members: Sequence[AnyMember],
         kind: str,
-        index: int | None,
+        index: int,
     ) -> None:
         self.group, self.x, self.version = group, x, x._version
         self.kind, self.index, self.dropout = kind, index, dropout
@@ -291,7 +291,7 @@ def dissolve(group: LayerGroup) -> None:
             state.alone = WATCHED
 
 
-def modes_of(kind: str, index: int | None) -> tuple[object, ...]:
+def modes_of(kind: str, index: int) -> tuple[object, ...]:
     """What must still be so when an output on this device is taken."""
     autocast = torch.get_autocast_dtype(kind) if _is_autocast_enabled(kind) else None
     if kind == "cuda":

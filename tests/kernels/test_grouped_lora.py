@@ -42,6 +42,17 @@ def test_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     check(make_group(shape=shape), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_biases_of_a_frozen_base(products: str, dtype: torch.dtype) -> None:
+    group = make_group()
+    for bias in group.biases[1:]:
+        bias.requires_grad_()
+    check(group, dtype)
+    if products == "whole":
+        outputs = group.to(torch.float32).run(grouped_lora_linear)
+        assert {type(y.grad_fn).__name__ for y in outputs} == {"CppFunction"}
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_float32_adapters_on_a_bfloat16_base(dropout: float) -> None:
     kwargs = {"dropout": dropout, "seed": torch.tensor([3])} if dropout else {}
@@ -259,11 +270,11 @@ def test_base_outputs_of_another_dtype_keep_it() -> None:
     assert (y - exact).norm() <= 2 * (torchs - exact).norm() + 1e-6
 
 
-def test_base_outputs_are_added_into_in_place() -> None:
+def test_base_outputs_are_added_into_in_place(products: str) -> None:
     x = torch.randn(5, 16, requires_grad=True)
     base = torch.nn.functional.linear(x, torch.randn(8, 16))
     y = lora_linear(x, None, torch.randn(3, 16), torch.randn(8, 3), 2.0, base_output=base)
-    assert y is base or y.data_ptr() == base.data_ptr()
+    assert (y is base or y.data_ptr() == base.data_ptr()) == (products != "flat")
 
 
 # Dropout

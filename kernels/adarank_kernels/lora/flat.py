@@ -40,7 +40,11 @@ def flat(
                 A = A.to(dtype)
             if B.dtype is not dtype:
                 B = B.to(dtype)
-            Y = torch.addmm(Y, torch.mm(dropped, A.t()), B.t(), alpha=scaling)
+            S = torch.mm(dropped, A.t())
+            if not group.alphas[m]:  # aten would round dB, multiply and round again
+                Y = torch.addmm(Y, S * scaling, B.t())
+            else:
+                Y = torch.addmm(Y, S, B.t(), alpha=scaling)
         elif base is not None:
             Y = Y.clone()
         outputs.append(Y if len(shape) == 2 else Y.view(*shape[:-1], Y.shape[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -41,6 +42,7 @@ class Group:
     Attributes:
         parts: weight, bias, lora_A and lora_B of each module, or None.
         scalings: with the factor 1 / (1 - dropout) of the kept elements.
+        alphas: whether multiplying with the scaling rounds nothing that counts.
         keep: the probability of an element to be kept.
         adapted: the modules with a rank above 0; `lora_As` and `lora_Bs` are theirs.
         kept: what the backward pass needs of `parts`; without weights if x needs no gradient.
@@ -55,7 +57,7 @@ class Group:
     """
 
     __slots__ = (
-        "parts", "scalings", "dropout", "keep", "adapted", "lora_As", "lora_Bs", "ranks",
+        "parts", "scalings", "alphas", "dropout", "keep", "adapted", "lora_As", "lora_Bs", "ranks",
         "scalings_of_adapted", "dtypes_of_B", "inputs", "kept", "kept_without_weights",
         "all_needed", "backend", "whole", "flat", "trains_bias", "compute", "number", "out",
         "device", "device_type", "dtype", "owned", "_number", "_tensors", "_shapes", "_dtypes",
@@ -74,6 +76,8 @@ class Group:
     ) -> None:
         scale = keep_scale(dropout)
         self.scalings = tuple([float(s) * scale for s in scalings])
+        exact = x.dtype.itemsize > 2
+        self.alphas = tuple([exact or math.frexp(s)[0] in (0.5, -0.5, 0.0) for s in self.scalings])
         self.dropout, self.keep = float(dropout), keep_probability(dropout)
         zipped = list(zip(weights, biases, lora_As, lora_Bs, strict=True))
         self.parts = tuple([t for module in zipped for t in module])
