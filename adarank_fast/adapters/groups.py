@@ -2,9 +2,10 @@
 
 A group is found by watching: layers below one module (their owner) that got the same tensor, one
 after the other, with no other fused layer between them. From the next forward on its first member
-computes every output, and the others take theirs. What waits to be taken belongs to one thread and
-goes when anything else is called there: at most one group's outputs wait in a thread, and only for
-the same tensor, unchanged, on the same stream, in the same modes, with the same parameters.
+computes every output, and the others take theirs. Outputs that wait to be taken belong to one
+thread and are dropped when any other fused layer is called in it, so at most one group's outputs
+wait in a thread. They are taken only for the same tensor, unchanged, on the same stream, in the
+same modes, with the same parameters.
 
 Checkpointing runs a forward twice and compares what both saved, so both must be grouped alike: no
 group is formed while a forward that was computed layer by layer, under hooks for saved tensors, has

@@ -7,7 +7,6 @@ Python costs the host more than the passes over memory that it saves. The maths 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +32,8 @@ def flat(
         if base is not None:
             Y = base.reshape(-1, base.shape[-1])
         else:
-            W: Any = weight
-            Y = torch.mm(X, W.t()) if bias is None else torch.addmm(bias, X, W.t())
+            assert weight is not None
+            Y = torch.mm(X, weight.t()) if bias is None else torch.addmm(bias, X, weight.t())
         if A is not None and B is not None:
             if A.dtype is not dtype:
                 A = A.to(dtype)

@@ -1,11 +1,10 @@
-"""What a group of LoRA linears consists of: everything of a call but x."""
+"""A group of LoRA linears: everything that a call needs but x."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class Group:
         trains_bias: some base bias wants a gradient.
         flat: without C++, few inputs may go through `flat.py`.
         number, compute: of the group in C++, if `whole`, and the operator.
-        owned: bits of the foreign base products that may be written into.
+        owned: bits of the base products computed elsewhere that may be written into.
     """
 
     __slots__ = (
@@ -83,8 +82,8 @@ class Group:
         self.parts = tuple([t for module in zipped for t in module])
         self.ranks = tuple([0 if A is None else A.shape[0] for A in lora_As])
         self.adapted = tuple([m for m, rank in enumerate(self.ranks) if rank])
-        self.lora_As: Any = tuple([lora_As[m] for m in self.adapted])
-        self.lora_Bs: Any = tuple([lora_Bs[m] for m in self.adapted])
+        self.lora_As = tuple([A for A in lora_As if A is not None and A.shape[0]])
+        self.lora_Bs = tuple([B for m in self.adapted if (B := lora_Bs[m]) is not None])
         self.scalings_of_adapted = tuple([self.scalings[m] for m in self.adapted])
         self.dtypes_of_B = tuple([None if B is None else B.dtype for B in lora_Bs])
         self.inputs = (*self.lora_As, *self.lora_Bs)
@@ -102,7 +101,7 @@ class Group:
         self.trains_bias = any([b is not None and b.requires_grad for b in biases])
         self.number = 0
         self._number: _Number | None = None
-        self.compute: Any = None
+        self.compute: Callable[..., Sequence[Tensor]] | None = None
         self.whole = frozen and len(zipped) < 64 and self._whole_backend(x)
         self.flat = not (self.whole or self.backend is cpu or INTERPRETED)
         if self.whole:
@@ -160,7 +159,7 @@ class Group:
         return side_by_side([backend.padded(rank, dtype) for rank in ranks])
 
     def may_overwrite(self, m: int, base: Tensor) -> bool:
-        """Whether a foreign base product may be written into: rows in order, nobody else's."""
+        """Whether a base product from elsewhere may be written into: rows in order, not shared."""
         if not self.owned >> m & 1:
             return False
         leaf = base.is_leaf and base.requires_grad

@@ -1,7 +1,7 @@
 """The autograd nodes of a group of LoRA linears; the maths is in op.py.
 
 `whole` runs each pass as one C++ call, its node in C++ too. It is for what training mostly is: a
-frozen base, and nobody who watches operators. `Stepwise` does the same operator by operator, for
+frozen base, and nothing that watches operators. `Stepwise` does the same operator by operator, for
 everything else: trained base weights, torch.compile, dispatch modes.
 """
 
@@ -50,7 +50,8 @@ def whole(
             bound = -1
         if seed is not None and not is_mask(seed):
             return _dropped(group, x, seed, bases)
-    outputs: Sequence[Tensor] = group.compute(x, group.number, seed, bases, group.owned, bound)
+    assert group.compute is not None
+    outputs = group.compute(x, group.number, seed, bases, group.owned, bound)
     if len(outputs) == len(group.scalings):
         return outputs
     if outputs:
@@ -85,7 +86,7 @@ class _Context(Protocol):
 
     needs_input_grad: tuple[bool, ...]
     group: Group
-    backend: Any
+    backend: ModuleType
     x_shape: torch.Size
     dtype: torch.dtype
     bases: int

@@ -49,7 +49,7 @@ def run(
         group: the parameters.
         x: [..., in].
         seed: of the dropout mask, or what `group.draw` returned; None: drawn.
-        bases: foreign base products, or none.
+        bases: base products that were computed elsewhere (foreign ones), or none.
     """
     if group.dropout == 0.0 or not group.adapted:
         seed = None
