@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from adarank_fast.benchmarking.arms import FLOORS, FROZEN, PEFT, SAME
-from adarank_fast.benchmarking.measure import bootstrap
+from adarank_fast.benchmarking.measure import Statistic, bootstrap
+from adarank_fast.benchmarking.report import Interval, Row
 
 
-def figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> dict[str, Any]:
+def figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> Row:
     """Medians and 95% intervals: ms a step, overhead over frozen, and its ratio to PEFT's.
 
     Args:
@@ -18,13 +18,13 @@ def figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> dict[
         tokens: of a step.
     """
 
-    def interval(statistic: Any, *names: str) -> dict[str, float | None]:
+    def interval(statistic: Statistic, *names: str) -> Interval:
         found = bootstrap([{one: seconds[one] for one in names}], statistic)
         low, high = found[1:]
         return {"value": found[0], "low": low, "high": high}
 
-    made: dict[str, Any] = {"milliseconds": interval(lambda m: 1e3 * m[0][name], name)}
-    made["tokens_per_second"] = tokens / (made["milliseconds"]["value"] / 1e3)
+    took = interval(lambda m: 1e3 * m[0][name], name)
+    made: Row = {"milliseconds": took, "tokens_per_second": tokens / (took["value"] / 1e3)}
     floor = FLOORS.get(name, FROZEN)
     if name in (FROZEN, *FLOORS.values()) or floor not in seconds:
         return made
@@ -33,7 +33,7 @@ def figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> dict[
     if name in (PEFT, *SAME.values()) or theirs not in seconds:
         return made
     other = interval(lambda m: m[0][theirs] / m[0][floor] - 1, theirs, floor)
-    if other["low"] is None or other["low"] <= 0:  # no ratio to what may be nothing
+    if other["low"] <= 0:  # PEFT's overhead may be zero
         made["overhead_over_peft"] = None
         return made
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from adarank_fast.benchmarking.arms import step_of, trainable
 from adarank_fast.benchmarking.measure import Step
+from adarank_fast.models.batches import Batch
 
 WARM_UP = 3  # calls on the side stream, as torch asks for
 
 
-def graphed(model: nn.Module, batch: Mapping[str, Any], pool: Any) -> Step:
+def graphed(model: nn.Module, batch: Batch) -> Step:
     """A replay of one whole training step of the model: forward, loss, backward, AdamW.
 
     Args:
         model: on a CUDA device.
         batch: keyword inputs; a mask of ones is left out, since models look at its values, for
             which a capture cannot wait.
-        pool: of `torch.cuda.graph_pool_handle`, which all steps share: one runs at a time.
 
     Raises:
         RuntimeError: the step cannot be captured.
@@ -39,7 +36,7 @@ def graphed(model: nn.Module, batch: Mapping[str, Any], pool: Any) -> Step:
     outside.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=side):
+        with torch.cuda.graph(graph, stream=side):
             step()
     except Exception:
         torch.cuda.set_stream(outside)  # a capture that breaks off leaves its own

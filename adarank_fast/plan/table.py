@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adarank_fast.errors import printable
-from adarank_fast.models.text import WIDTH, plain_text
+from adarank_fast.models.text import WIDTH, by, plain_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,12 +73,12 @@ def _rows(
     if chances is not None:
         add("may\nchange")
     add("parameters", f"{plan.parameters:,}")
+    experts = plan.experts
     for name, rank in plan.ranks.items():
-        fan_in, fan_out = plan.sizes[name]
         score = plan.scores.get(name)
         cells = [names[name]]
         if sizes:
-            cells.append(f"{fan_in} x {fan_out}")
+            cells.append(by(plan.sizes[name], experts[name].total if name in experts else 1))
         if plan.scores:
             cells.append("" if score is None else _said(score))
         if len(trials) > 1:
@@ -86,7 +86,7 @@ def _rows(
         cells.append(str(rank))
         if chances is not None:
             cells.append(f"{chances[name]:.0%}")
-        rows.add_row(*cells, f"{rank * (fan_in + fan_out):,}")
+        rows.add_row(*cells, f"{rank * sum(plan.sizes[name]):,}")
     return rows
 
 

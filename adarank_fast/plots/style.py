@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import replacing
@@ -21,8 +21,18 @@ MOST_PIXELS = 2**16 - 1  # of matplotlib, each way
 LONGEST = 80  # of a name in a picture
 
 
-def line_style(index: int) -> dict[str, Any]:
-    """Keyword arguments of `Axes.plot`; 40 different ones before they repeat.
+class LineStyle(TypedDict):
+    """Keyword arguments of `Axes.plot`."""
+
+    color: str
+    linestyle: str | tuple[float, tuple[float, ...]]
+    marker: str
+    markersize: float
+    linewidth: float
+
+
+def line_style(index: int) -> LineStyle:
+    """A line's look; 40 different ones before they repeat.
 
     Lines that lie on each other are told apart: a dashed one shows the one beneath in its gaps,
     and each that comes later is thinner.
@@ -37,7 +47,7 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def label(name: str) -> str:
-    """A name as matplotlib draws it: `$` is no formula there, and a leading `_` hides nothing."""
+    """A name for matplotlib, in which `$` starts no formula and a leading `_` hides nothing."""
     shown = printable(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...")
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

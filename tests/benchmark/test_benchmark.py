@@ -101,9 +101,8 @@ def test_compiled_failures_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_graphed_steps_are_over_the_graphed_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a card: a graph is the step itself, and one kind of model cannot be captured."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
-    def stand_in(model: torch.nn.Module, batch: Any, pool: Any) -> Any:
+    def stand_in(model: torch.nn.Module, batch: Any) -> Any:
         return arms.step_of(model, batch)
 
     ids = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
@@ -112,7 +111,7 @@ def test_graphed_steps_are_over_the_graphed_floor(monkeypatch: pytest.MonkeyPatc
     steps: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {name: {"adapter_parameters": 1} for name in made}
     monkeypatch.setattr(room, "graphed", stand_in)
-    room._add_graphed(room._Run(0.0, torch.device("cpu")), made, ids, steps, rows)
+    room._add_graphed(made, ids, steps, rows)
     assert list(steps) == ["frozen, graphed", "PEFT, graphed", "ours, graphed"]
     own = [{p.data_ptr() for p in arms.trainable(made[n])} for n in ("PEFT", "ours")]
     before = [p.clone() for p in arms.trainable(made["ours"])]
@@ -131,7 +130,7 @@ def test_graphed_steps_are_over_the_graphed_floor(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(room, "graphed", fails)
-    room._add_graphed(room._Run(0.0, torch.device("cpu")), made, ids, {}, rows)
+    room._add_graphed(made, ids, {}, rows)
     assert rows["ours, graphed"]["why"].startswith("cannot be captured: operation not permitted")
 
 
