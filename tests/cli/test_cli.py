@@ -167,6 +167,7 @@ def test_dry_run(adarank, folders):
         "name": "encoder.block.0.layer.0.SelfAttention.q",
         "in_features": 32,
         "out_features": 32,
+        "experts": 1,
         "block": "encoder.block.0",
         "route": "folded",
     }
