@@ -65,6 +65,17 @@ test-newest:
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(MAKE) suite BIN=$(VENV)-newest/bin
 
+# What the suite tries for seconds, for hours: kills, full disks, exceptions, changed files, growth,
+# threads, processes. A fault ends it with 1, after all of them. make soak MINUTES=20 shares the time;
+# make soak MINUTES=5 ARGS="--only kills growth" runs some. Renews docs/reliability.md.
+.PHONY: soak reliability-page
+soak: $(VENV)/.installed
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.reliability.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+# docs/reliability.md, of the figures in bench/results; nothing is tried.
+reliability-page: $(VENV)/.installed
+	$(BIN)/python -m bench.reliability_page
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -154,6 +165,19 @@ $(VENV)-peft-suite/.installed: $(VENV)/.installed
 		> $$($(VENV)-peft-suite/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
 	$(VENV)-peft-suite/bin/python -m pip install --quiet attrs diffusers parameterized protobuf \
 		scikit-learn sentencepiece
+	touch $@
+
+# DeepSpeed's ZeRO-2 and ZeRO-3 with two CPU processes, beside plain PEFT, in an environment of its
+# own: on demand.
+.PHONY: deepspeed
+deepspeed: $(VENV)-deepspeed/.installed
+	$(VENV)-deepspeed/bin/python -m tests.deepspeed.check
+
+$(VENV)-deepspeed/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --without-pip $(VENV)-deepspeed
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> $$($(VENV)-deepspeed/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed
 	touch $@
 
 wheel: $(VENV)/.installed

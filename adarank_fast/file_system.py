@@ -1,19 +1,21 @@
-"""What the operating system says of files: who holds a lock, and why a write failed.
+"""Locks of files and folders, and errors of writing in one line.
 
-Locks are `flock`'s: they end with the process, however it ends. Where a file system has none,
-nothing is locked.
+A lock is taken on an open file or folder itself, so there is no lock file beside it, and none is
+needed where nothing can be written. It ends with the process, however that ends. Where a file
+system has no locks, nothing is locked.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from adarank_fast.errors import AdarankError, AdarankOSError, AdarankPermissionError
 
@@ -65,17 +67,14 @@ def alone_in(folder: Path) -> Iterator[bool]:
 def lock(opened: int, seconds: float = 0) -> bool | None:
     """True: locked, until the descriptor is closed. False: somebody else has it. None: no locks."""
     latest = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    try:
+        while not lock_descriptor(opened, blocking=False):
             if time.monotonic() >= latest:
                 return False
             time.sleep(0.002)
-        except OSError:
-            return None
-        else:
-            return True
+    except OSError:
+        return None
+    return True
 
 
 def is_named(path: Path, opened: int) -> bool:
@@ -87,7 +86,7 @@ def is_named(path: Path, opened: int) -> bool:
 
 
 def _error_number(error: Exception) -> int:
-    """The system's number for what went wrong, of whatever a library made of it; 0: none."""
+    """The system's error number, also from a library's own error; 0: there is none."""
     if isinstance(error, OSError):
         return error.errno or 0
     if found := re.search(r"os error (\d+)", str(error)):  # safetensors

@@ -1,14 +1,14 @@
-"""How files are written: whole or not at all, and nothing of others is touched.
+"""How files are written: whole or not at all, and without touching other people's files.
 
 - One file: `replacing`, `write_text`. What was there stays until the new content is on the disk.
 - A folder that appears at once: `new_folder`.
-- A folder that work goes on in: `own_folder`. It carries our mark, and one run at a time has it
-  and may remove it: `remove_folder`.
+- A folder that a run works in: `own_folder`. It carries our mark. One run at a time has it, and
+  that run may remove it: `remove_folder`.
 - A file that lines are added to: `lock_file`. One run at a time has it.
 - What others write into our folders: `writing` says in one line that the disk is full.
 
-Locks are `flock`'s: they end with the process, however it ends. Where a file system has none,
-nothing is locked.
+Locks leave no files of their own, and end with the process, however it ends. Where a file system
+has no locks, nothing is locked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from adarank_fast.errors import (
     AdarankError,
@@ -209,7 +208,8 @@ def check_folder(path: Name, replace: str = "") -> Path:
         if not replace:
             raise AdarankError(f"folder {str(path)!r} is not empty; name a new one")
         mark = _check_mark(path, target, replace)
-        if others := set(_files(target)) - {MARK, *mark.get("files", ())}:
+        ours = mark.get("files")
+        if others := set(_files(target)) - {MARK, *(ours if isinstance(ours, list) else ())}:
             raise AdarankError(
                 f"folder {str(path)!r} holds {min(others)!r} beside the {replace} to be replaced; "
                 "move it or name a new folder"
@@ -338,7 +338,7 @@ def _files(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()]
 
 
-def _check_mark(path: Name, folder: Path, kind: str) -> dict[str, Any]:
+def _check_mark(path: Name, folder: Path, kind: str) -> dict[str, object]:
     """The folder's mark; refused if it is none of ours, or of another kind."""
     try:
         mark = dict(json.loads((folder / MARK).read_text(encoding="utf-8")))

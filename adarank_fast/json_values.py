@@ -1,4 +1,4 @@
-"""JSON files that somebody else made: read strictly, every value checked where it is used.
+"""Reads JSON files strictly, with a check of every value where it is used.
 
 No torch here.
 """
@@ -16,7 +16,7 @@ from typing import NoReturn
 from adarank_fast.errors import AdarankError, AdarankFileNotFoundError
 
 MOST = 2**31 - 1  # of counts: torch, tokenizers and PEFT keep some of them in 32 bits
-LARGEST = 1e300  # of magnitudes: sums of many stay finite
+LARGEST = 1e300  # of magnitudes, so that sums of many stay finite
 LONGEST = 80  # of a value in a message
 
 
@@ -69,7 +69,7 @@ class Value:
         value: as `parse` returned it.
         file: what the file is called in a message.
         remedy: what to do where it is damaged.
-        keys: the way to the value.
+        keys: the keys that lead to the value.
     """
 
     value: object

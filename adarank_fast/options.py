@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Integral, Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.json_values import MOST
@@ -21,6 +21,8 @@ T = TypeVar("T")
 TASKS = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = ("auto", "pooler", "last_hidden_state", "logits")
+DEFAULT_TARGETS = "auto"  # attention, and experts where the model has them
+TARGET_PRESETS = (DEFAULT_TARGETS, "attention", "all-linear", "experts")
 
 
 def option(
@@ -38,10 +40,10 @@ def option(
         default: its value where it is not given.
         help: what the command line says of it.
         shown: what the command line shows as the default.
-        flag: its name on the command line, where it is another; with underscores.
-        kind: its type on the command line, where it is another.
-        parse: makes its value of the command line's, where they differ.
-        typed: the default as the command line has it, where it is not simply the default's text.
+        flag: its name on the command line if that differs; with underscores.
+        kind: its type on the command line if that differs.
+        parse: turns the command line's value into the field's, if they differ.
+        typed: the default on the command line, if that is not the text of `default`.
     """
     said = {"help": help, "show_default": shown}
     if typed is None:
@@ -70,7 +72,7 @@ def gather(cls: type[T], given: T | float | None, options: dict[str, object]) ->
 
 
 def refuse_unknown(function: str, options: dict[str, object], *classes: type) -> None:
-    """A misspelt keyword is a TypeError, as Python's own is; this one names what was meant."""
+    """Raise a TypeError for a misspelt keyword, as Python does; it suggests the nearest name."""
     for name in options:
         known = [one.name for cls in classes for one in fields(cls)]
         near = difflib.get_close_matches(name, known, 1)
@@ -87,12 +89,12 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be.
+    """The values that a number may have.
 
     Attributes:
         least, most: the smallest and the largest value.
         whole: integers only.
-        above: `least` itself is too small.
+        above: the value must be above `least`.
     """
 
     least: float
@@ -100,7 +102,7 @@ class Range:
     whole: bool = True
     above: bool = False
 
-    def __contains__(self, value: Any) -> bool:
+    def __contains__(self, value: object) -> bool:
         if not _is_number(value) or self.whole and not isinstance(value, Integral):
             return False
         # NaN is in no range
@@ -148,7 +150,7 @@ RANGES = {
 }
 
 
-def check_number(argument: str, value: Any, within: Range | None = None) -> Any:
+def check_number(argument: str, value: object, within: Range | None = None) -> Any:
     """The value as Python's own int or float, also where it is numpy's.
 
     Args:
@@ -164,7 +166,8 @@ def check_number(argument: str, value: Any, within: Range | None = None) -> Any:
     if value not in within:
         bound = f" and at most {within.most:g}" if _is_number(value) and value > within.most else ""
         raise AdarankError(f"{argument} must be {within}{bound}, got {shown(value)}")
-    return int(value) if within.whole else float(value) if not isinstance(value, int) else value
+    number = cast(float, value)
+    return int(number) if within.whole or isinstance(number, int) else float(number)
 
 
 def check_integer(argument: str, value: object, least: int) -> None:
@@ -172,7 +175,7 @@ def check_integer(argument: str, value: object, least: int) -> None:
     check_number(argument, value, Range(least, MOST))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Put back what was changed, also when Ctrl-C arrives while it is being put back."""
+"""Undo changes reliably, even when Ctrl-C arrives while they are being undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Switching fused layers on and off: the module's classes change, nothing else does."""
+"""Switch fused layers on and off. Only the classes of modules change."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from adarank_fast.adapters.fused_linear import fused_classes, fused_layers, thread
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
+from adarank_fast.adapters.graph_blocks import restore_blocks
 from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
-from adarank_fast.adapters.peft_private import Layer
+from adarank_fast.adapters.peft_private import Layer, has_only_experts
 from adarank_fast.adapters.swapped import Swapped
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
@@ -32,9 +33,9 @@ def accelerate(
         peft_model: a `peft.PeftModel`, of uniform or mixed ranks, or any module with PEFT layers.
         example: keyword inputs for one forward in eval mode without gradients.
         recompute_mlp: keep only gate(x) and up(x) of gated MLPs, down(act(gate(x)) * up(x)), for
-            the backward pass, which computes the other two again: about a third of what a layer of
-            Llama keeps goes, two elementwise operations come. Not under checkpointing, which
-            keeps less, nor in compiled code.
+            the backward pass, which computes the other two tensors again. A layer of Llama then
+            keeps about a third less, for two more elementwise operations. Not used under
+            checkpointing, which keeps even less, nor in compiled code.
 
     Returns:
         `peft_model`.
@@ -53,6 +54,8 @@ def accelerate(
                     f"its LoRA layers are of class {type(module).__name__}, which something else "
                     "made; accelerate first, then shard or wrap them"
                 )
+        if has_only_experts(peft_model):
+            return peft_model  # the report says why not
         raise AdarankError(
             f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
             "adarank_fast.inject or peft.get_peft_model first"
@@ -82,7 +85,7 @@ def accelerate(
 
 
 def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) -> None:
-    """Each layer's class, and its `_adarank` or none, as before; nothing waits in this thread."""
+    """Restore each layer's class and `_adarank`, and drop outputs that wait in this thread."""
     thread.waiting = thread.run = None
     for layer, plain, state in layers:
         layer.__class__ = plain
@@ -91,7 +94,7 @@ def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) ->
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Compiled code was made of PEFT's own layers."""
+    """Refuse compiled modules: their code was made of PEFT's own layers."""
     for path, module in model.named_modules():
         if is_compiled(module):
             where = path or type(model).__name__
@@ -114,7 +117,7 @@ def _watch(model: nn.Module, example: Mapping[str, object]) -> None:
 
 
 def restore(peft_model: nn.Module) -> nn.Module:
-    """Plain PEFT again: the same weights, classes and hooks as before `accelerate`.
+    """Plain PEFT again: weights, classes and hooks as before `accelerate` and `graph_blocks`.
 
     Raises:
         AdarankError: a module got another class since (`fully_shard` on it); none changes.
@@ -132,4 +135,5 @@ def restore(peft_model: nn.Module) -> nn.Module:
             layer.__class__ = layer.plain_class()
             del layer._adarank
         restore_gated_mlps(peft_model)
+        restore_blocks(peft_model)
     return peft_model

@@ -1,4 +1,4 @@
-"""Compile a model block by block, whatever the ranks: one graph serves blocks that differ in them.
+"""Compile a model block by block; one graph serves blocks of different ranks.
 
 torch.compile takes parameters' shapes as constants and gives up after 8 versions of one function
 (`torch._dynamo.config.recompile_limit`); blocks of one class run one function, and mixed ranks make

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -36,6 +36,7 @@ from adarank_fast.models.targets import linear_shape
 from adarank_fast.options import check_number
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
@@ -121,7 +122,7 @@ def from_model(peft_model: nn.Module, adapter_name: str = "default") -> Adapter:
         peft_model, adapter_name=adapter_name, save_embedding_layers=False
     )
     factors, others = split(state)
-    base = cast(Any, peft_model).get_base_model()
+    base = cast("PreTrainedModel", cast("PeftModel", peft_model).get_base_model())
     if _is_resized(base, config.base_model_name_or_path):
         others = {**_vocabulary(base), **others}
     if config.task_type is None and config.auto_mapping is None:  # as save_pretrained does
@@ -171,7 +172,7 @@ def _vocabulary(base: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
-    """The adapter has tensors for exactly the modules that its configuration chooses.
+    """Check that the adapter has tensors for exactly the modules that its configuration chooses.
 
     Raises:
         AdarankError: which module is too many or missing.
@@ -274,7 +275,7 @@ def _module_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
 
     Modules saved whole are left out, and what PEFT put into its layers.
     """
-    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    base = cast("PeftModel", model).get_base_model() if hasattr(model, "get_base_model") else model
     whole = [f".{name}." for name in config.modules_to_save or []]
     shapes: dict[str, tuple[int, int] | None] = {}
     inside: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Layers that were found fusable, with everything that this rested on.
+"""Layers that were found fusable, with everything that this finding depends on.
 
 A layer's member is compared with the layer's attributes before each use (`holds`). It goes through
 `__dict__`: an attribute of a module costs a microsecond, of its parameters and submodules several,
@@ -28,7 +28,7 @@ Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 
 
 class Versions:
-    """Stands where a parameter is asked for its version only: those of several, or of none."""
+    """Replaces a parameter where only its version is read: has the versions of several, or none."""
 
     __slots__ = ("tensors",)
 
@@ -266,7 +266,7 @@ AnyMember = Member | Made
 
 
 def remember(layer: Layer) -> AnyMember | None:
-    """What a fusable layer rests on; None if that cannot be compared."""
+    """What a layer's fusing depends on; None if that cannot be compared."""
     names = names_of(layer)
     if any([type(layer.scaling[name]) not in (float, int) for name in names]):
         return None

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from adarank_fast.adapters.adapter_files import PREFIX, Adapter, read_adapter
 from adarank_fast.adapters.export import check_fits
-from adarank_fast.adapters.patterns import check_patterns
+from adarank_fast.adapters.patterns import check_patterns, keys_of_experts
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
@@ -36,13 +36,14 @@ TASK_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+ModelClass = Any  # a class of transformers that loads models; its methods have no types
 
 
 @contextmanager
 def _without_expected_warnings() -> Iterator[None]:
     """Deprecations are not the user's; of tied weights `_untie` takes care."""
     tied = (".*`?tie_word_embeddings", "Input and output embeddings are no longer tied")
-    with warnings.catch_warnings():
+    with keys_of_experts(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         for message in tied:
             warnings.filterwarnings("ignore", message=message)
@@ -126,7 +127,7 @@ def base_skeleton(
     )
 
 
-def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
+def _without_weights(model_class: ModelClass, config: PretrainedConfig) -> PreTrainedModel | None:
     """A model on the meta device; None where the class is no model's, or the model is not of it."""
     try:
         with torch.device("meta"):
@@ -175,14 +176,14 @@ def _name_classes(config: PretrainedConfig, folder: Path) -> None:
 
 
 def _merge(
-    model_class: Any,
+    model_class: ModelClass,
     name: str,
     config: PretrainedConfig,
     folder: str | os.PathLike[str],
     adapter: Adapter,
     dtype: str,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """(the merged model, names of weights that nobody had)."""
+    """(the merged model, names of weights that neither model nor adapter has)."""
     failed = f"cannot merge {str(folder)!r} into {name!r}"
     try:
         base, info = model_class.from_pretrained(
@@ -242,8 +243,7 @@ def _untie(model: PreTrainedModel) -> None:
 def _inside(layer: nn.Module) -> nn.Module:
     if not isinstance(layer, BaseTunerLayer):
         return layer
-    inner: nn.Module = cast(Any, layer).get_base_layer()
-    return inner
+    return layer.get_base_layer()
 
 
 def _say_untied(model: PreTrainedModel) -> None:
@@ -253,8 +253,9 @@ def _say_untied(model: PreTrainedModel) -> None:
         return
     if getattr(model.config, "is_encoder_decoder", False):  # T5 then leaves a scaling out
         raise AdarankError(
-            "the adapter parts the head from the embedding whose weight it shares, which "
-            f"{type(model).__name__} cannot save; train without it (target_modules) to merge"
+            "the adapter changes the head or the embedding, which share a weight, and "
+            f"{type(model).__name__} cannot save them apart; to merge, train without them "
+            "(target_modules)"
         )
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False

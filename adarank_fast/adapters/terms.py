@@ -108,8 +108,8 @@ def finished(
 def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """DoRA's output from Y = X W^T + b + s X A^T B^T.
 
-    Y + (m - 1) (Y - b): what m says beyond 1 would be lost in 8 bits, its distance from 1 is not,
-    and a fresh adapter, whose m is 1, changes no bit.
+    Computed as Y + (m - 1) (Y - b). bfloat16 has 8 bits of precision: it would round away how far
+    m is from 1, but it keeps m - 1. A new adapter has m = 1 and changes no bit.
     """
     A, B, _, scaling, magnitude = adapter
     assert magnitude is not None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from adarank_fast.adapters.accelerate import accelerate, restore
 from adarank_fast.adapters.compile_blocks import compile_blocks
 from adarank_fast.adapters.inject import inject
 from adarank_fast.benchmarking.measure import Step
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.batches import Batch
 from adarank_fast.models.transformers_private import is_moved_by_hooks
 from adarank_fast.plan.rank_plan import RankPlan
 
@@ -25,10 +27,10 @@ RATE = 1e-4  # of AdamW
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model in eval mode, its storages shared; backward passes go on to its embeddings.
+    """A copy in eval mode that shares the model's storages, with gradients down to its embeddings.
 
-    So the products of the backward pass with the frozen weights are counted for every variant, as
-    they are in training. The model itself stays as it is.
+    So every variant computes the same products with the frozen weights in its backward pass, as it
+    does in training. The model itself stays as it is.
 
     Raises:
         AdarankError: it is offloaded, or its input embeddings cannot be found.
@@ -37,13 +39,13 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         raise AdarankError(
             "the model is spread over devices or offloaded; benchmark it on one device"
         )
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    memo: dict[int, object] = {id(b): b for b in model.buffers()}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
         else:  # quantised ones, which are frozen anyway
             memo[id(parameter)] = parameter
-    copied: Any = copy.deepcopy(model, memo).eval()
+    copied = cast("PreTrainedModel", copy.deepcopy(model, memo).eval())
     try:
         embeddings = copied.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -58,17 +60,16 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         if module is embeddings or weight is not None and getattr(module, "weight", 0) is weight:
             if module is not copied.get_output_embeddings():
                 module.register_forward_hook(_require_grad)
-    made: nn.Module = copied
-    return made
+    return copied
 
 
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _require_grad(module: nn.Module, args: object, output: Tensor) -> Tensor:
     return output.requires_grad_(True)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of its modules: frozen parameters and buffers are the same, adapters are new."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    memo: dict[int, object] = {id(p): p for p in model.parameters() if not p.requires_grad}
     memo |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, memo)
 
@@ -86,12 +87,12 @@ def adapted(frozen: nn.Module, plan: RankPlan, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def fused(peft_model: nn.Module, example: Mapping[str, Any]) -> nn.Module:
+def fused(peft_model: nn.Module, example: Batch) -> nn.Module:
     """A copy with fused layers and adapters of its own."""
     return accelerate(shared_copy(peft_model), example)
 
 
-def compiled(peft_model: nn.Module, example: Mapping[str, Any]) -> nn.Module:
+def compiled(peft_model: nn.Module, example: Batch) -> nn.Module:
     """Fused and compiled block by block."""
     return compile_blocks(fused(peft_model, example))
 
@@ -101,7 +102,7 @@ def make_arms(
     plan: RankPlan,
     uniform: RankPlan | None,
     dtype: torch.dtype,
-    example: Mapping[str, Any],
+    example: Batch,
 ) -> dict[str, nn.Module]:
     """Every eager variant, by its name.
 
@@ -127,7 +128,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss if it has one on this batch, else a fixed sum over its output.
 
     A mean square would not do: behind a norm it is constant, and its gradients are noise.
@@ -142,7 +143,7 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return (first.to(torch.promote_types(first.dtype, torch.float32)) * weights).mean()
 
 
-def step_of(model: nn.Module, batch: Mapping[str, Any]) -> Step:
+def step_of(model: nn.Module, batch: Batch) -> Step:
     """Forward, loss, backward, and AdamW where there is something to train."""
     parameters = trainable(model)
     optimiser = torch.optim.AdamW(parameters, lr=RATE, fused=True) if parameters else None
@@ -157,7 +158,7 @@ def step_of(model: nn.Module, batch: Mapping[str, Any]) -> Step:
     return step
 
 
-def gradients(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+def gradients(model: nn.Module, batch: Batch) -> list[Tensor]:
     """The loss and the gradient of every adapter parameter, on the CPU in float32 or above."""
     loss = loss_of(model, batch)
     found = torch.autograd.grad(loss, trainable(model))

@@ -8,17 +8,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from adarank_fast.adapters.fusion_report import fusion_report
 from adarank_fast.benchmarking import arms as variants
 from adarank_fast.benchmarking.arms import COMPILED, FROZEN, OURS, PEFT, SAME, UNIFORM
-from adarank_fast.benchmarking.measure import Step, bootstrap, peak_bytes, timed
-from adarank_fast.benchmarking.report import Benchmark
+from adarank_fast.benchmarking.measure import Statistic, Step, bootstrap, peak_bytes, timed
+from adarank_fast.benchmarking.report import Benchmark, Interval, Machine, Row
 from adarank_fast.errors import AdarankError, AdarankTypeError
+from adarank_fast.models.batches import Batch
 from adarank_fast.models.precision import copy_in_dtype
 from adarank_fast.models.targets import TargetModules
 from adarank_fast.models.text import first_line
@@ -28,11 +30,14 @@ from adarank_fast.training.data import read_data
 from adarank_fast.training.language_model import full_text, is_chat
 from adarank_fast.training.loading import LANGUAGE_MODELS, calibration_batches, load_pretrained
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of ours against PEFT; other dtypes: 5e-2
-SMALL = 20_000_000  # parameters: up to there the reference is float64
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-9,
+}  # relative, between ours and PEFT; other dtypes: 5e-2
+SMALL = 20_000_000  # models of at most this many parameters are also compared with float64
 FEWEST = 32  # tokens a step
-LEAST, WARM_UP = 5, 2  # repetitions that a fitting step leaves room for; calls before them
-ADAPTED = 1.7  # steps of the frozen base that one with adapters takes, about
+LEAST, WARM_UP = 5, 2  # there must be time for this many repetitions; calls before them
+ADAPTED = 1.7  # time of a step with adapters, in steps of the frozen base, about
 COMPILING = 45.0  # seconds that compiling may take
 
 
@@ -53,7 +58,7 @@ def benchmark(
     model: nn.Module | str | os.PathLike[str],
     plan: RankPlan | str | os.PathLike[str] | None = None,
     rank: int = 8,
-    data: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    data: Mapping[str, object] | str | os.PathLike[str] | None = None,
     *,
     target_modules: TargetModules = "all-linear",
     batch_size: int = 4,
@@ -67,23 +72,24 @@ def benchmark(
 ) -> Benchmark:
     """Time training steps of the frozen base, PEFT and adarank-fast, interleaved.
 
-    A step is forward, loss, backward and AdamW, in eval mode. The frozen base's is forward, loss
-    and the backward pass to its embeddings: the floor of every other. Before anything is timed,
-    our loss and gradients are held against PEFT's in the same dtype, and both against float64
-    where the model is small. A variant that differs is not timed and its row says so.
+    A step is forward, loss, backward and AdamW, in eval mode. For the frozen base it is forward,
+    loss and the backward pass down to the embeddings, which every variant does too. Before
+    anything is timed, our loss and gradients are compared with PEFT's in the same dtype, and, if
+    the model is small, both with float64. A variant that differs is not timed; its row says so.
 
     Args:
         model: a transformers model, which stays as it is; or a folder or hub name.
-        plan: ranks, a `RankPlan` or its file; ours is then also timed with uniform ranks of about
-            as many in all. None: uniform LoRA of `rank`.
+        plan: ranks, a `RankPlan` or its file. Ours is then also timed with uniform ranks of about
+            the same sum. None: uniform LoRA of `rank`.
         rank: of the uniform plan.
         data: a file of texts (for a folder or hub name), or one batch: a dict of the model's
             keyword inputs, [B, T] each. None: random tokens.
         target_modules: of the uniform plan.
         batch_size: sequences a step.
         max_length: tokens a sequence.
-        repetitions: of every variant, at most.
-        max_seconds: fewer tokens and repetitions keep within it, about; said in the notes.
+        repetitions: every variant is timed at most this often.
+        max_seconds: approximate time limit. Tokens and repetitions are reduced to fit it, and the
+            notes say so.
         compile: also time ours through `compile_blocks`, where there is time for it.
         device: for a folder or hub name, as `adarank predict` has it.
         dtype: likewise.
@@ -134,7 +140,7 @@ def _measure(
     plan: RankPlan | None,
     rank: int,
     target_modules: TargetModules,
-    given: dict[str, Any] | None,
+    given: Batch | None,
     batch_size: int,
     max_length: int,
     repetitions: int,
@@ -151,7 +157,7 @@ def _measure(
     count = 2 + (uniform is not None) + 2 * (dtype != torch.float32) + 1
     batch = _fitted(run, frozen, given, batch_size, max_length, count)
     arms = variants.make_arms(frozen, plan, uniform, dtype, batch)
-    rows: dict[str, dict[str, Any]] = {
+    rows: dict[str, Row] = {
         name: {"adapter_parameters": sum(p.numel() for p in variants.trainable(arm))}
         for name, arm in arms.items()
     }
@@ -198,19 +204,20 @@ def _uniform_of(plan: RankPlan) -> RankPlan:
     return RankPlan(ranks, plan.sizes, settings=plan.settings)
 
 
-def _main(batch: Mapping[str, Any]) -> Tensor:
+def _main(batch: Batch) -> Tensor:
     named = batch.get("input_ids")
     if isinstance(named, Tensor):
         return named
     return next(v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1)
 
 
-def _tokens(batch: Mapping[str, Any]) -> int:
+def _tokens(batch: Batch) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if isinstance(mask, Tensor) else int(_main(batch).shape[:2].numel())
 
 
-def _random_batch(run: _Run, model: Any, batch_size: int, length: int) -> dict[str, Any]:
+def _random_batch(run: _Run, model: nn.Module, batch_size: int, length: int) -> Batch:
+    model = cast("PreTrainedModel", model)  # `frozen_copy` refuses what has no embeddings
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, nn.Embedding):
         raise AdarankError(
@@ -222,13 +229,13 @@ def _random_batch(run: _Run, model: Any, batch_size: int, length: int) -> dict[s
     low = min(5, embeddings.num_embeddings - 1)  # special tokens come first
     ids = torch.randint(low, embeddings.num_embeddings, shape, generator=generator)
     ids = ids.to(run.device)
-    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = ids
     return batch
 
 
-def _with_labels(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+def _with_labels(model: nn.Module, batch: Batch) -> Batch:
     """A language model computes its own loss on its inputs."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if "labels" in batch or ids is None or not type(model).__name__.endswith(LANGUAGE_MODELS):
@@ -241,12 +248,12 @@ def _with_labels(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 def _fitted(
     run: _Run,
     frozen: nn.Module,
-    given: dict[str, Any] | None,
+    given: Batch | None,
     batch_size: int,
     length: int,
     count: int,
-) -> dict[str, Any]:
-    """The batch, smaller where steps of the frozen base say that there is no time for it."""
+) -> Batch:
+    """The batch, made smaller until the frozen base's step is fast enough for the time limit."""
     batch = given or _random_batch(run, frozen, batch_size, length)
     asked = _tokens(batch)
     while True:
@@ -270,7 +277,7 @@ def _fitted(
     return labelled
 
 
-def _cut(value: Any, shape: tuple[int, int], smaller: tuple[int, int]) -> Any:
+def _cut(value: object, shape: tuple[int, int], smaller: tuple[int, int]) -> object:
     if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != shape[0]:
         return value
     value = value[: smaller[0]]
@@ -282,11 +289,11 @@ def _cut(value: Any, shape: tuple[int, int], smaller: tuple[int, int]) -> Any:
 def _check(
     run: _Run,
     arms: Mapping[str, nn.Module],
-    batch: Mapping[str, Any],
+    batch: Batch,
     dtype: torch.dtype,
-    rows: dict[str, dict[str, Any]],
+    rows: dict[str, Row],
 ) -> None:
-    """Hold our gradients against PEFT's; a row of something else gets a "why"."""
+    """Compare our gradients with PEFT's; a variant that differs gets a "why" in its row."""
     tolerance = TOLERANCE.get(dtype, 5e-2)
     reference = None
     if sum(p.numel() for p in arms[FROZEN].parameters()) <= SMALL and dtype == torch.float32:
@@ -313,21 +320,21 @@ def _check(
         rows[UNIFORM]["why"] = rows[OURS]["why"]
 
 
-def _in_double(batch: Mapping[str, Any]) -> dict[str, Any]:
-    def cast(value: Any) -> Any:
+def _in_double(batch: Batch) -> Batch:
+    def in_double(value: object) -> object:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return {key: cast(value) for key, value in batch.items()}
+    return {key: in_double(value) for key, value in batch.items()}
 
 
 def _add_compiled(
     run: _Run,
     arms: dict[str, nn.Module],
-    batch: Mapping[str, Any],
+    batch: Batch,
     steps: dict[str, Step],
-    rows: dict[str, dict[str, Any]],
+    rows: dict[str, Row],
 ) -> None:
-    """Compile and warm up; a row that says why not where that fails or there is no time."""
+    """Compile and warm up. If that fails or there is no time, the row says why."""
     row = rows[COMPILED] = {"adapter_parameters": rows[OURS]["adapter_parameters"]}
     start = time.perf_counter()
     steps[OURS]()
@@ -352,16 +359,16 @@ def _add_compiled(
     steps[COMPILED] = step
 
 
-def _figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> dict[str, Any]:
+def _figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> Row:
     """Medians and 95% intervals: ms a step, overhead over frozen, and its ratio to PEFT's."""
 
-    def interval(statistic: Any, *names: str) -> dict[str, float | None]:
+    def interval(statistic: Statistic, *names: str) -> Interval:
         found = bootstrap([{one: seconds[one] for one in names}], statistic)
         low, high = found[1:]
         return {"value": found[0], "low": low, "high": high}
 
-    made: dict[str, Any] = {"milliseconds": interval(lambda m: 1e3 * m[0][name], name)}
-    made["tokens_per_second"] = tokens / (made["milliseconds"]["value"] / 1e3)
+    took = interval(lambda m: 1e3 * m[0][name], name)
+    made: Row = {"milliseconds": took, "tokens_per_second": tokens / (took["value"] / 1e3)}
     if name == FROZEN:
         return made
     made["overhead"] = interval(lambda m: m[0][name] / m[0][FROZEN] - 1, name, FROZEN)
@@ -369,7 +376,7 @@ def _figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> dict
     if name in (PEFT, *SAME.values()) or theirs not in seconds:
         return made
     other = interval(lambda m: m[0][theirs] / m[0][FROZEN] - 1, theirs, FROZEN)
-    if other["low"] is None or other["low"] <= 0:  # no ratio to what may be nothing
+    if other["low"] <= 0:  # PEFT's overhead may be zero
         made["overhead_over_peft"] = None
         return made
 
@@ -381,7 +388,7 @@ def _figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> dict
     return made
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def _machine(device: torch.device) -> Machine:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),

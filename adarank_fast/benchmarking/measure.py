@@ -7,13 +7,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from adarank_fast.models.memory import LiveBytes
 
 Step = Callable[[], object]
+Statistic = Callable[[list[dict[str, float]]], float]  # of medians, name -> seconds, a row each
 Seconds = dict[str, list[float]]  # of every repetition of every variant
 DRAWS = 1000
 LONGEST = 45.0  # seconds, about
@@ -133,8 +133,8 @@ def bootstrap(
 
 
 def overhead_ratio(
-    rows: Sequence[Mapping[str, Any]], ours: str, theirs: str, draws: int = DRAWS
-) -> dict[str, Any]:
+    rows: Sequence[Mapping[str, Seconds]], ours: str, theirs: str, draws: int = DRAWS
+) -> dict[str, float | list[float]]:
     """Sum over rows of our median overhead / theirs, with a 95% bootstrap interval."""
 
     def ratio(rows: list[dict[str, float]]) -> float:

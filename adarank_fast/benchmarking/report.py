@@ -7,7 +7,7 @@ import json
 import os
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from adarank_fast.benchmarking.arms import OURS
 from adarank_fast.errors import AdarankError
@@ -15,8 +15,66 @@ from adarank_fast.files import own_folder, write_text, writing
 from adarank_fast.models.text import data_frame, plain_text
 from adarank_fast.plots.runs import plot_intervals
 
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
 KIND = "benchmark"  # its mark
 MIB = 2**20
+
+
+class Interval(TypedDict):
+    """A figure with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Row(TypedDict, total=False):
+    """The numbers of one variant; see `Benchmark`. `why`: it was not timed, and why."""
+
+    adapter_parameters: int
+    why: str
+    milliseconds: Interval
+    tokens_per_second: float
+    overhead: Interval
+    overhead_over_peft: Interval | None
+    difference_from_peft: float
+    error_in_float64: float
+    peak_bytes: int
+    seconds: list[float]
+
+
+class Settings(TypedDict):
+    """What was timed."""
+
+    dtype: str
+    tokens: int
+    shape: list[int]
+    data: str
+    ranks: list[int]
+    modules: int
+    repetitions: int
+
+
+class Machine(TypedDict):
+    """Where it was timed."""
+
+    device: str
+    system: str
+    threads: int
+    versions: dict[str, str]
+
+
+class Results(TypedDict):
+    """What results.json has."""
+
+    model: str
+    settings: Settings
+    machine: Machine
+    arms: dict[str, Row]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -25,22 +83,22 @@ class Benchmark:
 
     Attributes:
         results: all numbers, as results.json has them: of each variant milliseconds a step,
-            tokens_per_second, overhead over the frozen base (0.2: a fifth more), its ratio to
-            PEFT's in the same dtype, peak_bytes of a step beyond what is held before it, and
-            every repetition's seconds. Intervals are of 95%, by bootstrap.
+            tokens_per_second, overhead over the frozen base (0.2: a fifth more time), its ratio
+            to PEFT's overhead in the same dtype, peak_bytes of a step in addition to what is held
+            before it, and every repetition's seconds. Intervals are 95% bootstrap intervals.
     """
 
-    results: dict[str, Any]
+    results: Results
 
-    def __getitem__(self, arm: str) -> dict[str, Any]:
+    def __getitem__(self, arm: str) -> Row:
         """The numbers of a variant, such as "ours"."""
-        arms: dict[str, dict[str, Any]] = self.results["arms"]
+        arms = self.results["arms"]
         if arm not in arms:
             raise AdarankError(f"{arm!r} was not benchmarked; there are {', '.join(arms)}")
         return arms[arm]
 
     def table(self) -> str:
-        """The table and what it says as fixed-width text of at most 80 columns."""
+        """The table and the conclusions as fixed-width text of at most 80 columns."""
         said = [textwrap.fill(line, 80, subsequent_indent="  ") for line in self.reading()]
         return "\n".join([self._title(), plain_text(self._rich(), width=80), *said])
 
@@ -54,20 +112,22 @@ class Benchmark:
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
 
-    def to_frame(self) -> Any:
+    def to_frame(self) -> pandas.DataFrame:
         """A pandas DataFrame, a row for each variant.
 
         Raises:
             AdarankImportError: pandas is not installed.
         """
-        rows = {}
+        rows: dict[str, dict[str, object]] = {}
         for name, numbers in self.results["arms"].items():
-            row = {key: value for key, value in numbers.items() if not isinstance(value, list)}
+            row = rows[name] = {
+                key: value for key, value in numbers.items() if isinstance(value, (int, float, str))
+            }
             for key in ("milliseconds", "overhead", "overhead_over_peft"):
-                found = row.pop(key, None) or {}
-                row |= {key: found.get("value")}
-                row |= {f"{key}_{end}": found.get(end) for end in ("low", "high")}
-            rows[name] = row
+                found = numbers.get(key)
+                interval = found if isinstance(found, dict) else {}
+                for column, end in ((key, "value"), (f"{key}_low", "low"), (f"{key}_high", "high")):
+                    row[column] = interval.get(end)
         return data_frame(rows)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -103,7 +163,7 @@ class Benchmark:
             f"{machine['threads']} threads; medians of {made['repetitions']}"
         )
 
-    def _rich(self) -> Any:
+    def _rich(self) -> Table:
         from rich import box
         from rich.table import Table
 
@@ -158,7 +218,7 @@ class Benchmark:
         return lines
 
 
-def _with_interval(found: dict[str, float], digits: int) -> str:
+def _with_interval(found: Interval, digits: int) -> str:
     def say(value: float) -> str:
         if abs(value) >= 100:
             return f"{value:,.0f}"

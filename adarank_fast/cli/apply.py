@@ -21,17 +21,21 @@ def apply(
     data: options.DATA,
     adapter: ADAPTER = None,
     output_file: Annotated[
-        Path, typer.Option("--output-file", "-o", help="Where to write: a JSON object a line.")
+        Path, typer.Option("--output-file", "-o", help="File to write, one JSON object per line.")
     ] = Path("predictions.jsonl"),
     text_column: options.TEXT_COLUMN = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 32,
     max_length: LENGTH = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a generated text.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Generate at most this many tokens per prompt.")
+    ] = 64,
     dtype: options.DTYPE = "float32",
-    four_bit: Annotated[bool, typer.Option("--four-bit", help="MODEL in 4 bits.")] = False,
+    four_bit: Annotated[
+        bool, typer.Option("--four-bit", help="Load MODEL in 4 bits (bitsandbytes).")
+    ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Class and probability of each text, or what a language model answers, in the data's order."""
+    """Write each text's class and probability, or a language model's answers, in order."""
     check_choice("--dtype", dtype, DTYPES)
     check_file(output_file, inputs=[data, *([adapter] if adapter else [])])
     from tqdm import tqdm

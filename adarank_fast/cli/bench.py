@@ -18,20 +18,23 @@ from adarank_fast.options import DTYPES, check_choice
 def bench(
     model: options.MODEL,
     plan: Annotated[
-        Path | None, typer.Option(help="A rank plan; default: uniform LoRA.", show_default=False)
+        Path | None,
+        typer.Option(help="Plan file to time; default: uniform LoRA.", show_default=False),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of uniform LoRA; 8.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Rank of uniform LoRA; default: 8.", show_default=False),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Texts to take; default: random tokens.", show_default=False)
+        Path | None,
+        typer.Option(help="Texts to run on; default: random tokens.", show_default=False),
     ] = None,
     output_folder: Annotated[
         Path | None,
         typer.Option(
             "--output-folder",
             "-o",
-            help="Where to write table, picture and JSON; default: nowhere.",
+            help="Folder for the table, a picture and JSON; default: none is written.",
             show_default=False,
         ),
     ] = None,
@@ -39,9 +42,12 @@ def bench(
     batch_size: options.BATCH_SIZE = 4,
     max_length: options.MAX_LENGTH = 128,
     max_seconds: Annotated[
-        float, typer.Option(help="Fewer tokens and repetitions keep within it, about.")
+        float,
+        typer.Option(help="Approximate time limit; tokens and repetitions are reduced to fit."),
     ] = 100.0,
-    compile: Annotated[bool, typer.Option("--compile", help="Also time compiled blocks.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Also time blocks compiled by torch.compile.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")
     ] = None,
@@ -51,7 +57,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: options.JSON = False,
 ) -> None:
-    """Time training steps of MODEL: frozen, PEFT, adarank-fast; on this machine."""
+    """Time training steps of MODEL here: frozen, with PEFT, and with adarank-fast."""
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
     if plan is not None and rank is not None:
         raise AdarankError("--plan and --rank are both given; a plan has its own ranks")

@@ -16,10 +16,17 @@ from adarank_fast.options import DTYPES, check_choice
 ADAPTER = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[ADAPTER]", help="Its adapter; none for a merged model.", show_default=False
+        metavar="[ADAPTER]",
+        help="Folder of the adapter; leave it out for a merged model.",
+        show_default=False,
     ),
 ]
-LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens; default: as in training.")]
+LENGTH = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Use at most this many tokens of an example; default: as in training."
+    ),
+]
 
 
 def evaluate(
@@ -28,13 +35,15 @@ def evaluate(
     adapter: ADAPTER = None,
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 32,
     max_length: LENGTH = None,
     dtype: options.DTYPE = "float32",
-    four_bit: Annotated[bool, typer.Option("--four-bit", help="MODEL in 4 bits.")] = False,
+    four_bit: Annotated[
+        bool, typer.Option("--four-bit", help="Load MODEL in 4 bits (bitsandbytes).")
+    ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Accuracy and macro F1 of a classifier, perplexity of a language model, on data."""
+    """Measure accuracy and macro F1 of a classifier, or perplexity of a language model."""
     check_choice("--dtype", dtype, DTYPES)
     from rich import box
     from rich.table import Table

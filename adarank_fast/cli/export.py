@@ -25,29 +25,33 @@ def export(
         typer.Option(
             "--output",
             "-o",
-            help="Folder (adapter) or file (plan) to write; a plan's default: print it.",
+            help="Folder (adapter) or file (plan) to write; without it, a plan is printed.",
             show_default=False,
         ),
     ] = None,
     uniform: Annotated[
         bool,
-        typer.Option("--uniform", help="Adapter: one rank everywhere, scales folded in, to serve."),
+        typer.Option(
+            "--uniform", help="For an adapter: one rank and scale 1 everywhere, to serve it."
+        ),
     ] = False,
     rank: Annotated[
         int | None,
-        typer.Option(help="Adapter: 8, 16, 32 or 64.", show_default="the smallest that fits"),
+        typer.Option(
+            help="For an adapter: its rank, 8, 16, 32 or 64.", show_default="the smallest that fits"
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="Adapter: folder or hub name of the base model, of which only the configuration "
+            help="For an adapter: folder or hub name of the base model; only its configuration "
             "is read.",
             show_default="the adapter's",
         ),
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="Plan: peft, axolotl or llama-factory.", show_default="peft"),
+        typer.Option(help="For a plan: peft, axolotl or llama-factory.", show_default="peft"),
     ] = None,
     scaling: SCALING = "constant",
     as_json: JSON = False,

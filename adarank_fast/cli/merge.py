@@ -24,11 +24,12 @@ def merge(
         typer.Option("--output", "-o", help="New folder for the model.", show_default=False),
     ],
     dtype: Annotated[
-        str, typer.Option(help="Of the merged weights: auto (MODEL's own), float32, bfloat16, ...")
+        str,
+        typer.Option(help="Type of the merged weights: auto (as in MODEL), float32, bfloat16, ..."),
     ] = "auto",
     as_json: JSON = False,
 ) -> None:
-    """Add an adapter to MODEL's weights: a plain model folder, tokenizer included."""
+    """Add an adapter to MODEL's weights and save a plain model folder with its tokenizer."""
     check_choice("--dtype", dtype, ("auto", *DTYPES))
     check_folder(output)
     from adarank_fast.adapters.merge import merge_adapter

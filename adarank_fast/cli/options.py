@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import DTYPES, RANGES, check_number
+from adarank_fast.options import DTYPES, RANGES, TARGET_PRESETS, check_number
 from adarank_fast.options import parse_scaling as parse_scaling
 
 MODEL = Annotated[
@@ -24,32 +24,41 @@ MODEL = Annotated[
 TEXTS = "Rows: .jsonl, .csv, .parquet, .txt, ...; a datasets folder or name. See docs/data.md."
 DATA = Annotated[Path, typer.Option(help=TEXTS, show_default=False)]
 TARGET_MODULES = Annotated[
-    str, typer.Option(help='"attention", "all-linear", names separated by commas, or a regex.')
+    str,
+    typer.Option(
+        help='"auto" (attention, and experts where there are any), "attention", "all-linear", '
+        '"experts", names; several of them separated by commas; or a regex.'
+    ),
 ]
-TASK = Annotated[str, typer.Option(help="auto (by the labels), classification or causal-lm.")]
+TASK = Annotated[
+    str,
+    typer.Option(help="auto (classification if there are labels), classification or causal-lm."),
+]
 EPOCHS = Annotated[int, typer.Option(min=1, help="Passes over the training data.")]
 MAX_STEPS = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")]
-BATCH_SIZE = Annotated[int, typer.Option(min=1, help="Items a step.")]
-MAX_LENGTH = Annotated[int, typer.Option(min=1, help="Tokens of a text, or of a block.")]
+BATCH_SIZE = Annotated[int, typer.Option(min=1, help="Examples per step.")]
+MAX_LENGTH = Annotated[
+    int, typer.Option(min=1, help="Tokens of a text at most; of a language model's block exactly.")
+]
 SCALING = Annotated[
     str,
     typer.Option(help="lora_alpha / rank: constant (2), paper (8 / rank), rslora, or a number."),
 ]
-DTYPE = Annotated[str, typer.Option(help=f"Of the frozen weights: {', '.join(DTYPES)}.")]
+DTYPE = Annotated[str, typer.Option(help=f"Type of the frozen weights: {', '.join(DTYPES)}.")]
 TEXT_COLUMN = Annotated[str | None, typer.Option(help="Column of the texts; guessed if left out.")]
 LABEL_COLUMN = Annotated[
     str | None, typer.Option(help="Column of the labels; guessed if left out.")
 ]
 TRUST_REMOTE_CODE = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings along.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code from the model's folder.")
 ]
-JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
 def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of these dataclasses as options, and it an object of each.
+    """Make the fields of these dataclasses options of a command, which gets an object of each.
 
-    The command takes each object as a keyword that is called like its class, in lower case.
+    The command's argument for an object is named like its class, in lower case.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -75,8 +84,7 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
                     raise AdarankError(_with_flags(str(error), cls)) from error
             command(**given)
 
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        _declare(run, signature.replace(parameters=parameters))
         owned = (_called(one) for cls in classes for one in fields(cls))
         run.checked_elsewhere = frozenset(owned)  # type: ignore[attr-defined]
         return run
@@ -85,10 +93,10 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def checked(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose numbers are in their ranges, and that runs a model's own code if told to.
+    """Check a command's numbers before it runs, and add --trust-remote-code where it loads a model.
 
-    Numbers are checked by their name in `RANGES`; those of `flat` are, by their class. A command
-    that loads a model gets --trust-remote-code.
+    A number's range is found by its name in `RANGES`. Options that `flat` made are left to their
+    dataclass, which has checked them.
     """
     signature = inspect.signature(command, eval_str=True)
     parameters = list(signature.parameters.values())
@@ -114,13 +122,18 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
         with trusting(bool(trust)):
             command(**given)
 
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    _declare(run, signature.replace(parameters=parameters))
     return run
 
 
+def _declare(command: Callable[..., None], signature: inspect.Signature) -> None:
+    """Give a function the signature that typer reads."""
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in signature.parameters.values()}
+
+
 def _with_flags(message: str, cls: type) -> str:
-    """A message that calls options as the command line does: --average-rank for average_rank=."""
+    """The message with options named as on the command line: --average-rank for average_rank=."""
     for one in fields(cls):
         flag = f"--{_called(one).replace('_', '-')} "
         message = re.sub(rf"\b{one.name}=|^{one.name} ", flag, message)
@@ -141,8 +154,8 @@ def _parameter(cls: type, one: Field[object]) -> inspect.Parameter:
 
 
 def parse_target_modules(text: str) -> str | list[str]:
-    """Names separated by commas become a list; "attention", "all-linear" and regexes stay."""
+    """Names separated by commas become a list; a preset alone and regexes stay."""
     names = [name.strip() for name in text.split(",")]
-    if text in ("attention", "all-linear") or not all(re.fullmatch(r"[\w.-]+", n) for n in names):
+    if text in TARGET_PRESETS or not all(re.fullmatch(r"[\w.-]+", n) for n in names):
         return text
     return names

@@ -17,7 +17,8 @@ from adarank_fast.cli import options
 from adarank_fast.cli.console import quiet_transformers, say_written, show, status
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.files import check_file
-from adarank_fast.options import DTYPES, check_choice
+from adarank_fast.models.text import by
+from adarank_fast.options import DEFAULT_TARGETS, DTYPES, check_choice
 from adarank_fast.plan.budget import Budget
 from adarank_fast.prediction.probe import Limits, Probe
 from adarank_fast.training.data import read_data
@@ -33,7 +34,7 @@ def predict(
     data: Annotated[
         Path,
         typer.Option(
-            help="Calibration data, read as `train` reads them: .jsonl, .csv, .parquet, .txt, ...",
+            help="Calibration data, in any format that `train` reads: .jsonl, .csv, .txt, ...",
             show_default=False,
         ),
     ],
@@ -43,12 +44,12 @@ def predict(
     output_file: Annotated[
         Path, typer.Option("--output-file", "-o", help="Where to write the plan.")
     ] = Path("plan.json"),
-    target_modules: options.TARGET_MODULES = "attention",
+    target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     samples: Annotated[
         int,
-        typer.Option(min=1, help="Use this many texts, drawn from the file; or all it has."),
+        typer.Option(min=1, help="Use this many texts, drawn at random; all if there are fewer."),
     ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 16,
     max_length: Annotated[int, typer.Option(min=1, help="Cut texts to this many tokens.")] = 128,
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
@@ -65,7 +66,7 @@ def predict(
     ] = False,
     as_json: options.JSON = False,
 ) -> None:
-    """Predict a LoRA rank for every module of MODEL, a language model with its head."""
+    """Predict a LoRA rank for every module of MODEL; language models are loaded with their head."""
     check_choice("--dtype", dtype, (*DTYPES, "auto"))
     names = parse_target_modules(target_modules)
     if not dry_run:
@@ -119,7 +120,7 @@ def _show_cost(
     targets: Sequence[Target], cost: CostEstimate, understood: Mapping[str, object] | None
 ) -> None:
     if understood is not None:
-        sizes = ("name", "in_features", "out_features", "block")
+        sizes = ("name", "in_features", "out_features", "experts", "block")
         modules = [
             {**{key: getattr(t, key) for key in sizes}, "route": cost.routes[t.name]}
             for t in targets
@@ -132,7 +133,7 @@ def _show_cost(
         table.add_column(column, overflow="fold", justify="right" if "x" in column else "left")
     group_of = {name: str(i) for i, group in enumerate(cost.groups, 1) for name in group}
     for target in targets:
-        shape = f"{target.in_features} x {target.out_features}"
+        shape = by((target.in_features, target.out_features), target.experts)
         group, route = group_of.get(target.name, "-"), cost.routes[target.name]
         table.add_row(target.name, shape, target.block or "-", group, route)
     show(table)
@@ -143,3 +144,5 @@ def _show_cost(
         f"{cost.flops / 1e12:.3g} TFLOP ({cost.naive_flops / 1e12:.3g} without replay), "
         f"{cost.memory_bytes / 2**20:,.0f} MiB beside the model"
     )
+    if cost.suggestion:
+        print(cost.suggestion)

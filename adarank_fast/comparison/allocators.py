@@ -76,6 +76,7 @@ class Problem:
             self.batches,
             budget_parameters=self.uniform.parameters,
             target_modules=self.uniform.settings["target_modules"],
+            expert_rank=self.uniform.settings.get("expert_rank", "whole"),
             trials=self.trials,
             seed=self.seed,
             progress=self.progress,
@@ -84,13 +85,15 @@ class Problem:
         return plan
 
     def within_budget(self, weights: Mapping[str, float], **settings: object) -> RankPlan:
-        """Ranks as they are if they spend the budget exactly, else in proportion to them."""
+        """A plan of these ranks if they spend the budget exactly, else of ranks scaled to it."""
         plan = replace(self.uniform, settings={**self.uniform.settings, **settings})
         ranks = {name: int(weight) for name, weight in weights.items()}
         asked = replace(plan, ranks=ranks)
         if ranks == dict(weights) and asked.parameters == self.budget:
             return asked
-        ranks = allocate_ranks(weights, sizes=plan.sizes, budget_parameters=self.budget)
+        ranks = allocate_ranks(
+            weights, sizes=plan.sizes, experts=plan.experts, budget_parameters=self.budget
+        )
         return replace(plan, ranks=ranks)
 
 
@@ -119,7 +122,7 @@ def uniform(problem: Problem) -> RankPlan:
 
 @allocator
 def random(problem: Problem) -> RankPlan:
-    """AdaRank's ranks dealt out at random: as uneven, but not by disagreement."""
+    """AdaRank's ranks, assigned to the modules at random instead of by disagreement."""
     ranks = list(problem.adarank.ranks.values())
     random_numbers.Random(problem.seed).shuffle(ranks)
     return _dealt_out(problem, ranks, "random")
@@ -135,7 +138,7 @@ def reversed(problem: Problem) -> RankPlan:
 
 
 def _dealt_out(problem: Problem, ranks: Sequence[int], allocation: str) -> RankPlan:
-    """Other modules, same ranks: scaled to the budget where modules are of different sizes."""
+    """A plan of the same ranks on other modules; scaled to the budget if it is not met."""
     weights = dict(zip(problem.adarank.ranks, ranks, strict=True))
     seconds = problem.adarank.settings["seconds"]
     return problem.within_budget(weights, allocation=allocation, seconds=seconds)
@@ -146,7 +149,7 @@ EVA_RHO = 2.0  # PEFT's default: no module gets more than twice the uniform rank
 
 @allocator
 def eva(problem: Problem) -> RankPlan:
-    """PEFT's EVA (arXiv 2410.07170): rank where the inputs' principal components explain most.
+    """PEFT's EVA (arXiv 2410.07170): ranks by the variance that the inputs' components explain.
 
     Only the ranks are taken, from `peft.tuners.lora.eva`; A starts as in every other arm.
     """
@@ -155,6 +158,11 @@ def eva(problem: Problem) -> RankPlan:
 
     from adarank_fast.models.batches import prepare_batches
 
+    if experts := [*problem.uniform.experts]:
+        raise AdarankError(
+            f"eva ranks layers by their inputs, and {experts[0]} is a parameter of experts; leave "
+            'the arm out, or compare with target_modules="attention"'
+        )
     rank = max(problem.uniform.ranks.values())
     batches = [
         {key: value for key, value in batch.items() if isinstance(value, Tensor)}

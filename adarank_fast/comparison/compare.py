@@ -1,4 +1,4 @@
-"""Arms of one parameter budget, trained alike and held beside each other."""
+"""Train several arms under one parameter budget, and compare them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 from adarank_fast.comparison.design import Design, DesignOptions
 from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.files import check_own_folder
-from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.options import DEFAULT_TARGETS, gather, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ def compare(
     seeds: int | Sequence[int] | None = None,
     *,
     design: Design | None = None,
-    target_modules: TargetModules = "attention",
+    target_modules: TargetModules = DEFAULT_TARGETS,
     tokenizer: PreTrainedTokenizerBase | None = None,
     modules_to_save: Sequence[str] | None = None,
     title: str | None = None,
@@ -39,7 +39,7 @@ def compare(
     progress: bool | Callable[[str], object] = True,
     **options: Unpack[DesignOptions],
 ) -> Comparison:
-    """Train rank allocators under one parameter budget, with several seeds, and compare them.
+    """Compare ways to share out rank: equal numbers of parameters, several seeds, one report.
 
     Args:
         model: a folder or hub name; or a function without arguments that makes the untrained model
@@ -49,8 +49,8 @@ def compare(
             of lists, labels included).
         eval_data: held-out data, likewise. None: a fifth of the training data is held out.
         arms: what is compared, "adarank" and "uniform" if left out; see `Design`.
-        seeds: how many (3), from 0; or the seeds.
-        design: all of what is trained, how often, and what judges it; see `Design`.
+        seeds: how many runs of each arm (3), with seeds from 0; or a list of seeds.
+        design: what is trained, how often, and by which metric it is judged; see `Design`.
         target_modules: see `find_targets`.
         tokenizer: for texts where `model` is a function.
         modules_to_save: modules trained in full beside the adapters where `model` is a function.

@@ -29,6 +29,7 @@ from adarank_fast.options import (
     parse_scaling,
     shown,
 )
+from adarank_fast.plan.budget import EXPERT_RANK_HELP, EXPERT_RANKS
 from adarank_fast.plan.lora_config import alpha_rule
 
 if TYPE_CHECKING:
@@ -50,14 +51,17 @@ class Design:
             "uniform".
         seeds: how many, from 0; or the seeds.
         average_rank: of uniform LoRA, whose number of parameters is every arm's budget.
+        expert_rank: of every arm; see `Budget`. With "divided" each expert of uniform LoRA has
+            average_rank / active experts, rounded down, at least 1.
         task: "classification", "causal-lm", or "auto": classification if the data have labels.
         metric: None: accuracy or perplexity. Else a name, `module:function` or an entry point of
             `adarank.metrics`, or a function of predictions and labels that returns
             a number: logits [N, C] and labels [N], or for language models the likeliest tokens [M]
             and the true ones [M].
-        greater_is_better: of your metric; it decides between learning rates.
-        learning_rates: tried for each arm, one epoch, the first seed; a single one is taken as is.
-            None: `LEARNING_RATES`.
+        greater_is_better: whether a greater value of your metric is better; it also decides
+            between learning rates.
+        learning_rates: each arm trains one epoch with each of them, with the first seed, and keeps
+            the best; a single one is used without a trial. None: `LEARNING_RATES`.
         epochs, max_steps, batch_size: see `Recipe`.
         max_length: tokens of a text at most; of a language model's blocks exactly.
         scaling: see `inject`; the same for all arms.
@@ -76,17 +80,20 @@ class Design:
         parse=lambda text: [arm.strip() for arm in text.split(",") if arm.strip()],
     )
     seeds: int | Sequence[int] = option(3, "Training runs of each arm.", kind=int)
-    average_rank: int = option(8, "Of uniform LoRA, whose parameters every arm may spend.")
-    task: str = option("auto", f"auto (by the labels), {' or '.join(TASKS)}.")
+    average_rank: int = option(
+        8, "Rank of uniform LoRA; its parameter count is every arm's budget."
+    )
+    expert_rank: str = option("whole", EXPERT_RANK_HELP)
+    task: str = option("auto", f"auto (classification if there are labels), {' or '.join(TASKS)}.")
     metric: Callable[[numpy.ndarray, numpy.ndarray], float] | None = option(
         None,
-        "module:function of predictions and labels.",
+        "Your own metric: module:function, called with predictions and labels.",
         shown="accuracy, perplexity",
         kind=str | None,
     )
     greater_is_better: bool = option(
         True,
-        "Of your --metric.",
+        "A smaller value of your --metric is better.",
         shown=False,
         flag="smaller_is_better",
         kind=bool,
@@ -95,15 +102,15 @@ class Design:
     )
     learning_rates: Sequence[float] | None = option(
         None,
-        "Tried for each arm, separated by commas.",
+        "Rates to try for each arm, separated by commas.",
         shown="by the task",
         kind=str | None,
         parse=partial(parse_numbers, "--learning-rates"),
     )
     epochs: int = option(3, "Passes over the training data.")
     max_steps: int | None = option(None, "Stop after this many steps.")
-    batch_size: int = option(32, "Items a step.")
-    max_length: int = option(128, "Tokens of a text, or of a block.")
+    batch_size: int = option(32, "Examples per step.")
+    max_length: int = option(128, "Tokens of a text at most; of a language model's block exactly.")
     scaling: str | float = option(
         "constant",
         "lora_alpha / rank: constant (2), paper (8 / rank), rslora, or a number.",
@@ -111,7 +118,7 @@ class Design:
         parse=parse_scaling,
     )
     trials: int = option(5, "Perturbations of each module, for adarank.")
-    dtype: str = option("float32", f"Of the frozen weights: {', '.join(DTYPES)}.")
+    dtype: str = option("float32", f"Type of the frozen weights: {', '.join(DTYPES)}.")
 
     def __post_init__(self) -> None:
         self._check_arms()
@@ -127,6 +134,7 @@ class Design:
                 object.__setattr__(self, name, check_number(name, value))
         check_choice("task", self.task, ("auto", *TASKS))
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("expert_rank", self.expert_rank, EXPERT_RANKS)
         if self.metric is not None and not callable(self.metric):
             given: object = self.metric
             found = find_function("metric", given, METRICS) if isinstance(given, str) else None
@@ -194,6 +202,7 @@ class DesignOptions(TypedDict, total=False):
     """Options of `Design` as keywords, for type checkers; `arms` and `seeds` are arguments."""
 
     average_rank: int
+    expert_rank: str
     task: str
     metric: Callable[[numpy.ndarray, numpy.ndarray], float] | None
     greater_is_better: bool

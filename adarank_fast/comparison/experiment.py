@@ -162,7 +162,7 @@ def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 
 
 def try_metric(metric: Metric, experiment: Experiment) -> float | None:
-    """Better before the training than after it: the metric of perfect and of random predictions.
+    """Try the metric before any training, on perfect and on random predictions.
 
     Returns:
         The second, to recognise the metric by; None: it has no value for these.

@@ -1,4 +1,4 @@
-"""What a comparison found, honestly: tables and sentences."""
+"""What a comparison found, as tables and sentences."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def unsteady(results: Results) -> dict[str, list[int]]:
 
 
 def remarks(results: Results) -> list[str]:
-    """What else a reader must know."""
+    """Notes on runs that failed, and on what the numbers cannot show."""
     settings, baseline = results["settings"], results["baseline"]
     lines = [
         f"{arm}, seed {seed}, diverged: {reason}. Its arm has no mean and is not compared."
@@ -247,12 +247,12 @@ def _claim(results: Results, arm: str, seeds: Interval, by_item: IntervalNumbers
     if not seeds.excludes_zero:
         claim = f"No evidence of a difference in {metric} between {arm} and {baseline}"
         if items is not None and items.excludes_zero:
-            claim += ": other seeds may undo what these items show"
+            claim += ": there is one on these items, but other seeds may not show it"
         return f"{claim}."
     better = (seeds.mean > 0) == settings["greater_is_better"]
     claim = f"{arm} is {'better' if better else 'worse'} in {metric} than {baseline}"
     if items is None:
-        return f"{claim}, by more than chance over seeds; other items were not looked at."
+        return f"{claim}, by more than chance over seeds; chance over items is not known."
     if items.excludes_zero and (items.mean > 0) == (seeds.mean > 0):
         return f"{claim}, by more than chance explains."
     return f"{claim} over seeds, on these items; other items may say otherwise."

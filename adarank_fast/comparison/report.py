@@ -30,7 +30,7 @@ class Comparison:
     plans: dict[str, RankPlan]
 
     def table(self) -> str:
-        """The tables and what they say as fixed-width text."""
+        """The tables and the findings as fixed-width text."""
         return "\n".join([plain_text(*rich_tables(self.results)), *reading(self.results)])
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -115,7 +115,7 @@ def draw(results: Results, plans: Mapping[str, RankPlan], folder: Path) -> list[
 
 
 def sections(results: Results, pictures: Sequence[Picture]) -> list[Section]:
-    """The report between what it claims and how it was made, in reading order."""
+    """The report's sections, in reading order; claims come before them, the method after them."""
     main = tables(results)
     found = {title: (header, rows) for title, header, rows in main + detail_tables(results)}
     titles = [title for title, _, _ in main]
@@ -165,6 +165,9 @@ def notes(results: Results) -> list[str]:
             f"learning rate for each arm from {', '.join(f'{rate:g}' for rate in rates)}: the best "
             f"after one epoch on a tenth of the training data, seed {settings['sweep_seed']}"
         )
+    divided = ""
+    if settings.get("expert_rank") == "divided":
+        divided = " (of experts: divided by how many are active)"
     scaling = settings["scaling"]
     rule = "lora_alpha = 2 * rank" if scaling == "constant" else f"scaling {scaling}"
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
@@ -172,14 +175,14 @@ def notes(results: Results) -> list[str]:
     return [
         f"{settings['train_items']:,} training items, {settings['held_out_items']:,} held out"
         f"{classes}. All arms: {length}, batch size {settings['batch_size']}, {rule}, seeds "
-        f"{', '.join(map(str, settings['seeds']))}, the same order of items and new heads of the "
-        f"same draws; {chosen}.",
-        f"The budget is uniform LoRA's of rank {settings['average_rank']}: "
-        f"{settings['budget_parameters']:,} parameters. Started {settings['date']}; {seconds:.0f} "
-        f"s of training steps in {cells:.0f} s of runs.",
+        f"{', '.join(map(str, settings['seeds']))}, the same order of items and the same "
+        f"initial heads; {chosen}.",
+        f"The budget is uniform LoRA's of rank {settings['average_rank']}{divided}: "
+        f"{settings['budget_parameters']:,} parameters. Started {settings['date']}. The runs took "
+        f"{cells:.0f} s, of which {seconds:.0f} s were training steps.",
         f"{machine['system']}, {machine['device']}, threads "
         f"{', '.join(map(str, machine['threads']))}; Python {machine['python']}, {versions}. "
-        "Times are medians; peak memory on a CPU is the whole process's.",
+        "Times are medians. On a CPU, peak memory is that of the whole process.",
     ]
 
 
@@ -211,7 +214,7 @@ def _plain(text: str) -> str:
 
 
 def _embedded(folder: Path, picture: Picture) -> dict[str, object]:
-    """A narrow screen shrinks it; pictures of ranks no further than can be read: they scroll."""
+    """A narrow screen shrinks a picture. Heat maps of ranks scroll before they get unreadable."""
     data = (folder / picture.name).read_bytes()
     inches = int.from_bytes(data[16:20], "big") / DPI  # PNG: the first number of its header
     width = round(max(72 * inches, min(100 * inches, 960)))  # pixels; 960 fill the page

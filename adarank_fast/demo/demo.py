@@ -1,4 +1,4 @@
-"""`adarank demo`: mixed ranks beside uniform LoRA, MiniLM on TREC, in minutes on two CPU cores."""
+"""`adarank demo`: compare mixed ranks with uniform LoRA, MiniLM on TREC, in minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: keyword inputs of a model, checked, taken apart and folded."""
+"""Batches: keyword inputs of a model, checked, cut and folded (repeated along dimension 0)."""
 
 from __future__ import annotations
 

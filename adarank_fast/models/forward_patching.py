@@ -103,7 +103,7 @@ def stop_after(forward: Forward) -> Forward:
 
 
 _lock = threading.Lock()
-_undisturbed: dict[object, set[nn.Module]] = {}  # of each call that has not ended, its modules
+_undisturbed: dict[object, set[nn.Module]] = {}  # the modules of each call that has not ended
 _fast_path = True  # what torch's setting was before the first of them
 
 
@@ -154,7 +154,7 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def flags_restored(model: nn.Module) -> Iterator[None]:
-    """Which parameters require gradients may change meanwhile; it is as before at the end."""
+    """Restore at the end which parameters require gradients."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
 
     def undo() -> None:

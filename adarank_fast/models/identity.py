@@ -1,9 +1,9 @@
 """Digests: what tells one model, one data set or one function from another.
 
 Tensors are read once, where they are, as whole numbers of 64 bits w[0], w[1], ... A block of them
-comes to sum(c[i] * (w[i] ^ (w[i] >> 32))) modulo 2^64, with fixed random odd c: any change of one
-number changes it, and so does, but for a chance of about 2^-32, any other change, an exchange of
-two values or a changed sign included. It finds mistakes and resists no forger. SHA-256 over names,
+is summed up as sum(c[i] * (w[i] ^ (w[i] >> 32))) modulo 2^64, with fixed random odd c. A change of
+one number always changes the sum. Another change, such as two values exchanged or a sign, is
+missed with a chance of about 2^-32. This finds mistakes, not forgeries. SHA-256 over names,
 types, shapes and these sums is the digest, the same on every device.
 """
 
@@ -67,7 +67,7 @@ class Fingerprint(TypedDict):
 
 
 def fingerprint(output: Tensor) -> Fingerprint:
-    """An output in a few numbers, which rounding hardly changes and another function does.
+    """A few numbers that describe an output: rounding hardly changes them, another function does.
 
     Args:
         output: any shape and dtype. What is not finite counts as 0.

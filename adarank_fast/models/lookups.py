@@ -1,6 +1,6 @@
 """Look-ups beyond the end of an embedding table, named before they are made.
 
-On a GPU such a look-up ends the use of the GPU for the whole process, and names nothing.
+On a GPU such a look-up makes the GPU unusable for the whole process, and the error names nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What probing may hold, and what a forward holds: bytes, counted from the tensors alone."""
+"""How much memory probing may use, and a forward uses: bytes, counted from the tensors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """What probing may hold beside the model, its clean outputs and what blocks returned.
+    """The memory that probing may use beside the model, its clean outputs and blocks' outputs.
 
     Attributes:
         total: bytes.
@@ -121,10 +121,11 @@ class Memory:
 def default_memory(
     model: nn.Module, parts: Sequence[Batch], live: Sequence[int], batches: Sequence[Batch]
 ) -> Memory:
-    """What keeps a prediction within 1.5 times an ordinary forward over its largest batch.
+    """On a GPU half of what is free; elsewhere what keeps a prediction near a forward's memory.
 
-    model + probing <= 1.5 (model + forward): half of the model's bytes and 1.5 times the forward's,
-    or `LEAST`.
+    model + probing <= 1.5 (model + forward over the largest batch): half of the model's bytes and
+    1.5 times the forward's, or `LEAST`. A GPU's memory is of no use to others while the
+    prediction runs, and with little of it the card waits for Python.
 
     Args:
         model: whose parameters and buffers are held anyway.
@@ -135,7 +136,15 @@ def default_memory(
     held = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     a_position = max(size / tokens(part) for size, part in zip(live, parts, strict=True))
     forward = a_position * max(map(tokens, batches))
-    return Memory(max(LEAST, int(sum(s.nbytes() for s in held) / 2 + 1.5 * forward)))
+    least = max(LEAST, int(sum(s.nbytes() for s in held) / 2 + 1.5 * forward))
+    device = next((s.device for s in held if s.device.type == "cuda"), None)
+    return Memory(least if device is None else max(least, free_bytes(device) // 2))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU: what the driver has left, and what torch holds without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def tokens(batch: Batch) -> int:

@@ -190,13 +190,13 @@ def accepted_part(run: Callable[[Batch], object], batch: Batch, items: int) -> B
     if batch_size(batch) > items:
         try:
             run(part)
-        except Exception:  # whatever a model says to inputs that it cannot take
+        except Exception:  # any error of a model on inputs that it cannot take
             return batch
     return part
 
 
 def rejection(model: nn.Module, what: str, batch: Batch, error: Exception) -> AdarankError:
-    """The refusal of a batch that a model cannot take, in one line: its shapes and the reason."""
+    """An error of one line for a batch that a model cannot take: its shapes and the reason."""
     tensors = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
     shapes = ", ".join(f"{key} {shape}" for key, shape in tensors.items())
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

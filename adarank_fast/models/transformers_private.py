@@ -8,8 +8,8 @@ from torch import Tensor, nn
 def came_from_checkpoint(parameter: Tensor) -> bool:
     """True for a parameter that `from_pretrained` found in the checkpoint.
 
-    transformers marks these, and no others. Without its mark a model looks like one that was made
-    from a config, of which nothing is said to be missing.
+    transformers marks these, and no others. A model without any mark is taken for one made from a
+    config, and none of its weights counts as missing.
     """
     return getattr(parameter, "_is_hf_initialized", False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import replacing
@@ -19,8 +19,18 @@ MOST_PIXELS = 2**16 - 1  # of matplotlib, each way
 LONGEST = 80  # of a name in a picture
 
 
-def line_style(index: int, marker: bool = True) -> dict[str, Any]:
-    """Keyword arguments of `Axes.plot`; 30 different ones before they repeat."""
+class LineStyle(TypedDict):
+    """Keyword arguments of `Axes.plot`."""
+
+    color: str
+    linestyle: str
+    marker: str | None
+    markersize: float
+    linewidth: float
+
+
+def line_style(index: int, marker: bool = True) -> LineStyle:
+    """A line's look; 30 different ones before they repeat."""
     return {
         "color": f"C{index % 10}",
         "linestyle": ("-", "--", ":")[index // 10 % 3],
@@ -31,7 +41,7 @@ def line_style(index: int, marker: bool = True) -> dict[str, Any]:
 
 
 def label(name: str) -> str:
-    """A name as matplotlib draws it: `$` is no formula there, and a leading `_` hides nothing."""
+    """A name for matplotlib, in which `$` starts no formula and a leading `_` hides nothing."""
     shown = printable(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...")
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

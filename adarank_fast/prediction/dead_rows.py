@@ -1,9 +1,9 @@
-"""Positions that the output never reads, in the last block: all but the last token's, say.
+"""Find positions of the last block that the output never reads, such as all but the last token.
 
-The model is not asked: rows of a linear layer whose gradient is zero may not be needed, and they
-are not if NaN in their place leaves the output as it was, bit for bit. That holds for perturbed
-values too, as long as the model takes no decision on them: a comparison has no gradient and turns
-NaN into False. So in a model that compares, sorts or counts what a perturbation can change, every
+This needs no knowledge of the architecture. Rows of a linear layer whose gradient is zero may be
+unneeded. They are unneeded if the output stays the same, bit for bit, with NaN in their place. That
+holds for perturbed values too, unless the model decides on them: a comparison has no gradient and
+turns NaN into False. So if a model compares, sorts or counts what a perturbation can change, every
 row is computed.
 """
 
@@ -109,7 +109,7 @@ def find_needed_rows(
             gradients = torch.autograd.grad(
                 result, [outputs[module][0] for module in once], weights, allow_unused=True
             )
-    except Exception:  # whatever a model says that cannot compute gradients
+    except Exception:  # any error of a model that cannot compute gradients
         return {}
     found: dict[nn.Module, Rows] = {}
     for module, gradient in zip(once, gradients, strict=True):
@@ -131,5 +131,5 @@ def _are_enough(read: Read, found: Mapping[nn.Module, Rows], value: Tensor) -> b
     patches = ForwardPatches({module: rows.with_nan for module, rows in found.items()})
     try:
         return torch.equal(read(patches), value)
-    except Exception:  # whatever a model says to NaN
+    except Exception:  # any error of a model on NaN
         return False

@@ -1,7 +1,7 @@
-"""Decisions that a model takes on numbers: what NaN in their place would not show.
+"""Find decisions that a model takes on numbers, such as comparisons and sorts.
 
-A comparison has no gradient and turns NaN into False, so whoever looks for readers of a tensor with
-gradients or NaN must know that none decides.
+A comparison has no gradient and turns NaN into False. So a search with gradients or NaN for the
+readers of a tensor misses comparisons, and is valid only if there are none.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Read = Callable[[ForwardPatches], Tensor]
 
 
 def decides(read: Read, perturbed: Iterable[nn.Module]) -> bool:
-    """Whether a pass turns values that follow from these modules into anything but numbers.
+    """Whether a pass turns values that depend on these modules into anything but real numbers.
 
-    Such are truth values, indices, counts and Python's own numbers: what is computed next, or with
-    what, may hang on them. Functions that pass over NaN count as well.
+    Truth values, indices, counts and Python numbers are meant: what is computed next may depend on
+    them. Functions that skip NaN count as well.
 
     Args:
         read: runs the model with some modules' forwards patched.
@@ -49,7 +49,7 @@ def decides(read: Read, perturbed: Iterable[nn.Module]) -> bool:
 
 
 def decides_late(read: Read, blocks: Sequence[nn.Module]) -> bool:
-    """Whether a decision hangs on what a block returned, other than through the next block.
+    """Whether a decision depends on a block's output in another way than through the next block.
 
     Args:
         read: runs the model with some modules' forwards patched.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,16 @@ def disagreement_sums(
     return values.view(K, B, -1).sum(-1)
 
 
-def as_head(head: nn.Module | None) -> dict[str, Any]:
+class Head(TypedDict, total=False):
+    """Keywords of `pairwise_disagreement`: weight [V, D] and bias [V] of a linear head."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def as_head(head: nn.Module | None) -> Head:
     """The keywords of `pairwise_disagreement` for outputs, or for hidden states under a head."""
-    return {} if head is None else {"weight": head.weight, "bias": head.bias}
+    return {} if head is None else cast("Head", {"weight": head.weight, "bias": head.bias})
 
 
 def flat_mask(mask: Tensor | None, reference: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def same(self, what: str, value: Mapping[str, object]) -> None:
-        """Every process must have the same value.
+        """Check that every process has the same value.
 
         Raises:
             AdarankError: on every process, if one differs.
@@ -55,7 +55,7 @@ class Processes:
                 )
 
     def merge(self, found: dict[K, float], error: Exception | None) -> dict[K, float]:
-        """What all processes found.
+        """Exchange and join what the processes found.
 
         Args:
             found: this process's part.
@@ -72,9 +72,9 @@ class Processes:
     def _gather(self, value: T) -> list[T]:
         if self.count == 1:
             return [value]
-        parts: list[Any] = [None] * self.count
+        parts: list[object] = [None] * self.count
         dist.all_gather_object(parts, value)
-        return parts
+        return cast("list[T]", parts)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def check_folding(watched: Watched, sample: Batch, order: Sequence[str]) -> Fold
     try:
         first = watched.run(take(sample, 1))
         double = watched.run(fold(sample, 2), keep=True)
-    except Exception as error:  # whatever a model says to a batch it cannot take
+    except Exception as error:  # any error of a model on a batch it cannot take
         reason = rejected(error)
     else:
         if not is_twice(double.output, single.output, rounding(watched.reader.root)):
@@ -154,7 +154,7 @@ def _are_independent(
     patches = ForwardPatches({t.module: partial(change, rows[t.name][0]) for t in targets})
     try:
         changed = watched.reader.read(fold(sample, 2), patches)[: len(clean)]
-    except Exception:  # whatever a model says to values that it cannot take
+    except Exception:  # any error of a model on values that it cannot take
         return False
     return is_same(changed, clean, rounding(watched.reader.root))
 

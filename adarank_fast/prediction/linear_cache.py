@@ -1,7 +1,7 @@
 """Inside the probed block: products that no perturbation has reached are not computed again.
 
 A variant of the value projection leaves query and key as they were; one of the second feed-forward
-layer leaves everything before it. That shows without a look at the architecture: a linear layer
+layer leaves everything before it. No knowledge of the architecture is needed: a linear layer
 whose input equals that of the clean pass, bit for bit, gives the output of the clean pass.
 """
 
@@ -56,7 +56,7 @@ class LinearCache:
         return self._last[2]
 
     def close(self) -> int:
-        """Let go of what only recording needs; the bytes of the rest."""
+        """Release what only recording needs; returns the bytes of the rest."""
         self._last = None
         self._calls = {module: calls for module, calls in self._calls.items() if len(calls) == 1}
         kept = {t for calls in self._calls.values() for call in calls for t in call}

@@ -163,7 +163,7 @@ def _adapter_outputs(
 
 
 def _choose(model: nn.Module, output: OutputChoice, sample: Batch) -> Output:
-    """As for a prediction, but with logits first: these models were trained."""
+    """The output to compare: logits if there are any, since these models were trained."""
     if output in ("auto", "logits"):
         outputs = model(**accepted(model, sample))
         if isinstance(getattr(outputs, "logits", None), Tensor):

@@ -11,8 +11,8 @@ from adarank_fast.models.batches import Batch, batch_size
 from adarank_fast.models.outputs import Output, accepted
 from adarank_fast.prediction.tolerance import is_same, rounding
 
-# What a batch more costs, in positions: below it, padding some items is cheaper. On two cores a
-# forward of a block takes 250 tokens' time more than its tokens do, for 20 variants folded.
+# What one more batch costs, in positions: if it saves fewer, padding some items is cheaper. On two
+# cores a forward of a block takes 250 tokens' time more than its tokens do, for 20 variants folded.
 BATCH_COST = {"cpu": 12}
 DEFAULT_COST = 512
 
@@ -40,7 +40,7 @@ def remove_padding(model: nn.Module, output: Output, batches: Sequence[Batch]) -
     single = _items(padded, item, padded["attention_mask"].shape[1])
     try:
         whole, trimmed = read(single), read(_sorted_by_length([single])[0])
-    except Exception:  # whatever a model says to an item alone, or to another length
+    except Exception:  # any error of a model on an item alone, or to another length
         return list(batches)
     if trimmed.dim() > 2 and whole.dim() > 2:
         whole = whole[:, : trimmed.shape[1]]
@@ -92,7 +92,7 @@ def _lengths(batch: Batch) -> Tensor:
 def _buckets(lengths: Tensor) -> list[tuple[set[int], int]]:
     """Which lengths go together, and the length they are cut to: the least padding and batches.
 
-    cost of a batch = items · longest + what a batch more costs; the best split of the sorted
+    cost of a batch = items · longest + what one more batch costs; the best split of the sorted
     lengths, by dynamic programming.
     """
     extra = BATCH_COST.get(lengths.device.type, DEFAULT_COST)

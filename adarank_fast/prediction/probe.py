@@ -1,4 +1,4 @@
-"""What a probe is and what limits probing: options and their checks. No torch here."""
+"""Options of a probe, limits of probing, and their checks. No torch here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.options import (
@@ -20,6 +20,9 @@ from adarank_fast.options import (
 )
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_kernels.disagreement.choices import METRICS
+
+if TYPE_CHECKING:
+    import torch
 
 GROUP = "adarank.outputs"  # of entry points
 
@@ -41,13 +44,14 @@ def parse_gigabytes(gigabytes: float) -> int:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is perturbed how often, and what must not move.
+    """How often modules are perturbed, and which change of which output is measured.
 
     Attributes:
-        output: what must not move: "auto" (a language model's logits if its head was loaded, else
-            the mean-pooled last hidden state), "pooler", "last_hidden_state", "logits", or a
-            callable that takes the model's outputs and returns a [B, ...] tensor: also its name,
-            as `module:function` or as an entry point of the group `adarank.outputs`.
+        output: the output whose change is measured: "auto" (a language model's logits if its head
+            was loaded, else the mean-pooled last hidden state), "pooler", "last_hidden_state",
+            "logits", or a callable that takes the model's outputs and returns a [B, ...] tensor.
+            The callable may be named: `module:function`, or an entry point of the group
+            `adarank.outputs`.
         metric: "l1", "tv", "kl", "js" or "argmax"; see `disagreement_sums`.
         trials: perturbations of each module, or `AdaptiveTrials`: as many as its rank needs.
         seed: of the noise. The plan depends on it, not on batch sizes or the order of modules.
@@ -56,19 +60,19 @@ class Probe:
     """
 
     output: str | Callable[[Any], Any] = option(
-        "auto", f"What must not move: {', '.join(OUTPUTS)} or module:function.", kind=str
+        "auto", f"Output that is compared: {', '.join(OUTPUTS)} or module:function.", kind=str
     )
-    metric: str = option("l1", f"How far it moved: {', '.join(METRICS)}.")
+    metric: str = option("l1", f"Measure of its change: {', '.join(METRICS)}.")
     trials: int | AdaptiveTrials = option(
         5,
-        "Perturbations of each module; 2-10: as many as its rank needs.",
+        "Perturbations of each module; 2-10 means 2 to 10, as its rank needs.",
         kind=str,
         parse=parse_trials,
     )
-    seed: int = option(0, "Of the noise and of the choice of texts.")
-    dtype: Any = option(
+    seed: int = option(0, "Seed of the noise and of the choice of texts.")
+    dtype: torch.dtype | str | None = option(
         None,
-        "Run the probes in this type, such as bfloat16, on a copy.",
+        "Run the probes on a copy in this type, such as bfloat16.",
         flag="probe_dtype",
         kind=str | None,
     )
@@ -97,27 +101,29 @@ class Probe:
 
 @dataclass(frozen=True)
 class Limits:
-    """What probing may take, and what survives a kill.
+    """How much time and memory probing may take, and where finished probes are kept.
 
     Attributes:
-        checkpoint: a file that finished probes are written to and read from: after a kill, the
-            same call goes on where it was.
+        checkpoint: a file that finished probes are written to and read from: after an
+            interruption, the same call continues from there.
         max_seconds: begin no further probes after this time; every module needs one trial.
         max_memory: bytes of tensors that probing may hold beside the model, its outputs and the
-            activations it resumes from; at least one variant is probed at a time. None: what keeps
-            all within 1.5 times the model and one forward over the largest batch. It changes how
-            fast ranks are found and, beyond rounding, not which.
+            activations it resumes from; at least one variant is probed at a time. None: on a GPU
+            half of what is free, elsewhere what keeps all within 1.5 times the model and one
+            forward over the largest batch. It changes how fast ranks are found and, beyond
+            rounding, not which; the same number gives the same bits. The plan's settings say
+            which it was.
     """
 
     checkpoint: str | os.PathLike[str] | None = option(
         None,
-        "Keep finished probes here; after a kill, go on where it was.",
+        "File for finished probes; an interrupted prediction continues from it.",
         kind=Path | None,
     )
-    max_seconds: float | None = option(None, "Begin no probes after this time.")
+    max_seconds: float | None = option(None, "Start no probes after this many seconds.")
     max_memory: int | None = option(
         None,
-        "GB that probing may hold beside the model.",
+        "GB of memory that probing may use beside the model.",
         kind=float | None,
         parse=parse_gigabytes,
     )
@@ -135,7 +141,7 @@ class ProbeOptions(TypedDict, total=False):
     metric: str
     trials: int | AdaptiveTrials
     seed: int
-    dtype: Any
+    dtype: torch.dtype | str | None
     checkpoint: str | os.PathLike[str] | None
     max_seconds: float | None
     max_memory: int | None

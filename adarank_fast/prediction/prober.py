@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,23 @@ from adarank_fast.prediction.replay import Replay
 
 FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
 
+# Blocks whose variants together have fewer rows than a GPU has room for are probed in one forward:
+# their few kernels would wait for Python. By the number of multiprocessors and not by the clock, as
+# the same call must give the same bits.
+ROWS_PER_MULTIPROCESSOR = 128
+
 COMPARED = 15  # variants at once beside the clean pass: as many as the kernels take
 
 
 class _Unfoldable(Exception):
-    """A target got other rows than the folded batch should have given it."""
+    """A target was given other rows than folding the batch should give it."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
 
 
 class Prober:
-    """Finds disagreements with the clean passes that `replay` starts from.
+    """Measures how far perturbed outputs are from the clean passes that `replay` starts from.
 
     Attributes:
         routes: target name -> "folded", or why its variants run one by one. At first as the clean
@@ -87,26 +93,43 @@ class Prober:
         Raises:
             AdarankError: a variant's output is NaN or infinite, or its module never runs.
         """
-        groups: dict[int, list[Variant]] = {}
-        for variant in variants:
-            groups.setdefault(self._clean.position(variant.target.block), []).append(variant)
+        groups = list(self._groups(variants))
         depth = len(self._clean.blocks) + 1
         with tqdm(
-            total=sum((depth - position) * len(group) for position, group in groups.items()),
+            total=sum((depth - self._position(group[0])) * len(group) for group in groups),
             desc="probing",
             disable=not progress,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
         ) as bar:
-            for position, group in sorted(groups.items()):
+            for group in groups:
                 for chunk in self._chunks(group):
                     if time.monotonic() > deadline:
                         return
-                    self._replay.advance(position, self._memory.linear_cache)
+                    self._replay.advance(self._position(chunk[0]), self._memory.linear_cache)
                     values = self._probe(chunk)
                     for variant, value in zip(chunk, values, strict=True):
                         self._check(variant, value)
                     yield list(zip(chunk, values, strict=True))
-                    bar.update((depth - position) * len(chunk))
+                    bar.update((depth - self._position(group[0])) * len(chunk))
+
+    def _position(self, variant: Variant) -> int:
+        """Of the block that the variant's target is in."""
+        return self._clean.position(variant.target.block)
+
+    def _groups(self, variants: Sequence[Variant]) -> Iterator[list[Variant]]:
+        """The variants of a block; of several, in their order, where these fill no GPU."""
+        most = joined_rows(self._clean.outputs[0].device) // max(*self._clean.tokens, 1)
+        group: list[Variant] = []
+        for _, block in groupby(sorted(variants, key=self._position), key=self._position):
+            more = list(block)
+            if group and (
+                len(group) + len(more) > most or not all(map(self._folds, [*group, *more]))
+            ):
+                yield group
+                group = []
+            group += more
+        if group:
+            yield group
 
     def _check(self, variant: Variant, value: float) -> None:
         target, name, trial = variant.target, variant.target.name, variant.trial
@@ -157,7 +180,7 @@ class Prober:
             others = [v for v in chunk if v.target is not error.target]
             found = dict(zip(others, self._probe(others), strict=True)) if others else {}
             return [found[v] if v in found else self._probe([v])[0] for v in chunk]
-        except Exception as error:  # whatever a model says to more rows than it was tried with
+        except Exception as error:  # any error of a model on more rows than it was tried with
             if not folded:
                 raise
             self.routes |= {v.target.name: rejected(error) for v in chunk}
@@ -205,6 +228,14 @@ class Prober:
             for target in dict.fromkeys(chunk[k].target for k in some)
         }
         return self._replay.run(index, len(some), perturbations)
+
+
+def joined_rows(device: torch.device) -> int:
+    """Up to how many rows variants of several blocks are probed in one forward."""
+    if device.type != "cuda":
+        return 0  # a CPU is busy with a few rows
+    properties = torch.cuda.get_device_properties(device)
+    return ROWS_PER_MULTIPROCESSOR * int(properties.multi_processor_count)
 
 
 def folds_for(clean: CleanPasses, index: int, memory: Memory) -> int:

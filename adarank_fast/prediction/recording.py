@@ -119,7 +119,7 @@ def record_clean_passes(
                 passes.append(watched.run(batch))
         except AdarankError:
             raise
-        except Exception as error:  # whatever a model says to inputs that it cannot take
+        except Exception as error:  # any error of a model on inputs that it cannot take
             raise rejection(model, "a batch", batch, error) from error
     order = passes[0].order
     if len(set(order)) < len(order) or any(other.order != order for other in passes):
@@ -158,7 +158,7 @@ def record_clean_passes(
 def _find_head(
     model: nn.Module, reader: OutputReader, targets: Sequence[Target], sample: Batch
 ) -> nn.Module | None:
-    """The head that need not run: a plain Linear, no target, that returns the very logits."""
+    """The head that need not run: a plain Linear, not a target, whose output is the logits."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if reader.output.name != "logits" or type(head) is not nn.Linear:
         return None
@@ -200,7 +200,7 @@ def _find_needed_rows(
 ) -> list[dict[nn.Module, Rows]]:
     """Per batch, rows of the last block's linear layers that the output reads.
 
-    What no row of `sample` can be left out of is not tried on the batches.
+    A layer that needs every row of `sample` is not tried on the batches.
     """
 
     def find(batch: Batch, linears: Sequence[nn.Module], output: Tensor) -> dict[nn.Module, Rows]:

@@ -36,9 +36,10 @@ from adarank_fast.prediction.recording import CleanPasses
 class Replay:
     """Runs variants of a model from one block on, the open block; at first the whole model.
 
-    Only outputs of blocks that later code is seen to read are kept; the others are replaced by NaN.
-    A model that reads one of them all the same gives NaN: then all are kept from there on, and the
-    run is done again. All are kept from the start if the model decides on one, which hides a NaN.
+    Block outputs are kept only if later code was seen to read them; the others are replaced by NaN.
+    If the model reads one of these after all, its output is NaN. Then all are kept from there on,
+    and the run is repeated. If the model decides on one, which hides a NaN, all are kept from the
+    start.
 
     Args:
         clean: the clean passes over the batches.

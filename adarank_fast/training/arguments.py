@@ -29,7 +29,7 @@ COMMON = {
     "report_to": "none",
     "seed": 0,
 }
-Fields = Mapping[str, Any]  # of `TrainingArguments` or `SFTConfig`, whose types hold
+Fields = Mapping[str, Any]  # of `TrainingArguments` or `SFTConfig`
 DEFAULTS: dict[str, Fields] = {
     "classification": {"per_device_train_batch_size": 32, "learning_rate": 1e-3},
     "causal-lm": {
@@ -47,11 +47,11 @@ FLAGS = {  # our own flags are names for these fields
     "max_length": "max_length",
     "seed": "seed",
 }
-OURS = {  # fields that the run itself needs as they are
+OURS = {  # fields that the run sets itself
     "output_dir": "the adapter goes to --output-folder",
-    "resume_from_checkpoint": "the same command goes on with a run that was cut off",
-    "restore_callback_states_from_checkpoint": "a resumed run always goes on as it was",
-    "save_only_model": "a run that is cut off could not go on",
+    "resume_from_checkpoint": "the same command continues an interrupted run",
+    "restore_callback_states_from_checkpoint": "a continued run always keeps its callbacks' states",
+    "save_only_model": "an interrupted run could then not be continued",
     "remove_unused_columns": "the columns are those that training needs",
     "eval_packing": "the metric is of whole examples",
     "eval_dataset": "give --eval-data",

@@ -1,4 +1,4 @@
-"""What lies beside the weights of an adapter: its classes, how it was made, a model card."""
+"""Files beside an adapter's weights: its classes, a record of how it was made, a model card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GENERATED = 64  # tokens that the card's snippet generates
 
 @dataclass(frozen=True)
 class Result:
-    """How an adapter was made, and what came of it.
+    """How an adapter was made, and its metrics.
 
     Attributes:
         base_model: folder or hub name.
@@ -72,7 +72,7 @@ def write_beside(
 
     Args:
         folder: of the adapter.
-        result: see there.
+        result: how the adapter was made.
         config: the trained model's; its class names are what the card's snippet reads.
         tokenizer: of the model.
         name: what the snippets call the adapter.
@@ -167,7 +167,7 @@ def _loading(result: Result, name: str) -> list[str]:
         "from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
-        f"config = AutoConfig.from_pretrained({_quoted(name)})  # the base model's, and classes",
+        f"config = AutoConfig.from_pretrained({_quoted(name)})  # base model's, with classes",
         "classifier = AutoModelForSequenceClassification",
         f"base = classifier.from_pretrained({_quoted(result.base_model)}, config=config{other})",
         f"model = PeftModel.from_pretrained(base, {_quoted(name)}).eval()",

@@ -1,4 +1,4 @@
-"""What people bring: the one reader of all commands, and what it says it understood."""
+"""The one reader of data for all commands, and a summary of how it understood them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Understood:
 
     Attributes:
         source: the file, folder or name.
-        rows: that were read.
-        used: that are left.
+        rows: how many were read.
+        used: rows that are left.
         form: see `Data`.
         task: "classification" or "causal-lm".
         columns: what (text, label, prompt, input, completion, messages) -> the column.
@@ -126,7 +126,7 @@ def read_data(
     task: str = "auto",
     answers: bool = True,
 ) -> Data:
-    """Read what people bring, and say what was understood; see docs/data.md for the formats.
+    """Read data and say how they were understood; see docs/data.md for the formats.
 
     Args:
         path: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, also as .gz; a folder of
@@ -147,7 +147,7 @@ def read_data(
     form = recognise(table, text_column, label_column, task, answers)
     made = make_rows(table, form, answers)
     counts = Counter(row.get("label") for row in made.rows)
-    # without answers what would be their columns is read over, not unused
+    # without answers, their columns are skipped but not listed as unused
     unused = [column for column in table.columns if column not in form.columns.values()]
     understood = Understood(
         source=table.name,

@@ -10,9 +10,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from adarank_fast.errors import AdarankError, AdarankFileNotFoundError, AdarankImportError
@@ -99,7 +100,7 @@ def read_table(source: str | os.PathLike[str]) -> Table:
     if kind in PLAIN:
         lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1)]
         found = [(number, {"text": line}) for number, line in lines if line]
-        return _table(name, found, plain=True)
+        return replace(_table(name, found), plain=True)
     if kind in SEPARATED:
         return _from_csv(name, text, "\t" if kind == ".tsv" else ",")
     if kind == ".json" and text.lstrip()[:1] == "[":
@@ -108,7 +109,7 @@ def read_table(source: str | os.PathLike[str]) -> Table:
 
 
 def _refuse_others(name: str, kind: str, content: bytes) -> None:
-    """What people bring beside the formats: each with its own remedy."""
+    """Refuse common files of other formats, each with its own remedy."""
     if content[:4] == b"PK\x03\x04" or kind in (".zip", ".xlsx", ".xls"):
         excel = kind in (".xlsx", ".xlsm", ".xls") or b"xl/workbook" in content
         what = "an Excel workbook; save it as CSV UTF-8" if excel else "a zip archive; unpack it"
@@ -135,12 +136,12 @@ def _decode(name: str, content: bytes) -> str:
         ) from None
 
 
-def _table(name: str, rows: Sequence[tuple[int, Row]], unit: str = "line", **more: Any) -> Table:
+def _table(name: str, rows: Sequence[tuple[int, Row]], unit: str = "line") -> Table:
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     if not rows:
         raise AdarankError(f"{name} holds no rows; give a file with at least one")
     places = [f"{unit} {number}" for number, _ in rows]
-    return Table(name, columns, [row for _, row in rows], places, **more)
+    return Table(name, columns, [row for _, row in rows], places)
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[int, Row]]:
@@ -206,7 +207,7 @@ def _from_csv(name: str, text: str, delimiter: str) -> Table:
             rows.append((reader.line_num, dict(zip(columns, fields, strict=True))))
     except csv.Error as error:
         raise AdarankError(f"{name}, line {reader.line_num}: {error}; check the quotes") from None
-    return _table(name, rows, notes=notes)
+    return replace(_table(name, rows), notes=notes)
 
 
 def _from_parquet(name: str, content: bytes) -> Table:
@@ -223,14 +224,15 @@ def _from_parquet(name: str, content: bytes) -> Table:
     return _table(name, list(enumerate(rows, 1)), "row")
 
 
-def _datasets() -> Any:
+def _datasets() -> ModuleType:
     if find_spec("datasets") is None:
         raise AdarankImportError(
             "folders and names of datasets need the library: pip install datasets"
         )
     import datasets
 
-    return datasets
+    library: ModuleType = datasets
+    return library
 
 
 def _from_folder(name: str, path: Path) -> Table:
@@ -285,7 +287,7 @@ def _from_dataset(name: str, dataset: Any) -> Table:
         if hasattr(feature, "names") and hasattr(feature, "int2str")
     }
     rows = list(enumerate(dataset.with_format(None), 1))
-    return _table(name, rows, "row", class_names=names)
+    return replace(_table(name, rows, "row"), class_names=names)
 
 
 def is_blank(value: object) -> bool:

@@ -1,10 +1,10 @@
-"""Which form a table has, and which column is what; a guess that could be wrong is a question."""
+"""Which form a table has, and what its columns are. Asks where a guess could be wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn, SupportsFloat, TypeGuard
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.training.data_files import Table, is_blank
@@ -115,7 +115,7 @@ class _Names(dict[str, str]):
         return [self[name] for name in usual if name in self]
 
 
-def kind_of(values: Sequence[Any]) -> str:
+def kind_of(values: Sequence[object]) -> str:
     """What a column holds: text, label (few values, repeated), short, number, nested or nothing.
 
     "short" are strings that are neither, such as names, dates and identifiers.
@@ -127,8 +127,9 @@ def kind_of(values: Sequence[Any]) -> str:
         return "nested"
     different = len({str(value) for value in present})
     repeated = len(present) >= 4 and different <= min(200, len(present) // 2)
-    if all(_is_number(value) for value in present):
-        whole = all(float(value).is_integer() for value in present)
+    numbers = [float(value) for value in present if _is_number(value)]
+    if len(numbers) == len(present):
+        whole = all(number.is_integer() for number in numbers)
         return "label" if repeated and (whole or different <= 10) else "number"
     texts = [str(value).strip() for value in present]
     if repeated and max(map(len, texts)) <= 60:
@@ -139,9 +140,9 @@ def kind_of(values: Sequence[Any]) -> str:
     return "text" if words >= 2.5 or unspaced else "short"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[str | SupportsFloat]:
     try:
-        return abs(float(value)) < float("inf")
+        return isinstance(value, (str, SupportsFloat)) and abs(float(value)) < float("inf")
     except (TypeError, ValueError, OverflowError):
         return False
 

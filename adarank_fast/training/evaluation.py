@@ -35,7 +35,7 @@ class Evaluation:
 def evaluate(model: nn.Module, items: Sequence[Item], pad: int, batch_size: int = 64) -> Evaluation:
     """Losses and predictions of every item, in the order of `items`.
 
-    A label that is a list marks a language model: position t is held against label t + 1.
+    A label that is a list marks a language model: position t is compared with label t + 1.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -77,7 +77,7 @@ def _logits(outputs: Any) -> torch.Tensor:
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
-    """What people read of an evaluation.
+    """The metrics of an evaluation.
 
     Returns:
         Classification: accuracy and macro F1 (the mean over the classes that occur in labels or

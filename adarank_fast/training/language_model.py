@@ -220,7 +220,7 @@ def items_of(dataset: Iterable[Item]) -> list[Item]:
 
 
 def is_chat(row: Row) -> bool:
-    """Whether a row is of messages, which the chat template makes text of."""
+    """Whether a row has messages, which the chat template turns into text."""
     return "messages" in row or not isinstance(row.get("prompt", ""), str)
 
 
@@ -238,7 +238,7 @@ def full_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What of a row the model gets to answer: all but the completion or the last answer.
+    """The prompt of a row: all of it but the completion or the last answer.
 
     Raises:
         AdarankError: the chat template refuses the row, or there is none.

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 LoraOptions = dict[str, Any]  # arguments of `LoraConfig`
-PEFT_SAVES = ("classifier", "score")  # heads that PEFT trains along of itself, given SEQ_CLS
+PEFT_SAVES = (
+    "classifier",
+    "score",
+)  # heads that PEFT trains without being asked, for task type SEQ_CLS
 
 
 class MeanPoolClassifier(nn.Module):
@@ -141,11 +144,12 @@ def check_task(name: str, task: str) -> None:
         return
     if kind == "AutoModel":
         raise AdarankError(
-            f"MODEL {name!r} ({made}) has no language-model head and the data no labels; for "
-            "classification name the column of labels (--label-column), or take a language model"
+            f"MODEL {name!r} ({made}) has no language-model head, and the data have no labels; "
+            "name the column of labels (--label-column), or choose a language model"
         )
     raise AdarankError(
-        f"MODEL {name!r} ({made}) is no decoder alone; train it with its own script and ada.inject"
+        f"MODEL {name!r} ({made}) is not a decoder-only model; train it with its own "
+        "script and ada.inject"
     )
 
 
@@ -204,7 +208,9 @@ def load_model(
         options["label2id"] = numbers
         options["num_labels"] = len(numbers)
         options["problem_type"] = "single_label_classification"
-        options["ignore_mismatched_sizes"] = True  # a head for other classes gives way to a new one
+        options["ignore_mismatched_sizes"] = (
+            True  # a head for another number of classes is replaced by a new one
+        )
         kind: Any = transformers.AutoModelForSequenceClassification
     else:
         kind = transformers.AutoModelForCausalLM
@@ -233,8 +239,8 @@ def model_factory(
 ) -> tuple[Callable[[], nn.Module], LoraOptions]:
     """A function that makes the untrained model of the task again and again.
 
-    Encoders are read once, and get mean pooling and a new linear head: many a checkpoint's pooler
-    is untrained. Other models are those of `load_model`.
+    Encoders are read once, and get mean pooling and a new linear head, since the poolers of many
+    checkpoints are untrained. Other models are those of `load_model`.
 
     Returns:
         The function, which draws the head from torch's generator; and `LoraConfig` arguments.
@@ -264,7 +270,7 @@ def has_other_head(name: str, task: str, classes: Sequence[str]) -> bool:
 
 
 def four_bit_config(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    """For frozen weights in 4 bits: nf4, computed in `dtype`; heads stay as they are.
+    """Settings for frozen weights in 4 bits (nf4), computed in `dtype`; heads stay as they are.
 
     Raises:
         AdarankImportError: bitsandbytes is not there.

@@ -1,4 +1,4 @@
-"""A run with checkpoints: it goes on after a kill, and leaves a whole result or none."""
+"""A run with checkpoints: it continues after an interruption, and leaves a whole result or none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PLAN = "plan.json"  # the plan of the run, in its folder
 
 
 def check_adapter_folder(folder: Name) -> None:
-    """An AdarankError of one line unless `folder` may become, or be replaced by, an adapter's."""
+    """Raise an AdarankError unless an adapter may be written to `folder`."""
     check_folder(folder, replace=KIND)
 
 
@@ -77,7 +77,7 @@ def _noted(folder: Path, settings: Mapping[str, object]) -> bool:
 
 
 def run(trainer: Trainer, checkpoints: Path) -> Training:
-    """Train, or go on from the last checkpoint, and forget a run that diverged.
+    """Train, or continue from the last checkpoint; the checkpoints of a diverged run are removed.
 
     Args:
         trainer: with a `Watch`; its output folder is `checkpoints`.

@@ -1,9 +1,9 @@
-"""A trained adapter in use: its metrics on data, and what it says of texts."""
+"""Use a trained adapter: metrics on data, predictions for texts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from adarank_fast.adapters.accelerate import accelerate
+from adarank_fast.adapters.patterns import keys_of_experts
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.remote_code import is_trusted
@@ -107,7 +108,8 @@ def load_trained(
         network = kind.from_pretrained(model, trust_remote_code=is_trusted(), **options)
     if adapter is not None:
         try:
-            network = PeftModel.from_pretrained(network, adapter)
+            with keys_of_experts():
+                network = PeftModel.from_pretrained(network, adapter)
         except Exception as error:  # sizes, names, damaged files
             raise AdarankError(
                 f"adapter {str(adapter)!r} does not fit {model!r}: {first_line(error)}"
@@ -171,7 +173,7 @@ def evaluate(
         )
 
     if isinstance(model, str):
-        found = read(task_of(model, adapter))  # bad data are said before anything is loaded
+        found = read(task_of(model, adapter))  # refuses bad data before anything is loaded
         trained = load_trained(model, adapter, dtype, four_bit, max_length=max_length)
     elif adapter is not None:
         raise AdarankError("adapter= is for a model that is a name; this one is in memory")
@@ -212,7 +214,7 @@ def apply(
     batch_size: int = 32,
     max_new_tokens: int = GENERATED,
 ) -> Iterator[dict[str, object]]:
-    """What a trained model says of each row, in their order.
+    """The trained model's prediction for each row, in their order.
 
     Args:
         trained: see `load_trained`.
@@ -251,7 +253,7 @@ def _generate(
 ) -> Iterator[dict[str, object]]:
     tokenizer = trained.tokenizer
     device = next(trained.model.parameters()).device
-    for row in rows:  # one by one: no padding on the left
+    for row in rows:  # one by one, so that no padding on the left is needed
         prompt = language_model.prompt_text(row, tokenizer)
         special = not language_model.is_chat(row)  # a template writes the first token itself
         ids = tokenizer(prompt, add_special_tokens=special)["input_ids"][-trained.max_length :]
@@ -303,9 +305,10 @@ def _in_memory(
     return Trained(model, tokenizer, task, classes, settings)
 
 
-def _classes(config: Any) -> list[str]:
+def _classes(config: object) -> list[str]:
     """Names of the classes, by their numbers."""
-    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+    names: Mapping[int, str] = getattr(config, "id2label", {})
+    return [str(names[number]) for number in sorted(names)]
 
 
 def _architectures(model: str) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""The training loop, on `transformers.Trainer`: what a run went through, and items in batches."""
+"""The training loop, on `transformers.Trainer`: its records, and the batches of items."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Recipe:
 
 @dataclass
 class Training:
-    """What one training run went through, before it was cut off and after.
+    """Losses, times and tokens of a training run, also from before an interruption.
 
     Attributes:
         losses: of each step, in nats; non-finite ones included.
@@ -105,7 +105,8 @@ class Watch(TrainerCallback, ExportableState):
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.tokens = 0
-        self.setting: dict[str, object] = {}  # what the last bits of a result depend on
+        self.over = False  # before this process began to train
+        self.setting: dict[str, object] = {}  # what a result depends on in its last bits
         self._of_step: list[Tensor] = []  # losses of the batches that are accumulated to a step
         self._new: list[tuple[Tensor, Tensor]] = []  # (loss, tokens) still on their device
         self._tokens: list[Tensor] = []
@@ -117,7 +118,7 @@ class Watch(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def batch(self, loss: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        """A batch is through; nothing is copied from its device yet."""
+        """Record a batch; nothing is copied from its device yet."""
         mask = inputs.get("attention_mask", inputs.get("input_ids"))
         self._of_step.append(loss.detach())
         if isinstance(mask, Tensor):
@@ -143,8 +144,18 @@ class Watch(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
-        """Note what the last bits of a result depend on; warn if a resumed run differs in it."""
+        """Note what the last bits of a result depend on; warn if a resumed run differs in it.
+
+        A run that was cut off after its last step is over. Trainer would take one step more, or,
+        after an early stop, train on to the next evaluation.
+        """
         assert model is not None  # Trainer's own
+        saved = cast("dict[str, dict[str, Any]]", state.stateful_callbacks or {})  # as from a file
+        stopped = saved.get("TrainerControl", {}).get("args", {})
+        self.over = state.global_step > 0 and (
+            state.global_step >= state.max_steps or stopped.get("should_training_stop", False)
+        )
+        control.should_training_stop = self.over
         now = {
             "products": products(model),
             "device": str(args.device),
@@ -185,6 +196,17 @@ class Watch(TrainerCallback, ExportableState):
         self._new.append((torch.stack(self._of_step).sum(), tokens))
         self._of_step, self._tokens = [], []
 
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Leave what was evaluated and saved as it is, if nothing was trained."""
+        if self.over:
+            control.should_log = control.should_evaluate = control.should_save = False
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -199,7 +221,7 @@ class Watch(TrainerCallback, ExportableState):
 
 
 class Watched:
-    """Mixed into a trainer that has a `Watch` among its callbacks: every batch is told to it."""
+    """Mixed into a trainer: passes every batch to the `Watch` among its callbacks."""
 
     def training_step(
         self, model: nn.Module, inputs: Mapping[str, Tensor], *rest: object, **named: object
@@ -208,6 +230,12 @@ class Watched:
         loss: Tensor = super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
         watch_of(cast(Trainer, self)).batch(loss, inputs)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own batches of a step; none if the run was over when it was resumed."""
+        if watch_of(cast(Trainer, self)).over:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
 
 def watch_of(trainer: Trainer) -> Watch:
@@ -235,8 +263,8 @@ class OnStep(TrainerCallback):
 class LengthGroups(Sampler[int]):
     """Items of like length in one batch, batches in random order.
 
-    The order depends on seed and epoch alone, not on what else has drawn from torch's generator, so
-    that arms of any ranks, and resumed runs, see the items alike.
+    The order depends on seed and epoch alone, not on other draws from torch's generator. So arms
+    of any ranks, and continued runs, see the items in the same order.
     """
 
     def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
@@ -282,7 +310,7 @@ def fit(
     recipe: Recipe,
     on_step: Callable[[], object] = lambda: None,
 ) -> Training:
-    """Train what of `model` requires gradients, in place. Stops early where the loss is not finite.
+    """Train the parameters that require gradients, in place. Stops if a loss is not finite.
 
     Args:
         model: takes a batch of items as keywords, returns "loss" and "logits".

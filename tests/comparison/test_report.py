@@ -45,8 +45,8 @@ def span(mean, low, high, count=3, p_value=0.01):
         (
             span(0.004, -0.01, 0.018),
             span(0.004, 0.001, 0.007, 900),
-            "No evidence of a difference in accuracy between adarank and uniform: other seeds may "
-            "undo what these items show.",
+            "No evidence of a difference in accuracy between adarank and uniform: there is "
+            "one on these items, but other seeds may not show it.",
         ),
         (
             span(0.02, 0.01, 0.03),
@@ -67,8 +67,8 @@ def span(mean, low, high, count=3, p_value=0.01):
         (
             span(0.02, 0.01, 0.03),
             None,
-            "adarank is better in accuracy than uniform, by more than chance over seeds; other "
-            "items were not looked at.",
+            "adarank is better in accuracy than uniform, by more than chance over seeds; chance "
+            "over items is not known.",
         ),
         (
             span(0.02, None, None, 1, None),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 import adarank_fast as ada
+from adarank_fast.prediction.cost import suggest
 from adarank_fast.prediction.folding import FOLDED
 from tests.tiny_models import batch, tiny
 
@@ -14,3 +17,13 @@ def test_estimate_cost():
     assert 0.4 * cost.naive_flops < cost.flops < 0.9 * cost.naive_flops
     assert cost.seconds > 0 and cost.memory_bytes > 0
     assert set(cost.routes.values()) == {FOLDED}
+
+
+def test_bfloat16_is_suggested_on_a_gpu_only():
+    class Somewhere:
+        def __init__(self, device, dtype):
+            self.device, self.dtype = torch.device(device), dtype
+
+    assert "--probe-dtype bfloat16" in suggest(Somewhere("cuda", torch.float32))
+    assert not suggest(Somewhere("cuda", torch.bfloat16))
+    assert not suggest(Somewhere("cpu", torch.float32))

@@ -35,7 +35,7 @@ def philox_words(key: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
-    """The product's upper half, exclusive or `word` and `key`, below 2**32."""
+    """(upper half of the product) XOR `word` XOR `key`, below 2**32."""
     mixed = (product >> 32).bitwise_xor_(key)
     mixed = mixed.bitwise_xor_(word) if mixed.shape == word.shape else mixed ^ word
     return mixed.bitwise_and_(WORD)

@@ -1,1 +1,1 @@
-"""What the ops share: which Triton kernels may run where, launches, and the C build."""
+"""What the ops share: checks and launches of Triton kernels, and the C++ build."""

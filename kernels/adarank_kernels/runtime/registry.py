@@ -1,7 +1,8 @@
 """Which Triton kernels may run on which device: only those that have proved their numbers there.
 
 A kernel registers a check. The first call that wants the kernel on a device runs the check (once;
-it synchronises); a wrong number, a launch error or a missing compiler keeps the vendor's path.
+it waits for the device). After a wrong number, a launch error or a missing compiler, PyTorch's own
+operators are used instead.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def register(name: str, check: Callable[[torch.device], None]) -> None:
 
 
 def choose(names: Collection[str], device: torch.device) -> None:
-    """From now on exactly these kernels run on the device, checked or not: for benchmarks."""
+    """For benchmarks: from now on exactly these kernels run on the device, checked or not."""
     for name in _checks:
         _status[name, str(device)] = "passed" if name in names else "not chosen"
     _settled.clear()
@@ -90,11 +91,11 @@ def launch(
     arguments: Sequence[object],
     constants: Mapping[str, object],
 ) -> None:
-    """`kernel[grid](*arguments, **constants)`, with Triton's own look-up the first time only.
+    """Run `kernel[grid](*arguments, **constants)`; Triton looks the kernel up the first time only.
 
-    That reads every argument of every launch, which takes longer than a small kernel does. Triton's
-    hooks before a run, and what its debug knobs say later, are passed over with it. ROCm is left to
-    Triton, which looks at the sizes of the storages there, too.
+    Triton's look-up reads every argument at every launch, which takes longer than a small kernel
+    runs. Skipping it also skips Triton's hooks before a launch, and later changes of its debug
+    knobs. On ROCm every launch is left to Triton, which also reads the sizes of storages there.
 
     Args:
         kernel: a `triton.jit` function.
@@ -122,7 +123,7 @@ def launch(
 
 
 def kind(value: int) -> tuple[bool, bool, bool]:
-    """What Triton makes a difference of in an integer."""
+    """The property of an integer that Triton specialises a kernel on."""
     return value % 16 == 0, value == 1, value < 2**31
 
 

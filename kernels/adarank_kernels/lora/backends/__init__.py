@@ -1,4 +1,4 @@
-"""How the products with few ranks are computed: one small interface, three ways.
+"""Three backends with one interface for the products with A and B, whose ranks are small.
 
 Each backend is a module with these functions. X is [N, in]; S and dS are [N, width], the modules'
 ranks side by side, module i's from column `first[i]` on.
@@ -24,4 +24,4 @@ from torch import Tensor
 Tensors = Sequence[Tensor]
 Integers = Sequence[int]
 Numbers = Sequence[float]
-Seed = Tensor | None  # None: no dropout
+Seed = Tensor | None  # a seed, int64 [1], or a mask in X's dtype (dropout.py); None: no dropout
