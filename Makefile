@@ -15,9 +15,26 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(MAKE) suite
 
+suite: RUN ?= $(BIN)/python
 suite:
-	$(BIN)/python -m pytest -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
+	$(RUN) -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 tests/interpreter
+
+# The suite, which branches of both packages it takes, and what share of them: about 1.5 times the
+# suite's time. Triton kernels count as what the interpreter ran of them.
+.PHONY: coverage
+coverage: $(VENV)/.installed
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(MAKE) suite RUN="$(BIN)/python -m coverage run"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
+	$(BIN)/python -m tests.reliability.coverage build/coverage/coverage.json
+
+# Mutation tests of allocation, Philox and the ops; an hour. Some of them:
+# make mutants ARGS="--only allocation --minutes 5"
+.PHONY: mutants
+mutants: $(VENV)/.installed
+	$(BIN)/python -m tests.reliability.mutants $(ARGS)
 
 # The C++ operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer, built with g++ into a
 # cache of their own. Minutes; not part of the suite.
@@ -47,6 +64,17 @@ test-newest:
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(MAKE) suite BIN=$(VENV)-newest/bin
+
+# What the suite tries for seconds, for hours: kills, full disks, exceptions, changed files, growth,
+# threads, processes. A fault ends it with 1, after all of them. make soak MINUTES=20 shares the time;
+# make soak MINUTES=5 ARGS="--only kills growth" runs some. Renews docs/reliability.md.
+.PHONY: soak reliability-page
+soak: $(VENV)/.installed
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.reliability.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+# docs/reliability.md, of the figures in bench/results; nothing is tried.
+reliability-page: $(VENV)/.installed
+	$(BIN)/python -m bench.reliability_page
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -139,6 +167,19 @@ $(VENV)-peft-suite/.installed: $(VENV)/.installed
 		scikit-learn sentencepiece
 	touch $@
 
+# DeepSpeed's ZeRO-2 and ZeRO-3 with two CPU processes, beside plain PEFT, in an environment of its
+# own: on demand.
+.PHONY: deepspeed
+deepspeed: $(VENV)-deepspeed/.installed
+	$(VENV)-deepspeed/bin/python -m tests.deepspeed.check
+
+$(VENV)-deepspeed/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --without-pip $(VENV)-deepspeed
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> $$($(VENV)-deepspeed/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed
+	touch $@
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel
 
@@ -153,12 +194,22 @@ docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --quiet
 	@echo "the site is build/site/index.html; with search: $(PYTHON) -m http.server -d build/site"
 
-# A wheel and an sdist, judged, and used in empty environments. Other Pythons, everything installed:
-# make release-check ARGS="--python python3.12"
+# The dependencies: do they go together, under which licences, and (with a network) are faults known.
+.PHONY: audit
+audit: $(VENV)/.installed
+	$(BIN)/python -m pip check
+	$(BIN)/python -m tests.release.licences
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+# A wheel and an sdist, built twice to the same bytes, judged, and used in empty environments. Other
+# Pythons, everything installed: make release-check ARGS="--python python3.12"
 .PHONY: release-check
 release-check: $(VENV)/.installed
 	rm -rf build/release
-	$(BIN)/python -m build --no-isolation --outdir build/release > /dev/null
+	mkdir -p build/release
+	$(BIN)/python -m tests.release.build build/release
 	$(BIN)/python -m twine check --strict build/release/*
 	$(BIN)/check-wheel-contents build/release/*.whl
 	$(BIN)/python -m tests.release.check build/release $(ARGS)

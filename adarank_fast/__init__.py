@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from adarank_fast.adapters.compile_blocks import compile_blocks
     from adarank_fast.adapters.export import export_uniform
     from adarank_fast.adapters.fusion_report import FusionReport, fusion_report
+    from adarank_fast.adapters.graph_blocks import GraphReport, graph_blocks, graph_report
     from adarank_fast.adapters.inject import inject
     from adarank_fast.benchmarking.benchmark import benchmark
     from adarank_fast.benchmarking.report import Benchmark
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from adarank_fast.prediction.noise import perturbation
     from adarank_fast.prediction.predict import predict_ranks
     from adarank_fast.prediction.probe import Limits, Probe
+    from adarank_fast.training.buckets import BucketCollator
     from adarank_fast.training.trained import evaluate
 
 __version__ = _version("adarank-fast")
@@ -40,10 +42,12 @@ __all__ = [
     "AdarankTypeError",
     "AdaptiveTrials",
     "Benchmark",
+    "BucketCollator",
     "Budget",
     "CostEstimate",
     "Design",
     "FusionReport",
+    "GraphReport",
     "Limits",
     "Probe",
     "RankPlan",
@@ -60,6 +64,8 @@ __all__ = [
     "export_uniform",
     "find_targets",
     "fusion_report",
+    "graph_blocks",
+    "graph_report",
     "inject",
     "model_disagreement",
     "perturbation",
@@ -73,6 +79,7 @@ _MODULES = {
     "adapters.export": ["export_uniform"],
     "adapters.accelerate": ["accelerate", "restore"],
     "adapters.fusion_report": ["FusionReport", "fusion_report"],
+    "adapters.graph_blocks": ["GraphReport", "graph_blocks", "graph_report"],
     "adapters.inject": ["inject"],
     "benchmarking.benchmark": ["benchmark"],
     "benchmarking.report": ["Benchmark"],
@@ -91,6 +98,7 @@ _MODULES = {
     "prediction.noise": ["perturbation"],
     "prediction.predict": ["predict_ranks"],
     "prediction.probe": ["Limits", "Probe"],
+    "training.buckets": ["BucketCollator"],
     "training.trained": ["evaluate"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

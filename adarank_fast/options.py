@@ -28,7 +28,6 @@ TARGET_PRESETS = (DEFAULT_TARGETS, "attention", "all-linear", "experts")
 def option(
     default: Any,
     help: str,
-    least: int | None = None,
     shown: str | bool = True,
     flag: str | None = None,
     kind: object = None,
@@ -40,14 +39,13 @@ def option(
     Args:
         default: its value where it is not given.
         help: what the command line says of it.
-        least: the lowest value that the command line takes.
         shown: what the command line shows as the default.
         flag: its name on the command line if that differs; with underscores.
         kind: its type on the command line if that differs.
         parse: turns the command line's value into the field's, if they differ.
         typed: the default on the command line, if that is not the text of `default`.
     """
-    said = {"help": help, "min": least, "show_default": shown}
+    said = {"help": help, "show_default": shown}
     if typed is None:
         typed = default if parse is None or default is None else str(default)
     metadata = {"flag": flag, "kind": kind, "parse": parse, "typed": typed, "said": said}

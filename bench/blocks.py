@@ -54,9 +54,12 @@ class Block(nn.Module):
             q, k, v, enable_gqa=self.heads != self.kv_heads
         )
         x = x + self.o(attended.transpose(1, 2).flatten(2))
-        h = self.norm2(x)
-        inner = nn.functional.silu(self.gate(h)) * self.up(h) if self.gate is not None else None
-        return x + self.down(nn.functional.gelu(self.up(h)) if inner is None else inner)
+        return x + self.feed_forward(self.norm2(x))
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(nn.functional.gelu(self.up(h)))
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
 def adapted(

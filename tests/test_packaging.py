@@ -126,3 +126,17 @@ def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     out = run(code, empty, str(site)).split()
     assert out[0].startswith(str(site)) and out[1].startswith(str(site))
     assert out[2:] == ["True", "True"]  # the C++ source came along
+
+
+def test_an_older_python_is_told_which_one_is_needed(tmp_path):
+    """By make, in one line, before anything is installed; pip says it by `requires-python`."""
+    older = tmp_path / "python3.10"
+    code = "import sys; sys.version_info = (3, 10, 13); exec(sys.argv[1])"
+    older.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$2"\n')
+    older.chmod(0o755)
+    command = ["make", f"PYTHON={older}", f"VENV={tmp_path / 'venv'}", "demo"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    line = result.stderr.splitlines()[0]
+    assert result.returncode and result.stdout == "" and not (tmp_path / "venv").exists()
+    assert line.startswith("adarank-fast needs Python 3.11 or newer") and "is 3.10" in line
+    assert '\nrequires-python = ">=3.11"\n' in (ROOT / "pyproject.toml").read_text()

@@ -11,6 +11,7 @@ from torch import nn
 
 from adarank_fast.adapters.fused_linear import fused_classes, fused_layers, thread
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
+from adarank_fast.adapters.graph_blocks import restore_blocks
 from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
 from adarank_fast.adapters.peft_private import Layer, has_only_experts
 from adarank_fast.adapters.swapped import Swapped
@@ -84,7 +85,7 @@ def accelerate(
 
 
 def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) -> None:
-    """Each layer's class, and its `_adarank` or none, as before; nothing waits in this thread."""
+    """Restore each layer's class and `_adarank`, and drop outputs that wait in this thread."""
     thread.waiting = thread.run = None
     for layer, plain, state in layers:
         layer.__class__ = plain
@@ -93,7 +94,7 @@ def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) ->
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Compiled code was made of PEFT's own layers."""
+    """Refuse compiled modules: their code was made of PEFT's own layers."""
     for path, module in model.named_modules():
         if is_compiled(module):
             where = path or type(model).__name__
@@ -116,7 +117,7 @@ def _watch(model: nn.Module, example: Mapping[str, object]) -> None:
 
 
 def restore(peft_model: nn.Module) -> nn.Module:
-    """Plain PEFT again: the same weights, classes and hooks as before `accelerate`.
+    """Plain PEFT again: weights, classes and hooks as before `accelerate` and `graph_blocks`.
 
     Raises:
         AdarankError: a module got another class since (`fully_shard` on it); none changes.
@@ -134,4 +135,5 @@ def restore(peft_model: nn.Module) -> nn.Module:
             layer.__class__ = layer.plain_class()
             del layer._adarank
         restore_gated_mlps(peft_model)
+        restore_blocks(peft_model)
     return peft_model

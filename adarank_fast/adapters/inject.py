@@ -188,7 +188,7 @@ def _warn_of_fast_path(model: nn.Module, paths: Iterable[str]) -> None:
 def _verify(
     model: nn.Module, planned: Mapping[str, int], scaling: str | float, adapter_name: str
 ) -> None:
-    """Exactly the planned modules have an adapter, of the planned rank and scale."""
+    """Check that exactly the planned modules have an adapter, of the planned rank and scale."""
     alpha_of = alpha_rule(scaling)
     found = {}
     for path, module in model.named_modules():
@@ -217,7 +217,7 @@ def _verify(
 
 
 def _undo(model: nn.Module) -> Callable[[], None]:
-    """What puts back modules, parameters, classes, modes, hooks and all other attributes."""
+    """A function that restores modules, parameters, classes, modes, hooks, all attributes."""
     modules = [
         (module, type(module), dict(module.__dict__), _registries(module))
         for module in model.modules()

@@ -36,6 +36,7 @@ TASK_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+ModelClass = Any  # a class of transformers that loads models; its methods have no types
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def base_skeleton(
     )
 
 
-def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
+def _without_weights(model_class: ModelClass, config: PretrainedConfig) -> PreTrainedModel | None:
     """A model on the meta device; None where the class is no model's, or the model is not of it."""
     try:
         with torch.device("meta"):
@@ -175,7 +176,7 @@ def _name_classes(config: PretrainedConfig, folder: Path) -> None:
 
 
 def _merge(
-    model_class: Any,
+    model_class: ModelClass,
     name: str,
     config: PretrainedConfig,
     folder: str | os.PathLike[str],

@@ -48,7 +48,7 @@ def keys_of_experts() -> Iterator[None]:
 
 
 def check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
-    """Every pattern of the configuration is one, and ends soon over all these module names.
+    """Check that every pattern of the configuration is valid, and fast on these module names.
 
     Raises:
         AdarankError: which does not.

@@ -20,7 +20,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def undo_compile(modules: Sequence[nn.Module]) -> Callable[[], None]:
-    """What takes back later calls of `module.compile()`."""
+    """A function that undoes later calls of `module.compile()`."""
     before = [(m, {k: v for k, v in vars(m).items() if k == _COMPILED}) for m in modules]
 
     def undo() -> None:
@@ -64,3 +64,18 @@ def set_parameter_shape_settings(settings: dict[str, bool]) -> None:
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:
     """One graph is to serve any size of this dimension, if it can."""
     torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def free_generator(device: torch.device) -> None:
+    """Give torch's generator of a CUDA device a state of its own if a broken capture holds it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    try:
+        torch.rand(1, device=device)
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is under way in this thread."""
+    return torch._C._current_graph_task_id() != -1

@@ -84,8 +84,7 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
                     raise AdarankError(_with_flags(str(error), cls)) from error
             command(**given)
 
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        _declare(run, signature.replace(parameters=parameters))
         owned = (_called(one) for cls in classes for one in fields(cls))
         run.checked_elsewhere = frozenset(owned)  # type: ignore[attr-defined]
         return run
@@ -123,9 +122,14 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
         with trusting(bool(trust)):
             command(**given)
 
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    _declare(run, signature.replace(parameters=parameters))
     return run
+
+
+def _declare(command: Callable[..., None], signature: inspect.Signature) -> None:
+    """Give a function the signature that typer reads."""
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in signature.parameters.values()}
 
 
 def _with_flags(message: str, cls: type) -> str:

@@ -58,7 +58,9 @@ def train(
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
     scaling: options.SCALING = "constant",
-    lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.0,
+    lora_dropout: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Dropout in front of the adapters.")
+    ] = 0.0,
     dtype: options.DTYPE = "float32",
     four_bit: Annotated[
         bool, typer.Option("--four-bit", help="Keep the frozen weights in 4 bits (bitsandbytes).")

@@ -28,9 +28,9 @@ class Ranks:
 
     plan: Path | None = option(None, "Plan file with the ranks; default: they are predicted first.")
     average_rank: float | None = option(
-        None, "Average of the predicted ranks.", least=0, shown=str(DEFAULT_AVERAGE_RANK)
+        None, "Average of the predicted ranks.", shown=str(DEFAULT_AVERAGE_RANK)
     )
-    rank: int | None = option(None, "Train uniform LoRA of this rank instead.", least=1)
+    rank: int | None = option(None, "Train uniform LoRA of this rank instead.")
     expert_rank: str = option("whole", EXPERT_RANK_HELP)
 
     def __post_init__(self) -> None:
@@ -61,25 +61,22 @@ class Settings:
         AdarankError: a number is out of its range.
     """
 
-    epochs: int | None = option(None, "Passes over the data.", least=1, shown="3")
-    max_steps: int | None = option(None, "Stop after this many steps.", least=1)
-    batch_size: int | None = option(
-        None, "Examples per step.", least=1, shown="32; language models 8"
-    )
+    epochs: int | None = option(None, "Passes over the data.", shown="3")
+    max_steps: int | None = option(None, "Stop after this many steps.")
+    batch_size: int | None = option(None, "Examples per step.", shown="32; language models 8")
     learning_rate: float | None = option(
-        None, "The highest learning rate of the run.", least=0, shown="1e-3; language models 2e-4"
+        None, "The highest learning rate of the run.", shown="1e-3; language models 2e-4"
     )
     max_length: int | None = option(
         None,
         "Use at most this many tokens of an example.",
-        least=1,
         shown="128; language models 1024",
     )
     seed: int | None = option(
-        None, "Seed of a new head, the adapters, the order and dropout.", least=0, shown="0"
+        None, "Seed of a new head, the adapters, the order and dropout.", shown="0"
     )
     early_stopping: int | None = option(
-        None, "Stop after this many evaluations without gain; keep the best weights.", least=1
+        None, "Stop after this many evaluations without gain; keep the best weights."
     )
     config: Path | None = option(
         None, "YAML or JSON file of TrainingArguments (language models: SFTConfig)."

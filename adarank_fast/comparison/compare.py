@@ -39,7 +39,7 @@ def compare(
     progress: bool | Callable[[str], object] = True,
     **options: Unpack[DesignOptions],
 ) -> Comparison:
-    """Train rank allocators under one parameter budget, with several seeds, and compare them.
+    """Compare ways to share out rank: equal numbers of parameters, several seeds, one report.
 
     Args:
         model: a folder or hub name; or a function without arguments that makes the untrained model

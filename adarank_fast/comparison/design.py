@@ -79,9 +79,9 @@ class Design:
         kind=str | None,
         parse=lambda text: [arm.strip() for arm in text.split(",") if arm.strip()],
     )
-    seeds: int | Sequence[int] = option(3, "Training runs of each arm.", least=1, kind=int)
+    seeds: int | Sequence[int] = option(3, "Training runs of each arm.", kind=int)
     average_rank: int = option(
-        8, "Rank of uniform LoRA; its parameter count is every arm's budget.", least=1
+        8, "Rank of uniform LoRA; its parameter count is every arm's budget."
     )
     expert_rank: str = option("whole", EXPERT_RANK_HELP)
     task: str = option("auto", f"auto (classification if there are labels), {' or '.join(TASKS)}.")
@@ -107,19 +107,17 @@ class Design:
         kind=str | None,
         parse=partial(parse_numbers, "--learning-rates"),
     )
-    epochs: int = option(3, "Passes over the training data.", least=1)
-    max_steps: int | None = option(None, "Stop after this many steps.", least=1)
-    batch_size: int = option(32, "Examples per step.", least=1)
-    max_length: int = option(
-        128, "Tokens of a text at most; of a language model's block exactly.", least=1
-    )
+    epochs: int = option(3, "Passes over the training data.")
+    max_steps: int | None = option(None, "Stop after this many steps.")
+    batch_size: int = option(32, "Examples per step.")
+    max_length: int = option(128, "Tokens of a text at most; of a language model's block exactly.")
     scaling: str | float = option(
         "constant",
         "lora_alpha / rank: constant (2), paper (8 / rank), rslora, or a number.",
         kind=str,
         parse=parse_scaling,
     )
-    trials: int = option(5, "Perturbations of each module, for adarank.", least=1)
+    trials: int = option(5, "Perturbations of each module, for adarank.")
     dtype: str = option("float32", f"Type of the frozen weights: {', '.join(DTYPES)}.")
 
     def __post_init__(self) -> None:

@@ -50,9 +50,9 @@ class Budget:
     budget_parameters: int | None = option(
         None, "Budget: number of adapter parameters, instead of --average-rank."
     )
-    min_rank: int = option(0, "The smallest rank.", least=0)
-    max_rank: int | None = option(None, "The largest rank.", least=1)
-    rank_multiple: int = option(1, "Ranks are multiples of it.", least=1)
+    min_rank: int = option(0, "The smallest rank.")
+    max_rank: int | None = option(None, "The largest rank.")
+    rank_multiple: int = option(1, "Ranks are multiples of it.")
     allocation: str = option("exact", '"exact" spends the whole budget, "paper" rounds down.')
     expert_rank: str = option("whole", EXPERT_RANK_HELP)
 

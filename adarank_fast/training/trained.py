@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -305,9 +305,10 @@ def _in_memory(
     return Trained(model, tokenizer, task, classes, settings)
 
 
-def _classes(config: Any) -> list[str]:
+def _classes(config: object) -> list[str]:
     """Names of the classes, by their numbers."""
-    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+    names: Mapping[int, str] = getattr(config, "id2label", {})
+    return [str(names[number]) for number in sorted(names)]
 
 
 def _architectures(model: str) -> Sequence[str]:

@@ -2,7 +2,8 @@
 
     python -m bench.gpu                  (or `make bench-gpu`): CUDA or ROCm, tens of minutes
     python -m bench.gpu --quick          a tenth of the repetitions
-    python -m bench.gpu --only blocks    the jobs whose name matches; the checks always run
+    python -m bench.gpu --only blocks    the jobs whose name matches
+    python -m bench.gpu --part 1         of three, each within ten minutes: what is asked first
 
 Where there is no GPU it says so and exits with 0. Exit status 1: something failed its check, or did
 not run; its timings are left out. The file is written anew after each job.
@@ -22,7 +23,7 @@ import torch
 
 from bench.gpu import rows
 
-REPETITIONS, QUICK = 50, 5
+REPETITIONS, PART, QUICK = 50, 24, 5
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,8 +39,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how_often.add_argument("--repetitions", type=int, metavar="N", help=f"of a row ({REPETITIONS})")
     parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/gpu/CARD-DATE.json")
     parser.add_argument("--dtype", choices=rows.DTYPES, default="bfloat16", help="to time")
-    parser.add_argument("--only", metavar="PATTERN", help="jobs that match this regular expression")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", metavar="PATTERN", help="jobs that match this regular expression")
+    which.add_argument("--part", choices=rows.PARTS, help=f"within {rows.MINUTES:g} minutes")
+    parser.add_argument("--minutes", type=float, help="begin no other job after these")
+    parser.add_argument("--checks", choices=("all", "kernels"), help="before anything is timed")
     options = parser.parse_args(arguments)
+    pattern_of_part, checks_all = rows.PARTS.get(options.part, ("", True))
+    if options.part:
+        options.only = pattern_of_part
+        options.minutes = options.minutes or rows.MINUTES
+    options.checks = options.checks or ("all" if checks_all else "kernels")
     try:
         pattern = re.compile(options.only or "", re.IGNORECASE)
     except re.error as error:
@@ -50,9 +60,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.out and not options.out.absolute().parent.is_dir():
         parser.error(f"--out {options.out}: its folder does not exist")
     if options.repetitions is None:
-        options.repetitions = QUICK if options.quick else REPETITIONS
+        options.repetitions = QUICK if options.quick else PART if options.part else REPETITIONS
     if options.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     return options
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,13 @@ class Context:
     checks: list[Check] = field(default_factory=list)
     bandwidth: float | None = None  # measured: bytes a second of a large copy
     rate: float | None = None  # measured: FLOPs a second of a large product
+    until: float = math.inf  # `time.perf_counter`: no other job begins after it
+    limit: float = math.inf  # seconds that the repetitions of one timer may take
+
+    @property
+    def left(self) -> float:
+        """Seconds until no other job begins."""
+        return self.until - time.perf_counter()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +80,7 @@ class Context:
             alive = {name: step for name, step in steps.items() if rows[name]["status"] == "ok"}
             if timer.name == "graph":
                 alive = {name: step for name, step in alive.items() if step.captured}
-            seconds, failed = timed(alive, self.repetitions, timer)
+            seconds, failed = timed(alive, self.repetitions, timer, self.limit)
             for name, values in seconds.items():
                 rows[name] |= summary(timer.name, values)
             for name, why in failed.items():

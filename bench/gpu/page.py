@@ -16,6 +16,7 @@ from typing import Any
 from bench.gpu.checks import DEFAULT
 from bench.gpu.context import best_seconds
 from bench.gpu.predictions import REPETITIONS, SAMPLE
+from bench.gpu.rows import SECTIONS
 from bench.pages import DOCS, NONE, machines, table, texts, wrapped, write_page
 from bench.results_file import FOLDER, Row
 
@@ -80,7 +81,92 @@ def ops(rows: Sequence[Row]) -> str:
     return table(("op", "how", "eager, ms", "extra memory, MiB"), lines)
 
 
-TABLES = {"blocks": blocks, "kernels": kernels, "ops": ops, "predictions": ops}
+def host(rows: Sequence[Row]) -> str:
+    lines = [(row["variant"], number(row, "host_seconds", 1e6)) for row in rows]
+    return table(("one call", "microseconds"), lines)
+
+
+def eager(rows: Sequence[Row]) -> str:
+    lines = [
+        (row["row"].removesuffix(", host"), row["variant"])
+        + (number(row, "host_seconds", 1e3), number(row, "eager_seconds", 1e3))
+        + (number(row, "peak_extra_bytes", 2**-20, ",.0f"), said(row))
+        for row in rows
+    ]
+    return table(("one block", "how", "host, ms", "eager, ms", "MiB", ""), lines, left=2)
+
+
+def profiles(rows: Sequence[Row]) -> str:
+    lines = [
+        (row["row"], row["variant"], kernel["name"].replace("|", "/")[:60])
+        + (f"{kernel['count']:.3g}", f"{kernel['microseconds']:,.1f}")
+        for row in rows
+        for kernel in row.get("kernels", ())[:LISTED]
+    ]
+    return table(("of", "how", "kernel", "calls", "us"), lines, left=3)
+
+
+def steps(rows: Sequence[Row]) -> str:
+    lines = [
+        (row["row"], row["variant"])
+        + tuple(number(row, f"{t}_tokens_per_second", 1, ",.0f") for t in ("eager", "graph"))
+        + (number(row, "peak_extra_bytes", 2**-20, ",.0f"), number(row, "launches", 1, ",.0f"))
+        + (number(row, "last_loss", 1, ".4f"), said(row))
+        for row in rows
+    ]
+    header = (
+        "a step",
+        "how",
+        "eager, tokens/s",
+        "graphed, tokens/s",
+        "MiB",
+        "launches",
+        "loss",
+        "",
+    )
+    return table((*header, ""), lines, left=2)
+
+
+def said(row: Row) -> str:
+    """Why there are no figures, or not all."""
+    notes = [row["status"], f"no graph: {row['graph']}" if "graph" in row else "ok"]
+    return "; ".join(note for note in notes if note != "ok").replace("|", "/")
+
+
+TABLES = {
+    "training": steps,
+    "qlora": steps,
+    "blocks": blocks,
+    "eager": eager,
+    "host": host,
+    "kernels": kernels,
+    "profiles": profiles,
+    "ops": ops,
+    "predictions": ops,
+}  # the section's words are in bench/texts
+LISTED = 12  # kernels of a profile
+
+
+def waiting(files: Sequence[Mapping[str, Any]]) -> str:
+    """The jobs that no file has a figure of, a line for each section."""
+    done = {
+        row["row"] for found in files for rows in found["sections"].values() for row in rows
+        if not row["status"].startswith("not run")
+    }  # fmt: skip
+    lines = []
+    for section, names in SECTIONS.items():
+        missing = [name for name in names if name not in done]
+        if section in NAMED_OTHERWISE and files:
+            missing = []
+        if missing:
+            lines.append(wrapped(f"- {section}: {'; '.join(missing)}", hanging="  "))
+    if not lines:
+        return ""
+    return "\n\n".join(["## What waits for a card", texts(PAGE.name)[1]["waiting"].strip(),
+                        "\n".join(lines)])  # fmt: skip
+
+
+NAMED_OTHERWISE = ("kernels",)  # its rows say what was timed of a job
 
 
 def card_rates(rows: Sequence[Row]) -> str:
@@ -100,10 +186,16 @@ def card(found: Mapping[str, Any]) -> str:
     here, options, sections = found["machine"], found["options"], found["sections"]
     passed = sum(check["status"] == "passed" for check in found["checks"])
     only = f", --only {options['only']}" if options.get("only") else ""
+    if options.get("part"):
+        only = f", part {options['part']}"
     rates = card_rates(sections["card"])
     lead = f"{passed} of {len(found['checks'])} checks passed. {rates}. {machines({'all': found})}"
     parts = [f"## {here['card']}{only}", wrapped(lead)]
     parts += [f"- {line}" for line in found["failures"]]
+    found_rivals = here.get("rivals") or {}
+    others = ", ".join(f"{name} {number}" for name, number in found_rivals.items() if number)
+    if others:
+        parts.append(wrapped(f"Beside them: {others}."))
     told = options | {"tokens": "{} x {:,}".format(*options["tokens"]), "sample": SAMPLE}
     _, words = texts(PAGE.name)
     for name, told_of in TABLES.items():
@@ -119,9 +211,9 @@ def card(found: Mapping[str, Any]) -> str:
 def page(folder: Path = FOLDER / "gpu") -> str:
     """The whole page, of the files in `folder`."""
     paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
-    cards = [card(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    none = ["No card yet: `make bench-gpu` on one writes a file."]
-    return "\n\n".join([texts(PAGE.name)[0], *(cards or none)]) + "\n"
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    parts = [card(found) for found in files] or ["No card yet: `make bench-gpu` writes a file."]
+    return "\n\n".join(filter(None, [texts(PAGE.name)[0], *parts, waiting(files)])) + "\n"
 
 
 if __name__ == "__main__":

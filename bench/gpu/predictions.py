@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,14 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from bench.counts import SHAPES, Shape
 from bench.gpu.checks import choose
 from bench.gpu.context import Context, Row
-from bench.gpu.rows import PREDICTIONS
+from bench.gpu.rows import MEMORIES, PREDICTIONS
 from bench.gpu.timing import Step, refusal, release
 from bench.naive import Problem, across
 
 # items, tokens an item: short questions of an encoder, text of a language model
 ENCODED, WRITTEN, CHECKED = (64, 16), (8, 256), (2, 24)
 CHECKS, SAMPLE = 6, 12  # probes of the naive loop: compared in float64; timed
-REPETITIONS = 5
+REPETITIONS, LONGEST = 5, 20.0  # a variant, and seconds for all of them
 KERNELS = ("disagreement_pairs", "philox_normal")
 
 
@@ -31,36 +32,47 @@ def prediction_row(context: Context, row: str) -> list[Row]:
     Nothing can be captured.
     """
     kind, targets, trials = PREDICTIONS[row]
-    shape = SHAPES[kind]
-    choose(context.device, [k for k in KERNELS if not context.failure(k)])
-    with context.device:
-        model = model_of(shape).eval()
-    options = {"target_modules": targets, "metric": "tv" if shape.gated else "l1"}
-    options["trials"] = trials
-    why = refusal(lambda: check(Problem(model, tokens(context, shape, CHECKED), options)))
-    model.to(context.dtype)
+    small = problem_of(context, kind, targets, trials, CHECKED)
+    why = refusal(lambda: check(small))
+    small.model.to(context.dtype)
     release()
-    size = WRITTEN if shape.gated else ENCODED
-    problem = Problem(model, tokens(context, shape, size), options)
+    size = WRITTEN if SHAPES[kind].gated else ENCODED
+    problem = replace(small, batch=tokens(context, SHAPES[kind], size))
     sample, probes = across(problem.modules, SAMPLE), len(problem.modules) * trials
 
     def forward() -> None:
         with torch.no_grad():
-            model(**problem.batch)
+            problem.model(**problem.batch)
 
     def naive() -> None:
         problem.naive(sample, precise=False)
 
-    def ours() -> None:
-        problem.predict()
+    def ours(max_memory: int | None = None) -> None:
+        problem.predict(max_memory=max_memory)
 
     steps = {
         "one forward": Step(forward, captured=False),
         f"naive loop, {probes} probes": Step(naive, calls=len(sample) / probes, captured=False),
         "ours": Step(ours, captured=False),
     }
-    fewer = replace(context, repetitions=min(context.repetitions, REPETITIONS))
-    return fewer.measure(row, steps, memory=True, refused={"ours": why})
+    for said, memory in MEMORIES.items():
+        steps[f"ours, {said}"] = Step(partial(ours, memory), captured=False)
+    fewer = replace(context, repetitions=min(context.repetitions, REPETITIONS), limit=LONGEST)
+    refused = {name: why for name in steps if name.startswith("ours")}
+    return fewer.measure(row, steps, memory=True, refused=refused)
+
+
+def problem_of(
+    context: Context, kind: str, targets: str, trials: int, size: tuple[int, int] | None = None
+) -> Problem:
+    """A model in float32 and its batch; kernels that passed their checks are chosen."""
+    shape = SHAPES[kind]
+    choose(context.device, [k for k in KERNELS if not context.failure(k)])
+    with context.device:
+        model = model_of(shape).eval()
+    options = {"target_modules": targets, "metric": "tv" if shape.gated else "l1"}
+    options["trials"] = trials
+    return Problem(model, tokens(context, shape, size or WRITTEN), options)
 
 
 def check(problem: Problem) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from bench.gpu import rivals
 from bench.gpu.checks import Check
 from bench.gpu.context import Row
 from bench.gpu.timing import OUT_OF_MEMORY
 from bench.results_file import FOLDER, machine
 
 FORMAT = 1  # of the file
+NO_TIME = "no time was left"
 NO_FAILURE = ("ok", OUT_OF_MEMORY, "not used in float32", "no Triton here")
 
 
@@ -26,6 +28,7 @@ def card_facts(device: torch.device) -> dict[str, Any]:
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
+        "rivals": rivals.versions(),
     }
     if device.type != "cuda":
         return facts | {"card": "cpu"}
@@ -81,14 +84,19 @@ def content(
 
 
 def failures(checks: Sequence[Check], sections: dict[str, list[Row]]) -> list[str]:
-    """One line for each check or row that failed; too little memory is no failure."""
+    """One line for each check or row that failed; too little memory or time is no failure."""
     lines = [
         f"{c['op']}, {c['case']}, {c['kernels']}, {c['dtype']}: {c['status']}"
         for c in checks
         if c["status"] != "passed"
     ]
-    rows = [row for some in sections.values() for row in some if row["status"] not in NO_FAILURE]
+    rows = [row for some in sections.values() for row in some if _failed(row["status"])]
     return lines + [f"{row['row']}, {row['variant']}: {row['status']}" for row in rows]
+
+
+def _failed(status: str) -> bool:
+    lost = status.startswith("not run: the card")
+    return lost or not (status in NO_FAILURE or status.startswith("not run: "))
 
 
 def notes(sections: dict[str, list[Row]]) -> list[str]:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.gpu import kernels, ops, page, predictions, report, rows, steps
+from bench.gpu import (
+    eager,
+    host,
+    kernels,
+    ops,
+    page,
+    predictions,
+    profiles,
+    report,
+    rows,
+    steps,
+    training,
+)
 from bench.gpu.checks import Check, check_kernels, check_ops
 from bench.gpu.context import Context, Row, measure_card
 from bench.gpu.timing import Events, Graphs, Timer, reason, release
@@ -22,6 +35,11 @@ MEASURES: list[tuple[dict, Callable[[Context, str], list[Row]]]] = [
     (rows.PHILOX, kernels.philox_kernel),
     (rows.DISAGREEMENTS, ops.disagreement_row),
     (rows.PREDICTIONS, predictions.prediction_row),
+    (dict.fromkeys(rows.HOST), host.launches_row),
+    (rows.EAGER, eager.eager_row),
+    (rows.PROFILES, profiles.profile_row),
+    (rows.TRAINING, training.training_row),
+    (rows.QLORA, training.training_row),
 ]
 
 
@@ -34,14 +52,19 @@ def run(
     jobs: Sequence[str],
     save: Callable[[list[Check], Sections, bool], None],
     say: Callable[[str], None],
+    every_op: bool = True,
 ) -> int:
-    """Checks, then the jobs; `save(checks, sections, finished)` after each. The exit status."""
+    """Checks, then the jobs; `save(checks, sections, finished)` after each. The exit status.
+
+    Without `every_op` the kernels' own checks only; each job checks what it times all the same.
+    """
     sections: Sections = {"card": []}
     lost = ""
     try:
         for check in check_kernels(context.device):
             context.checks.append(check)
-        for check in check_ops(context.device, context.dtype_name, list(context.checks)):
+        kernels_own = list(context.checks)
+        for check in check_ops(context.device, context.dtype_name, kernels_own) if every_op else ():
             context.checks.append(check)
         say(f"{len(context.checks)} checks")
         sections["card"] = measure_card(context)
@@ -53,7 +76,10 @@ def run(
         section, _, row = name.partition(": ")
         say(name)
         try:
-            found = [_failed(row, f"not run: {lost}")] if lost else measure(context, row)
+            if lost or context.left < 0:
+                found = [_failed(row, f"not run: {lost or report.NO_TIME}")]
+            else:
+                found = measure(context, row)
         except Exception as error:  # the other rows go on
             found = [_failed(row, reason(error))]
         try:
@@ -79,9 +105,13 @@ def benchmark(options: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_float32_matmul_precision("highest")  # no TF32 in the references
     context = Context(device, timers, options.dtype, options.repetitions)
+    if options.minutes is not None:
+        context.until = time.perf_counter() + 60 * options.minutes
     facts = report.card_facts(device)
-    path = options.out or report.default_path(facts["card"], facts["time"][:10])
+    part = f"-part-{options.part}" if options.part else ""
+    path = options.out or report.default_path(facts["card"], facts["time"][:10] + part)
     said = {"dtype": options.dtype, "quick": options.quick, "only": options.only}
+    said |= {"part": options.part, "every op checked": options.checks == "all"}
     said |= {"repetitions": context.repetitions, "tokens": context.tokens}
     found: dict = {}
 
@@ -93,7 +123,7 @@ def benchmark(options: argparse.Namespace) -> int:
         print(text, file=sys.stderr, flush=True)
 
     try:
-        return run(context, options.jobs, save, say)
+        return run(context, options.jobs, save, say, options.checks == "all")
     finally:  # also after Ctrl-C
         if found:
             print(page.card(found), *report.notes(found["sections"]), sep="\n")

@@ -34,14 +34,14 @@ def block_row(context: Context, row: str) -> list[Row]:
         variants["peft, float32 adapters"] = models["peft default"], "vendor GEMMs"
         variants[f"ours, float32 adapters, {best}"] = models[ADAPTERS32], best
 
-    exact = _results(context, kind, copy.deepcopy(models["peft"]).double())
-    torchs = _results(context, kind, models["peft"])
+    exact = results(context, kind, copy.deepcopy(models["peft"]).double())
+    torchs = results(context, kind, models["peft"])
     refused: dict[str, str | None] = {}
     for name, (model, label) in variants.items():
         if name.startswith("ours"):
             choose(context.device, labels[label])
             refused[name] = context.failure("grouped_lora_linear", label) or refusal(
-                functools.partial(_check, context, kind, model, torchs, exact)
+                functools.partial(check_block, context, kind, model, torchs, exact)
             )
     del exact, torchs
     release()
@@ -76,7 +76,7 @@ def training_step(
     return Step(run, before)
 
 
-def _results(context: Context, kind: str, model: nn.Module) -> Named:
+def results(context: Context, kind: str, model: nn.Module) -> Named:
     """Output and gradients in the dtype of the base, without dropout."""
     generator = torch.Generator().manual_seed(2)
     size = (1, CHECKED_TOKENS, SHAPES[kind].width)
@@ -92,7 +92,7 @@ def _results(context: Context, kind: str, model: nn.Module) -> Named:
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(named, grads, strict=True)}
 
 
-def _check(context: Context, kind: str, model: nn.Module, torchs: Named, exact: Named) -> None:
-    compare(_results(context, kind, model), torchs, exact, size=torch.Tensor.norm)
+def check_block(context: Context, kind: str, model: nn.Module, torchs: Named, exact: Named) -> None:
+    compare(results(context, kind, model), torchs, exact, size=torch.Tensor.norm)
     if ada.fusion_report(model).fused_share < 1:
         raise ArithmeticError("not every call was fused")

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adarank_fast.adapters.torch_private import free_generator
 from adarank_fast.benchmarking import measure
 from adarank_fast.benchmarking.measure import event_seconds, interleaved
 
@@ -66,6 +69,30 @@ class Events:
         return event_seconds(run)
 
 
+class Host(Events):
+    """The host's clock until the last launch is issued: the card's own time is no part of it."""
+
+    name = "host"
+
+    def ready(self, step: Step) -> Callable[[], object]:
+        for _ in range(3):
+            step.before()
+            step.run()
+        return step.run
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        wait()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+
+def wait() -> None:
+    """For all that was launched, where there is a card."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 class Graphs(Events):
     """CUDA events around the replay of a captured graph."""
 
@@ -98,7 +125,7 @@ class Graphs(Events):
         except Exception:
             torch.cuda.set_stream(outside)  # a capture that breaks off does not
             self.stream, self.graphs = torch.cuda.Stream(), []
-            _free_generator()
+            free_generator(torch.device("cuda", torch.cuda.current_device()))
             raise
         self.graphs.append(graph)
         self._believe(graph, [] if written is None else list(written))
@@ -117,21 +144,13 @@ class Graphs(Events):
             raise ArithmeticError("a replay of its graph leaves outputs unwritten")
 
 
-def _free_generator() -> None:
-    """Give torch's generator a state of its own again if a broken capture still holds it."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    try:
-        torch.rand(1, device="cuda")
-    except RuntimeError:
-        generator.graphsafe_set_state(generator.clone_state())
-
-
 def timed(
-    steps: dict[str, Step], repetitions: int, timer: Timer
+    steps: dict[str, Step], repetitions: int, timer: Timer, limit: float = math.inf
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds a call of every repetition of every step, interleaved; why others failed.
 
-    A step that cannot be prepared is left out with its reason.
+    A step that cannot be prepared is left out with its reason. After `limit` seconds no other
+    repetition begins.
     """
     runs: dict[str, Callable[[], object]] = {}
     failed: dict[str, str] = {}
@@ -146,7 +165,7 @@ def timed(
         steps[name].before()
         return timer.seconds(runs[name]) / steps[name].calls
 
-    return interleaved(runs, seconds_of, repetitions), failed
+    return interleaved(runs, seconds_of, repetitions, limit), failed
 
 
 def reason(error: BaseException) -> str:
@@ -173,8 +192,8 @@ def refusal(check: Callable[[], object]) -> str | None:
 def release() -> None:
     """Give back what a row held; raises if the card no longer answers."""
     gc.collect()
+    wait()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 

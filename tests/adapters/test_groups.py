@@ -60,6 +60,20 @@ def test_gradient_checkpointing(reentrant):
     assert not any(m._adarank.group.missed for m in fusable(fused) if m._adarank.group)
 
 
+def test_checkpointing_under_gradients_of_the_adapters_alone():
+    """A forward that is repeated inside `autograd.grad` keeps what the first one kept."""
+    plain = mixed("llama", lora_dropout=0.0)
+    fused = ada.accelerate(copy.deepcopy(plain))
+    found = []
+    for model in (plain, fused):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        inputs = [p for p in model.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(loss_of(model, "llama"), inputs))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
 def test_checkpointing_replays_dropout():
     """The recomputed forward must drop the same elements, or the gradients are wrong."""
     fused = ada.accelerate(mixed("llama", lora_dropout=0.3), example=batch("llama"))

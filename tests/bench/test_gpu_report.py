@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.gpu import page, report
+from bench.gpu import page, report, rows
 from bench.gpu.context import Row
 from bench.results_file import write_json
 
@@ -75,6 +75,15 @@ def test_page_of_a_small_run(tmp_path: Path) -> None:
                 step | {"variant": "ours, + pairs, fused head", "eager_seconds": 1.0},
             ],
             "predictions": [step | {"variant": "ours", "eager_seconds": 0.25}],
+            "training": [
+                step | {"variant": "ours", "eager_tokens_per_second": 5e4, "last_loss": 2.5},
+                step | {"variant": "theirs", "status": "not run: not installed"},
+            ],
+            "eager": [step | {"variant": "PEFT", "host_seconds": 2e-3}],
+            "host": [step | {"variant": "torch.mm", "host_seconds": 5e-6}],
+            "profiles": [
+                step | {"variant": "a", "kernels": [{"name": "k", "count": 2, "microseconds": 9.0}]}
+            ],
         },
     }
     (tmp_path / "card.json").write_text(json.dumps(found))
@@ -85,3 +94,14 @@ def test_page_of_a_small_run(tmp_path: Path) -> None:
     assert "| tiny | 4.0 | 2.0 | 2.00 | 50% |" in text and "| tiny | x | 5 | 1 |" in text
     assert "| tiny | ours | 250 | - |" in text and "down, tiny" not in text
     assert "fused head" not in text
+    assert "| tiny | ours | 50,000 | - | - | - | 2.5000 |  |" in text
+    assert "| tiny | theirs | - | - | - | - | - | not run: not installed |" in text
+    assert "| tiny | PEFT | 2 | - | - |  |" in text and "| torch.mm | 5 |" in text
+    assert "| tiny | a | k | 2 | 9.0 |" in text
+
+
+def test_what_waits_for_a_card_is_listed() -> None:
+    row = {"row": next(iter(rows.TRAINING)), "variant": "ours", "status": "ok"}
+    others = [row | {"row": name, "status": "not run: no time was left"} for name in rows.TRAINING]
+    text = page.waiting([{"sections": {"training": [*others, row]}}])
+    assert "1 x 2,048;" not in text and "- training: Qwen3-0.6B, 8 x 2,048;" in text

@@ -93,7 +93,8 @@ class Cuda:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: Cuda.Stream())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(timing, "_free_generator", lambda: self.log.append("generator"))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(timing, "free_generator", lambda _: self.log.append("generator"))
         self.breaks = breaks
 
     class Stream:

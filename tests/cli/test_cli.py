@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import adarank_fast as ada
+from adarank_fast.cli.main import app
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.training.loading import auto_class, load_pretrained
 from tests.tiny_texts import WORDS, save_tiny
@@ -27,12 +29,21 @@ def folders(tmp_path_factory):
     return {kind: str(path) for kind, path in found.items()}
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["plot"], ["demo"]])
-def test_help(adarank, command):
-    status, out, err = adarank(*command, "--help")
-    assert status == 0
-    assert "Usage: " in out
-    assert not err
+COMMANDS = "predict train evaluate apply bench compare plot export merge demo".split()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(adarank, command, monkeypatch):
+    """On a terminal of 80 columns nothing is cut, and every option says what it is."""
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = adarank(*command.split(), "--help")
+    assert (status, err) == (0, "")
+    assert "Usage: " in out and "\N{HORIZONTAL ELLIPSIS}" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    group = typer.main.get_command(app)
+    assert sorted(group.commands) == sorted(COMMANDS)
+    for option in (group.commands[command] if command else group).params:
+        assert option.help or option.param_type_name == "argument", option.name
 
 
 def test_version(adarank):

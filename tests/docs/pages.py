@@ -12,7 +12,9 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 ROOT = Path(__file__).parents[2]
 # written by `make benchmarks-page` and the like, of figures only
-GENERATED = {"benchmarks.md", "compatibility.md", "gpu.md", "kernels.md", "results.md"}
+GENERATED = {
+    *("benchmarks.md", "compatibility.md", "gpu.md", "kernels.md", "reliability.md", "results.md"),
+}
 
 
 def pages() -> list[Path]:

@@ -166,9 +166,11 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
     def make(group: groups.Group, *arguments: Any) -> None:
         made(group, *arguments)
-        group.backend, group.device_type, group.whole = triton, "cuda", True
+        group.device_type = "cuda"
 
     monkeypatch.setattr(groups.Group, "__init__", make)
+    monkeypatch.setattr(groups.Group, "_whole_backend", lambda group, x: True)
+    monkeypatch.setattr(groups, "choose_backend", lambda x, factors: triton)
     return monkeypatch
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,14 @@ from adarank_kernels import philox_normal, philox_normal_ref
 from adarank_kernels.random import triton
 from adarank_kernels.random.philox import _check_kernel, fill_in_torch
 from adarank_kernels.random.words import key_tensor, philox_words
+
+
+@pytest.fixture(autouse=True)
+def _no_division_by_zero() -> Iterator[None]:
+    """NumPy's integers give 0, a GPU's anything."""
+    with np.errstate(divide="raise"):
+        yield
+
 
 SEEDS = [0, 1, 2**32 + 7, 2**63, 2**64 - 1]
 
@@ -40,6 +51,16 @@ def test_normals(seed: int) -> None:
 def test_rounds_once(dtype: torch.dtype) -> None:
     rounded = philox_normal((5000,), 3).to(dtype)
     assert torch.equal(philox_normal((5000,), 3, dtype=dtype), rounded)
+
+
+def test_the_kernel_draws_all_but_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, right = [], triton.fill
+    monkeypatch.setattr(triton, "fill", lambda out, key: drawn.append(out.dtype) or right(out, key))
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for dtype in [*dtypes, torch.float64]:
+        philox_normal((0,), 3, dtype=dtype)
+        assert philox_normal((5,), 3, dtype=dtype).dtype == dtype
+    assert drawn == dtypes
 
 
 def test_self_check_passes_and_sees_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:

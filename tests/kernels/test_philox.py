@@ -3,7 +3,9 @@ import torch
 
 from adarank_kernels import philox_normal, philox_normal_ref
 from adarank_kernels.lora.dropout import keep_mask
-from adarank_kernels.random.words import philox_words
+from adarank_kernels.random.philox import words_of
+from adarank_kernels.random.reference import philox_words_ref
+from adarank_kernels.random.words import key_tensor, philox_words, uniform_from_words
 from adarank_kernels.runtime import native
 
 # As drawn by the first release: plans made then must be made again.
@@ -15,8 +17,7 @@ def words_by(request, monkeypatch):
     """Large calls once with the C++ operator, if it can be built here, and once without."""
     if request.param == "torch":
         monkeypatch.setattr(native, "_loaded", False)
-    else:
-        native.operators()
+    return request.param == "compiled" and native.operators() is not None
 
 
 def test_words_are_those_of_random123():
@@ -25,12 +26,28 @@ def test_words_are_those_of_random123():
     assert [int(w) & 0xFFFFFFFF for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
+@pytest.mark.parametrize("first", [0, 2**31 - 2, 2**32 - 3, 2**33 - 1])
+@pytest.mark.parametrize("seed", [1, 2**62 + 5, 2**63, 2**64 - 3])
+def test_words_of_counters_beyond_32_bits(words_by, first, seed):
+    """As integers in Python: no tensor that fits here has so many elements."""
+    words = words_of(key_tensor(seed, torch.device("cpu")), first, 6, native=words_by)
+    expected = [philox_words_ref(seed, counter) for counter in range(first, first + 6)]
+    assert [[int(w) & 0xFFFFFFFF for w in column] for column in words.t()] == expected
+
+
+def test_uniforms_fold_negative_words():
+    words = torch.tensor([0, 3, -1, -4, 2**31 - 1, -(2**31), 2**30 + 64], dtype=torch.int32)
+    folded = torch.tensor([0, 3, 0, 3, 2**31 - 1, 2**31 - 1, 2**30], dtype=torch.float32)
+    assert torch.equal(uniform_from_words(words), folded * 4.6566127342e-10)
+
+
 @pytest.mark.parametrize("shape", [(0,), (1,), (5,), (3, 7), (2, 3, 11)])
-@pytest.mark.parametrize("seed", [0, 1, 2**32 + 7, 2**64 - 1])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 7, 2**62 + 1, 2**63, 2**64 - 1])
 def test_matches_integers_and_float64(shape, seed):
     ours = philox_normal(shape, seed)
     reference = philox_normal_ref(shape, seed, dtype=torch.float64)
     assert ours.shape == reference.shape == shape and ours.dtype == torch.float32
+    assert ours.untyped_storage().nbytes() == (ours.numel() + 3) // 4 * 16
     torch.testing.assert_close(ours.double(), reference, atol=5e-6, rtol=0)
 
 
@@ -69,6 +86,13 @@ def test_masks(words_by, dropout):
     assert abs(mask.float().mean() - (1 - dropout)) < 0.01
 
 
+def test_a_mask_made_in_one_go_is_the_same():
+    """As of a seed whose type a mode or a compiler may stand behind."""
+    seed = torch.tensor([2**62 + 12345])
+    whole = keep_mask(torch.nn.Parameter(seed, requires_grad=False), 515, 131, 0.3)
+    assert torch.equal(whole, keep_mask(seed, 515, 131, 0.3))
+
+
 def test_an_element_depends_on_its_index_alone(words_by):
     long = philox_normal((300_001,), seed=3)
     torch.testing.assert_close(philox_normal((200_003,), seed=3), long[:200_003], rtol=0, atol=0)
@@ -97,4 +121,4 @@ def test_seed_must_fit(seed):
     with pytest.raises(ValueError, match="seed must be in"):
         philox_normal((3,), seed)
     with pytest.raises(ValueError, match="negative size"):
-        philox_normal((-3,), 0)
+        philox_normal((2, -1), 0)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from adarank_kernels.lora.backends import cpu
+from adarank_kernels.lora.backends import torch as aten
+from adarank_kernels.lora.group import choose_backend
 from tests.kernels.product_cases import (
     DTYPES,
     NAMES,
@@ -187,3 +190,19 @@ def test_a_freed_storage_is_refused() -> None:
     A.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="needs more than its storage"):
         torch.ops.adarank.shrink(randn(9, 20), [A], [0], 3, None, 0.0)
+
+
+def test_which_factors_the_operators_take() -> None:
+    x = torch.zeros(2, 8)
+    assert choose_backend(x, [None, x]) is choose_backend(x, []) is cpu
+    assert choose_backend(x, [x, x.half()]) is choose_backend(x, [x, x.bfloat16()]) is aten
+    assert choose_backend(x.half(), [None]) is choose_backend(x.double(), [x]) is aten
+
+
+def test_bfloat16_rows_take_factors_of_both_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    dtype, low = dtypes
+    x = torch.zeros(2, 8, dtype=dtype)
+    assert choose_backend(x, [x.to(low), None, x.float()]) is cpu
+    assert [cpu.padded(rank, dtype) - rank for rank in (1, 2, 7)] == (
+        [1, 0, 1] if dtype == torch.bfloat16 else [0, 0, 0]
+    )

@@ -151,7 +151,7 @@ class Place:
             if found == content:
                 continue
             new = None if found is None else result({path: found}).get(path)
-            if name == "save" and found:  # one of forty
+            if name == "save" and found:  # one of twelve
                 continue
             if new is None or new != self.whole[name].get(path):
                 odd.append(path)
@@ -220,13 +220,12 @@ def kills(
 ) -> Counts:
     """SIGKILL at random moments of the jobs, once or twice, each then run to its end."""
     random, deadline = Random(seed), time.monotonic() + seconds
-    counts: Counts = {f"killed in {name}": 0 for name in names} | {"resumed": 0}
+    counts: Counts = {"kills": 0} | {f"killed in {name}": 0 for name in names} | {"resumed": 0}
     faults: list[str] = []
     for name in names:
         here.measure(name)
-    done = 0
-    while done < most and time.monotonic() < deadline:
-        name = names[done % len(names)]
+    while counts["kills"] < most and time.monotonic() < deadline:
+        name = names[counts["resumed"] % len(names)]
         folder = here.start(name)
         before = listing(folder)
         kept: dict[str, bytes] = {}
@@ -234,6 +233,7 @@ def kills(
             after = random.uniform(0, here.seconds[name])
             status, said = here.run(name, folder, kill_after=after)
             if status == -9:
+                counts["kills"] += 1
                 counts[f"killed in {name}"] += 1
             elif status != 0:
                 faults.append(f"{name}: ended with {status} before its kill: {said[-600:]}")
@@ -243,7 +243,6 @@ def kills(
         faults += here.finish(name, folder, kept)
         counts["resumed"] += 1
         shutil.rmtree(folder)
-        done += 1
     return counts | {"faults": faults}
 
 
@@ -256,25 +255,29 @@ def full_disk(
 ) -> Counts:
     """The n-th write fails, or files cannot grow: one line, nothing harmed, the next run is right.
 
-    Every write of every job in turn, from a random one on, with time; else as many as there is
-    time for.
+    Every write of every job, once on a full disk and once on a read-only one, in random order;
+    after every fourth, files that cannot grow beyond a random size.
     """
     from tests.reliability.jobs import Fault
 
     random, deadline = Random(seed), time.monotonic() + seconds
-    counts: Counts = {"writes": 0} | {f"failed in {name}": 0 for name in names}
-    faults: list[str] = []
     for name in names:
         here.measure(name)
-    starts = {name: random.randrange(here.calls[name]) for name in names}
+    left = [
+        (name, Fault(at, number))
+        for name in names
+        for at in range(1, here.calls[name] + 1)
+        for number in (errno.ENOSPC, errno.EROFS)
+    ]
+    for _ in range(len(left) // 4):
+        name = random.choice(names)
+        left.append((name, Fault(largest=int(here.largest[name] * random.random() ** 3))))
+    random.shuffle(left)
+    counts: Counts = {"disk faults": 0} | {f"failed in {name}": 0 for name in names}
     counts["writes"] = sum(here.calls.values())
-    done = 0
-    while done < most and time.monotonic() < deadline:
-        name, turn = names[done % len(names)], done // len(names)
-        at = 1 + (starts[name] + turn) % here.calls[name]
-        fault = Fault(at, random.choice((errno.ENOSPC, errno.EROFS)))
-        if turn % 4 == 3:
-            fault = Fault(largest=int(here.largest[name] * random.random() ** 3))
+    faults: list[str] = []
+    while left and counts["disk faults"] < most and time.monotonic() < deadline:
+        name, fault = left.pop()
         folder = here.start(name)
         before = listing(folder)
         status, said = here.run(name, folder, fault)
@@ -287,5 +290,5 @@ def full_disk(
             faults.append(f"{name}: {fault}: harmed {odd[:5]}")
         faults += here.finish(name, folder, here.kept(name, folder))
         shutil.rmtree(folder)
-        done += 1
+        counts["disk faults"] += 1
     return counts | {"faults": faults}

@@ -7,10 +7,13 @@ import copy
 import gc
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from random import Random
 from types import FrameType
 from typing import Any
 
@@ -25,6 +28,7 @@ from adarank_fast.models import forward_patching
 OURS = tuple(
     f"{Path(package.__file__).parent}{os.sep}" for package in (adarank_fast, adarank_kernels)
 )
+ERRORS: tuple[type[BaseException], ...] = (KeyboardInterrupt, RuntimeError)
 MODELS = f"{os.sep}transformers{os.sep}models{os.sep}"
 
 
@@ -117,40 +121,49 @@ def differences(before: list[tuple[str, Any]], after: list[tuple[str, Any]]) -> 
     return odd if len(before) == len(after) else [*odd, f"{len(after) - len(before)} more"]
 
 
-def check(
-    make: Callable[[], nn.Module],
-    call: Callable[[nn.Module], Any],
-    found: Callable[[Any], Any],
-    use: Callable[[nn.Module], Any],
-    same: Callable[[Any, Any], bool],
-    error: type[BaseException],
-) -> tuple[int, int]:
-    """Fail at calls of `call(make())`: (calls there are, those that ended it).
+@dataclass(frozen=True)
+class Case:
+    """A public function on a model.
 
-    Afterwards the model is as it was and can be used, and a second call gives what an undisturbed
-    one does; a call that goes on in spite of an exception gives that, too.
-
-    Args:
+    Attributes:
         make: a fresh model.
         call: the function under test.
         found: what there is to compare in its result.
         use: a forward of the model.
         same: whether two values of `found`, or of `use`, agree.
-        error: what is raised.
     """
-    expected, working = found(call(make())), use(make())
-    model = make()
-    use(model)
-    with Calls() as calls:
-        call(model)
-    ended = 0
-    for at in every(calls.count, issubclass(error, Exception)):
-        model = make()
-        use(model)
+
+    make: Callable[[], nn.Module]
+    call: Callable[[nn.Module], Any]
+    found: Callable[[Any], Any]
+    use: Callable[[nn.Module], Any]
+    same: Callable[[Any, Any], bool]
+
+
+class Undisturbed:
+    """What `call(make())` gives, what the model then gives, and how many calls it makes."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.expected, self.working = case.found(case.call(case.make())), case.use(case.make())
+        model = case.make()
+        case.use(model)
+        with Calls() as calls:
+            case.call(model)
+        self.calls = calls.count
+
+    def fail(self, at: int, error: type[BaseException]) -> bool:
+        """Raise `error` at a call; whether that ended the function.
+
+        Afterwards the model is as it was and can be used, and a second call gives what an
+        undisturbed one does; a call that goes on in spite of an exception gives that, too.
+        """
+        case, model = self.case, self.case.make()
+        case.use(model)
         before = state_of(model)
         try:
             with Calls(at, error(f"call {at}")):
-                result = call(model)
+                result = case.call(model)
         except BaseException as caught:
             assert caught.args == (f"call {at}",) or not issubclass(error, KeyboardInterrupt), (
                 caught
@@ -158,15 +171,48 @@ def check(
             assert not isinstance(caught, AssertionError), caught
             # while it is handled: its traceback keeps every frame that it went through
             odd = differences(before, state_of(model))
-            assert not odd, (at, calls.count, odd[:3])
+            assert not odd, (at, self.calls, odd[:3])
             run = fused_linear.thread.run
             assert run is None or all("_adarank" in vars(layer) for layer in run.layers)
-            ended += 1
         else:
-            assert same(found(result), expected), f"call {at}: caught, and another result"
-            continue
-        assert same(use(model), working), f"call {at}: the model gives another output"
-        assert same(found(call(model)), expected), (
-            f"call {at}: the second call gives another result"
-        )
-    return calls.count, ended
+            found = case.found(result)
+            assert case.same(found, self.expected), f"call {at}: caught, and another result"
+            return False
+        assert case.same(case.use(model), self.working), f"call {at}: another output of the model"
+        again = case.found(case.call(model))
+        assert case.same(again, self.expected), f"call {at}: another result of the second call"
+        return True
+
+
+def check(case: Case, error: type[BaseException]) -> tuple[int, int]:
+    """Fail at calls of a case: (calls there are, those that ended it)."""
+    undisturbed = Undisturbed(case)
+    at = every(undisturbed.calls, issubclass(error, Exception))
+    return undisturbed.calls, sum(undisturbed.fail(one, error) for one in at)
+
+
+def soak(
+    cases: Mapping[str, Case], seconds: float, seed: int = 0, most: float = float("inf")
+) -> dict[str, Any]:
+    """Fail at calls in random order, each case in turn; all of them, once, with time."""
+    random, deadline = Random(seed), time.monotonic() + seconds
+    counts: dict[str, Any] = {"raised": 0, "ended the call": 0, "calls": 0}
+    faults: list[str] = []
+    left: list[tuple[str, Undisturbed, list[tuple[int, type[BaseException]]]]] = []
+    for name, case in cases.items():
+        undisturbed = Undisturbed(case)
+        counts["calls"] += undisturbed.calls
+        at = [(one, error) for one in range(1, undisturbed.calls + 1) for error in ERRORS]
+        random.shuffle(at)
+        left.append((name, undisturbed, at))
+    while left and counts["raised"] < most and time.monotonic() < deadline:
+        name, undisturbed, at = left.pop(0)
+        call, error = at.pop()
+        if at:
+            left.append((name, undisturbed, at))
+        try:
+            counts["ended the call"] += undisturbed.fail(call, error)
+        except (Exception, error) as fault:
+            faults.append(f"{name}, {error.__name__} at call {call}: {fault!r}")
+        counts["raised"] += 1
+    return counts | {"faults": faults}

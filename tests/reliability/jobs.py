@@ -61,14 +61,14 @@ def save(ranks: tuple[int, ...]) -> None:
         plan = ada.RankPlan(dict.fromkeys(names, rank), sizes, {}, {})
         plan.save("plan.json")
         ada.export_plan(plan, "plan.yaml", "axolotl")
-        if rank % 10 == 0:
+        if rank % 6 == 0:
             ada.plot_plan(plan, "plan.png")
 
 
 PREDICT = "predict ../inputs/model --data ../inputs/texts.jsonl --target-modules all-linear "
 TRAIN = (
     "train ../inputs/model --data ../inputs/texts.jsonl -o adapter --average-rank 2 --batch-size 4 "
-    "--set save_steps=4 --set save_total_limit=2 "
+    "--set save_steps=2 --set save_total_limit=2 "
 )
 COMPARE = (
     "compare ../inputs/model --data ../inputs/texts.jsonl -o report --average-rank 2 --seeds 2 "
@@ -81,11 +81,11 @@ JOBS = {
         before=command(PREDICT + "--average-rank 4 --trials 1 -o plan.json"),
     ),
     "train": Job(
-        command(TRAIN + "--max-steps 24"), before=command(TRAIN + "--max-steps 1 --seed 1")
+        command(TRAIN + "--max-steps 6"), before=command(TRAIN + "--max-steps 1 --seed 1")
     ),
     "compare": Job(command(COMPARE), kept=("report/cells/**/*",)),
     "export": Job(command("export ../inputs/adapter --uniform -o served")),
-    "save": Job(lambda: save(tuple(range(1, 41))), before=lambda: save((50,))),
+    "save": Job(lambda: save(tuple(range(1, 13))), before=lambda: save((18,))),
 }
 
 

@@ -156,7 +156,7 @@ def workplace() -> Iterator[tuple[Path, dict[str, bytes]]]:
 
     What is found beyond the limit of a pattern's time is no other if the limit is shorter.
     """
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    place = os.environ.get("TMPDIR") or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     before = patterns.SECONDS
     patterns.SECONDS = 0.1
     try:

@@ -27,6 +27,7 @@ if HAS_TRITON:
 # Calls for fewer numbers do not wait for the C++ operators to be built.
 WORTH_BUILDING = 1 << 16
 COUNTERS_PER_CHUNK = 1 << 15  # on the CPU: temporaries stay in the second-level cache
+COUNTERS_ELSEWHERE = 1 << 23
 
 
 def _box_muller(words: Tensor, out: Tensor) -> None:
@@ -77,15 +78,19 @@ def fill_in_torch(out: Tensor, seed: int) -> None:
     on_cpu = out.device.type == "cpu"
     native = on_cpu and out.numel() >= WORTH_BUILDING and operators() is not None
     key = key_tensor(seed, out.device)
-    step = COUNTERS_PER_CHUNK if on_cpu else 256 * COUNTERS_PER_CHUNK
+    step = COUNTERS_PER_CHUNK if on_cpu else COUNTERS_ELSEWHERE
     for start in range(0, len(out), step):
         part = out[start : start + step]
-        if native:
-            words = torch.ops.adarank.philox(int(key), start, 0, 1, len(part))[:, 0]
-        else:
-            counters = torch.arange(start, start + len(part), device=out.device)
-            words = torch.stack(philox_words(key, counters & WORD, counters >> 32))
-        _box_muller(words, part)
+        _box_muller(words_of(key, start, len(part), native), part)
+
+
+def words_of(key: Tensor, first: int, count: int, native: bool) -> Tensor:
+    """The words of `count` counters from `first` on: int32 [4, count]; `native`: made in C++."""
+    if native:
+        words: Tensor = torch.ops.adarank.philox(int(key), first, 0, 1, count)
+        return words[:, 0]
+    counters = torch.arange(first, first + count, device=key.device)
+    return torch.stack(philox_words(key, counters & WORD, counters >> 32))
 
 
 def _check_kernel(device: torch.device) -> None:

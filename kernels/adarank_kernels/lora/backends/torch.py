@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
-from adarank_kernels.lora.dropout import keep_mask
+from adarank_kernels.lora.dropout import is_mask, keep_mask
 
 
 def padded(rank: int, dtype: torch.dtype) -> int:
@@ -42,6 +42,8 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def drop(X: Tensor, seed: Seed, dropout: float) -> Tensor:
     if seed is None:
         return X
+    if is_mask(seed):
+        return X * seed
     return X * keep_mask(seed, X.shape[0], X.shape[1], dropout)
 
 
@@ -72,15 +74,8 @@ def expand(
 
 
 def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width: int) -> Tensor:
-    """Columns between the modules' ranks are zero."""
-    dtype, parts, end = dYs[0].dtype, [], 0
-    for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=True):
-        if start > end:
-            parts.append(dY.new_zeros(dY.shape[0], start - end))
-        parts.append(scaled_mm(dY, cast(B, dtype), scaling))
-        end = start + B.shape[1]
-    if width > end:
-        parts.append(dYs[0].new_zeros(dYs[0].shape[0], width - end))
+    dtype = dYs[0].dtype
+    parts = [scaled_mm(*of) for of in zip(dYs, [cast(B, dtype) for B in Bs], scalings, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

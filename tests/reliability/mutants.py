@@ -1,0 +1,355 @@
+"""Mutation tests: one operator, condition or constant is changed; does a test fail?
+
+    make mutants ARGS="--only allocation --minutes 5"
+
+Each mutant's tests run in a fork of a process that has torch and Triton imported, in a copy of the
+repository. Figures go to bench/results/mutants.json: of every part how many mutants there are, how
+many were tried (drawn with a seed) and killed, and the survivors. Why one of them changes nothing
+that a test could see, or not here, is written by hand under "note"; a later run keeps it.
+
+Left out are annotations, decorators, messages, assertions, tuned sizes, and the kernels' own checks
+on a device, which are tests themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+WARM = ("torch", "numpy", "scipy.special", "transformers", "peft", "hypothesis", "pytest", "triton")
+SELF_CHECKS = ("_check", "_each_dtype", "_exact", "_problem", "_RANKS", "register")
+SIZES = (
+    *("SHRINK", "EXPAND", "DROP", "FILL", "PAIRS", "WORTH_BUILDING", "COUNTERS_PER_CHUNK"),
+    *("COUNTERS_ELSEWHERE", "ROWS_PER_CHUNK", "LOGITS_BYTES", "CACHE_BYTES", "ROWS", "LARGE"),
+    *("OUTPUTS", "GPU_BYTES", "GPU_LEAST_BYTES", "GPU_SHARE", "GPU_OUTPUTS"),
+    *("chunk_tokens", "held_copies", "few"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files that are mutated, the tests that should notice, and those for Triton's interpreter."""
+
+    files: tuple[str, ...]
+    tests: tuple[str, ...] = ()
+    interpreted: tuple[str, ...] = ()
+
+
+def kernels(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"kernels/adarank_kernels/{folder}/{name}.py" for name in names)
+
+
+PARTS = {
+    "allocation": Part(
+        ("adarank_fast/plan/allocation.py", "adarank_fast/plan/budget.py"),
+        ("tests/plan/test_allocation.py", "tests/plan/test_allocation_properties.py"),
+    ),
+    "philox": Part(
+        kernels("random", "philox", "reference", "words", "triton"),
+        ("tests/kernels/test_philox.py",),
+        ("tests/interpreter/test_philox_kernels.py",),
+    ),
+    "lora-triton": Part(
+        kernels("lora", "triton_kernels", "triton_launch", "backends/triton"),
+        interpreted=("tests/interpreter/test_lora_kernels.py",),
+    ),
+    "lora-cpu": Part(
+        kernels("lora", "dropout", "backends/cpu", "backends/torch"),
+        (
+            "tests/kernels/test_grouped_lora.py",
+            "tests/kernels/test_product_schemas.py",
+            "tests/kernels/test_philox.py",
+        ),
+        ("tests/interpreter/test_lora_kernels.py",),
+    ),
+    "disagreement-triton": Part(
+        kernels("disagreement", "triton"),
+        interpreted=("tests/interpreter/test_disagreement_kernels.py",),
+    ),
+    "disagreement": Part(
+        kernels("disagreement", "op", "metrics"),
+        ("tests/kernels/test_disagreement.py",),
+        ("tests/interpreter/test_disagreement_kernels.py",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`text` with bytes [start, stop) replaced."""
+
+    file: str
+    start: int
+    stop: int
+    new: str
+    line: int
+
+    def apply(self, text: bytes) -> bytes:
+        return text[: self.start] + self.new.encode() + text[self.stop :]
+
+    def shown(self, text: bytes) -> dict[str, Any]:
+        before, after = (t.decode().splitlines()[self.line - 1] for t in (text, self.apply(text)))
+        return {"line": self.line, "before": before.strip(), "after": after.strip()}
+
+
+SWAPS = {
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "//"), ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "*"), ast.Pow: ("**", "*"),
+    ast.LShift: ("<<", ">>"), ast.RShift: (">>", "<<"),
+    ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.BitXor: ("^", "&"),
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"),
+    ast.And: ("and", "or"), ast.Or: ("or", "and"),
+}  # fmt: skip
+
+
+class Finder:
+    """All mutants of one file, by the positions of its syntax tree."""
+
+    def __init__(self, file: str, text: bytes) -> None:
+        self.file, self.text = file, text
+        self.starts = [0]
+        for line in text.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+
+    def begin(self, node: Any) -> int:
+        return self.starts[node.lineno - 1] + node.col_offset
+
+    def end(self, node: Any) -> int:
+        return self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def replaced(self, start: int, stop: int, new: str) -> Mutant:
+        return Mutant(self.file, start, stop, new, self.text.count(b"\n", 0, start) + 1)
+
+    def swapped(self, op: Any, start: int, stop: int) -> Iterator[Mutant]:
+        """The operator that stands between `start` and `stop`, in place of it another."""
+        if type(op) in SWAPS:
+            old, new = SWAPS[type(op)]
+            at = self.text.index(old.encode(), start, stop)
+            yield self.replaced(at, at + len(old), new)
+
+    def negated(self, test: Any) -> Iterator[Mutant]:
+        if not isinstance(test, ast.Compare | ast.BoolOp | ast.UnaryOp):
+            old = self.text[self.begin(test) : self.end(test)].decode()
+            yield self.replaced(self.begin(test), self.end(test), f"(not ({old}))")
+
+    def walk(self, node: Any) -> Iterator[Mutant]:
+        names = [getattr(node, "name", "")]
+        if isinstance(node, ast.Assign):
+            names = [n.id for target in node.targets for n in ast.walk(target) if hasattr(n, "id")]
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            names = [getattr(node.value.func, "id", "")]
+        if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
+            return
+        if any(name.startswith(SELF_CHECKS) or name.lstrip("_") in SIZES for name in names):
+            return
+        yield from self.of(node)
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns", "decorator_list"):
+                continue
+            if isinstance(node, ast.ClassDef) and field == "keywords":
+                continue  # total=False of a TypedDict
+            if isinstance(node, ast.keyword) and node.arg == "strict":
+                continue  # of zip: an assertion
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from self.walk(child)
+
+    def of(self, node: Any) -> Iterator[Mutant]:
+        match node:
+            case ast.BinOp():
+                yield from self.swapped(node.op, self.end(node.left), self.begin(node.right))
+            case ast.AugAssign():
+                yield from self.swapped(node.op, self.end(node.target), self.begin(node.value))
+            case ast.Compare():
+                sides = [node.left, *node.comparators]
+                for op, left, right in zip(node.ops, sides, sides[1:], strict=False):
+                    yield from self.swapped(op, self.end(left), self.begin(right))
+            case ast.BoolOp():
+                for left, right in zip(node.values, node.values[1:], strict=False):
+                    yield from self.swapped(node.op, self.end(left), self.begin(right))
+            case ast.UnaryOp(op=ast.Not() | ast.USub()):
+                length = 3 if isinstance(node.op, ast.Not) else 1
+                yield self.replaced(self.begin(node), self.begin(node) + length, "")
+            case ast.If() | ast.IfExp() | ast.While():
+                yield from self.negated(node.test)
+            case ast.Constant(value=bool()):
+                yield self.replaced(self.begin(node), self.end(node), str(not node.value))
+            case ast.Constant(value=int()):
+                for more in (1, -1):
+                    new = str(node.value + more)
+                    yield self.replaced(self.begin(node), self.end(node), new)
+            case ast.Constant(value=float()):
+                yield self.replaced(self.begin(node), self.end(node), repr(node.value + 1))
+
+
+def mutants(file: str, root: Path = ROOT) -> list[Mutant]:
+    finder = Finder(file, (root / file).read_bytes())
+    return list(finder.walk(ast.parse(finder.text)))
+
+
+def run_tests(tests: tuple[str, ...]) -> None:
+    """In a process of its own: ends with pytest's status."""
+    os.setsid()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    import hypothesis
+    import pytest
+
+    # a failure is enough: not its smallest example
+    hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate])
+    options = "-x -q -p no:cacheprovider -p _hypothesis_pytestplugin --hypothesis-profile=mutants"
+    os._exit(pytest.main([*options.split(), *tests]))
+
+
+def outcome(tests: tuple[str, ...], limit: float) -> str:
+    """ "survived", "killed" or "timed out": after `limit` seconds."""
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tests,))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        process.join()
+        return "timed out"
+    return "killed" if process.exitcode else "survived"
+
+
+def try_mutants(
+    drawn: list[Mutant], tests: tuple[str, ...], interpreted: bool, minutes: float
+) -> tuple[list[str], float]:
+    """(outcomes, in order, of those that `minutes` sufficed for; seconds of the tests as they are).
+
+    In a process of its own, whose working folder is a copy of the repository.
+    """
+    if interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"
+    for module in WARM:
+        __import__(module)
+    gc.freeze()  # the forks share what is imported
+    started = time.monotonic()
+    if (clean := outcome(tests, 900)) != "survived":
+        raise RuntimeError(f"{tests} do not pass unmutated: {clean}")
+    seconds = time.monotonic() - started
+    found: list[str] = []
+    for mutant in drawn:
+        if time.monotonic() - started - seconds > 60 * minutes:
+            break
+        path = Path(mutant.file)
+        text = path.read_bytes()
+        path.write_bytes(mutant.apply(text))
+        found.append(outcome(tests, 30 + 4 * seconds))
+        path.write_bytes(text)
+        print(".!t"[("killed", "survived", "timed out").index(found[-1])], end="", flush=True)
+    print(flush=True)
+    return found, seconds
+
+
+def try_part(part: Part, seed: int, minutes: float) -> dict[str, Any]:
+    """The part's mutants in random order: all the tests for each, the interpreted ones last."""
+    everything = [m for file in part.files for m in mutants(file, Path())]
+    drawn = random.Random(seed).sample(everything, len(everything))
+    fork = multiprocessing.get_context("fork")
+    tried, killed, late, duration = 0, 0, 0, 0.0
+    for stage, tests in enumerate((part.tests, part.interpreted)):
+        if not tests:
+            continue
+        with ProcessPoolExecutor(1, fork) as pool:
+            found, seconds = pool.submit(try_mutants, drawn, tests, stage == 1, minutes).result()
+        # a survivor of the first tests that the second had no time for was not tried
+        tried = killed + len(found)
+        killed += len(found) - found.count("survived")
+        late += found.count("timed out")
+        duration += seconds
+        drawn = [m for m, what in zip(drawn, found, strict=False) if what == "survived"]
+    return {
+        "files": part.files,
+        "tests": part.tests + part.interpreted,
+        "mutants": len(everything),
+        "tried": tried,
+        "killed": killed,
+        "of which timed out": late,
+        "seed": seed,
+        "seconds_of_tests": round(duration, 1),
+        "survivors": sorted(
+            [{"file": m.file, **m.shown(Path(m.file).read_bytes())} for m in drawn],
+            key=lambda survivor: (survivor["file"], survivor["line"]),
+        ),
+    }
+
+
+def record(name: str, row: dict[str, Any]) -> None:
+    """Write the row, with the explanations of the last one's survivors."""
+    from bench.results_file import read_results, write_results
+
+    known = {
+        (s["file"], s["before"], s["after"]): s["note"]
+        for s in read_results("mutants").get(name, {}).get("survivors", [])
+        if "note" in s
+    }
+    for survivor in row["survivors"]:
+        key = survivor["file"], survivor["before"], survivor["after"]
+        if key in known:
+            survivor["note"] = known[key]
+    write_results("mutants", {name: row})
+
+
+def one_part(name: str, seed: int, minutes: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        leave = shutil.ignore_patterns("__pycache__", "results")
+        for part in ("adarank_fast", "kernels", "tests", "bench"):
+            shutil.copytree(ROOT / part, root / part, ignore=leave)
+        shutil.copy(ROOT / "pyproject.toml", root)
+        os.chdir(root)
+        sys.path[:0] = [folder, str(root / "kernels")]
+        row = try_part(PARTS[name], seed, minutes)
+    os.chdir(ROOT)
+    share = row["killed"] / max(row["tried"], 1)
+    print(
+        f"{name}: {row['killed']} of {row['tried']} killed ({share:.1%}), {row['mutants']} in all"
+    )
+    record(name, row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part")
+    parser.add_argument("--minutes", type=float, default=15.0, help="at most, for each part")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--list", action="store_true", help="count the mutants, run nothing")
+    options = parser.parse_args()
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    for name in options.only or PARTS:
+        if options.list:
+            print(name, {file: len(mutants(file)) for file in PARTS[name].files})
+            continue
+        process = multiprocessing.get_context("fork").Process(
+            target=one_part, args=(name, options.seed, options.minutes)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
+
+
+if __name__ == "__main__":
+    main()
