@@ -224,5 +224,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks \
+	rm -rf $(VENV) $(VENV)-* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks \
 		.import_linter_cache .hypothesis
