@@ -197,7 +197,7 @@ audit: $(VENV)/.installed  ## do the pins go together; licences; known faults
 # A wheel and an sdist, built twice to the same bytes, judged, and used in empty environments. Other
 # Pythons, everything installed: make release-check ARGS="--python python3.12"
 .PHONY: release-check
-release-check: $(VENV)/.installed  ## build wheel and sdist, judge them, use them in empty environments
+release-check: $(VENV)/.installed  ## build wheel and sdist, try them in empty environments
 	rm -rf build/release
 	mkdir -p build/release
 	$(BIN)/python -m tests.release.build build/release
