@@ -171,6 +171,19 @@ $(VENV)-peft-suite/.installed: $(VENV)/.installed
 		scikit-learn sentencepiece
 	touch $@
 
+# DeepSpeed's ZeRO-2 and ZeRO-3 with two CPU processes, beside plain PEFT, in an environment of its
+# own: on demand.
+.PHONY: deepspeed
+deepspeed: $(VENV)-deepspeed/.installed  ## ZeRO-2 and ZeRO-3 with two CPU processes, beside PEFT
+	$(VENV)-deepspeed/bin/python -m tests.deepspeed.check
+
+$(VENV)-deepspeed/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --without-pip $(VENV)-deepspeed
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> $$($(VENV)-deepspeed/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed
+	touch $@
+
 wheel: $(VENV)/.installed  ## build dist/adarank_fast-*.whl
 	$(BIN)/python -m build --wheel
 

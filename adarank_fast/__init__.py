@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adarank_fast.prediction.noise import perturbation
     from adarank_fast.prediction.predict import predict_ranks
     from adarank_fast.prediction.probe import Limits, Probe
+    from adarank_fast.training.buckets import BucketCollator
     from adarank_fast.training.trained import evaluate
 
 __version__ = _version("adarank-fast")
@@ -41,6 +42,7 @@ __all__ = [
     "AdarankTypeError",
     "AdaptiveTrials",
     "Benchmark",
+    "BucketCollator",
     "Budget",
     "CostEstimate",
     "Design",
@@ -96,6 +98,7 @@ _MODULES = {
     "prediction.noise": ["perturbation"],
     "prediction.predict": ["predict_ranks"],
     "prediction.probe": ["Limits", "Probe"],
+    "training.buckets": ["BucketCollator"],
     "training.trained": ["evaluate"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -21,6 +21,8 @@ T = TypeVar("T")
 TASKS = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16", "float16")
 OUTPUTS = ("auto", "pooler", "last_hidden_state", "logits")
+DEFAULT_TARGETS = "auto"  # attention, and experts where the model has them
+TARGET_PRESETS = (DEFAULT_TARGETS, "attention", "all-linear", "experts")
 
 
 def option(

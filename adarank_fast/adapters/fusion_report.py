@@ -11,9 +11,15 @@ from torch import nn
 from adarank_fast.adapters.fused_linear import fused_layers
 from adarank_fast.adapters.gated_mlp import gated_mlps
 from adarank_fast.adapters.groups import LayerState
+from adarank_fast.adapters.peft_private import has_only_experts
 from adarank_fast.errors import AdarankError
 from adarank_kernels.runtime import native
 from adarank_kernels.runtime.registry import HAS_TRITON, kernel_status
+
+OF_EXPERTS = (
+    "parameters of experts, for which PEFT's lora.ParamWrapper adds B A to the weight of every "
+    "expert in each forward"
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
         AdarankError: `accelerate` was not called.
     """
     layers = dict(fused_layers(peft_model))
-    if not layers:
+    if not layers and not has_only_experts(peft_model):
         raise AdarankError("nothing is fused: call adarank_fast.accelerate(peft_model) first")
     names = {id(layer): path for path, layer in layers.items()}
     report = FusionReport()
@@ -109,6 +115,8 @@ def fusion_report(peft_model: nn.Module) -> FusionReport:
     for path, module in peft_model.named_modules():
         if isinstance(module, lora.LoraLayer) and path not in layers:
             reason = f"PEFT's lora.{type(module).__name__}, which has no fused form"
+            if isinstance(module, lora.ParamWrapper):
+                reason = OF_EXPERTS
             report[path] = LayerReport(False, (path,), 0, 0, {reason: 0})
     return report
 

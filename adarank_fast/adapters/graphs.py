@@ -32,14 +32,14 @@ TOO_MANY = f"more than {MOST_SHAPES} shapes"
 
 
 class Block(Protocol):
-    """A module with graphs, as far as they know it."""
+    """What the graphs use of a block."""
 
-    def plain_forward(self, *args: object, **kwargs: object) -> Any:
-        """The block's own."""
+    def plain_forward(self, *args: object, **kwargs: object) -> object:
+        """The block's own forward."""
 
 
 class Place:
-    """Of one block.
+    """A block's place among the graphs of its model.
 
     Args:
         graphs: of its model.
@@ -63,7 +63,7 @@ class Kind:
 
 
 class Graphs:
-    """Of a model: its graphs' sessions, what is under way, and what was counted."""
+    """The graphs of a model: their sessions, what is under way, and what was counted."""
 
     def __init__(
         self, backend: Backend, shapes: frozenset[Shape] | None, config: object = None
@@ -83,7 +83,7 @@ class Graphs:
         return new
 
     def forget(self) -> None:
-        """What was captured rests on what is no longer so; nothing may be under way."""
+        """Drop all graphs, since what they depend on has changed; no replay may be under way."""
         self.session = Session()
         self.kinds.clear()
         self.foundations.clear()
@@ -91,7 +91,7 @@ class Graphs:
 
     def call(
         self, block: Any, place: Place, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> Any:
+    ) -> object:
         """The block's output, from its graphs or its own forward."""
         kind = None
         try:
@@ -128,7 +128,7 @@ class Graphs:
         self.graphed += 1
         return kind.graph.call(tensors, clone=place.last or self._is_kept(block))
 
-    def _is_kept(self, block: Any) -> bool:
+    def _is_kept(self, block: nn.Module) -> bool:
         """Whether the caller may keep the output of a block that is not the last."""
         return bool(block._forward_hooks) or getattr(self.config, "output_hidden_states", False)
 
@@ -139,7 +139,7 @@ class Graphs:
         kwargs: Mapping[str, object],
         reason: str,
         kind: Kind | None,
-    ) -> Any:
+    ) -> object:
         self.eager[reason] += 1
         if kind is None or kind.calls > WARM_UP:
             return block.plain_forward(*args, **kwargs)

@@ -17,7 +17,8 @@ from adarank_fast.cli import options
 from adarank_fast.cli.console import quiet_transformers, say_written, show, status
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.files import check_file
-from adarank_fast.options import DTYPES, check_choice
+from adarank_fast.models.text import by
+from adarank_fast.options import DEFAULT_TARGETS, DTYPES, check_choice
 from adarank_fast.plan.budget import Budget
 from adarank_fast.prediction.probe import Limits, Probe
 from adarank_fast.training.data import read_data
@@ -43,7 +44,7 @@ def predict(
     output_file: Annotated[
         Path, typer.Option("--output-file", "-o", help="Where to write the plan.")
     ] = Path("plan.json"),
-    target_modules: options.TARGET_MODULES = "attention",
+    target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     samples: Annotated[
         int,
         typer.Option(min=1, help="Use this many texts, drawn at random; all if there are fewer."),
@@ -119,7 +120,7 @@ def _show_cost(
     targets: Sequence[Target], cost: CostEstimate, understood: Mapping[str, object] | None
 ) -> None:
     if understood is not None:
-        sizes = ("name", "in_features", "out_features", "block")
+        sizes = ("name", "in_features", "out_features", "experts", "block")
         modules = [
             {**{key: getattr(t, key) for key in sizes}, "route": cost.routes[t.name]}
             for t in targets
@@ -132,7 +133,7 @@ def _show_cost(
         table.add_column(column, overflow="fold", justify="right" if "x" in column else "left")
     group_of = {name: str(i) for i, group in enumerate(cost.groups, 1) for name in group}
     for target in targets:
-        shape = f"{target.in_features} x {target.out_features}"
+        shape = by((target.in_features, target.out_features), target.experts)
         group, route = group_of.get(target.name, "-"), cost.routes[target.name]
         table.add_row(target.name, shape, target.block or "-", group, route)
     show(table)

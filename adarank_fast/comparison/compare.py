@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 from adarank_fast.comparison.design import Design, DesignOptions
 from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.files import check_own_folder
-from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.options import DEFAULT_TARGETS, gather, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ def compare(
     seeds: int | Sequence[int] | None = None,
     *,
     design: Design | None = None,
-    target_modules: TargetModules = "attention",
+    target_modules: TargetModules = DEFAULT_TARGETS,
     tokenizer: PreTrainedTokenizerBase | None = None,
     modules_to_save: Sequence[str] | None = None,
     title: str | None = None,

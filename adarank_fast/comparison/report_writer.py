@@ -165,6 +165,9 @@ def notes(results: Results) -> list[str]:
             f"learning rate for each arm from {', '.join(f'{rate:g}' for rate in rates)}: the best "
             f"after one epoch on a tenth of the training data, seed {settings['sweep_seed']}"
         )
+    divided = ""
+    if settings.get("expert_rank") == "divided":
+        divided = " (of experts: divided by how many are active)"
     scaling = settings["scaling"]
     rule = "lora_alpha = 2 * rank" if scaling == "constant" else f"scaling {scaling}"
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
@@ -174,7 +177,7 @@ def notes(results: Results) -> list[str]:
         f"{classes}. All arms: {length}, batch size {settings['batch_size']}, {rule}, seeds "
         f"{', '.join(map(str, settings['seeds']))}, the same order of items and the same "
         f"initial heads; {chosen}.",
-        f"The budget is uniform LoRA's of rank {settings['average_rank']}: "
+        f"The budget is uniform LoRA's of rank {settings['average_rank']}{divided}: "
         f"{settings['budget_parameters']:,} parameters. Started {settings['date']}. The runs took "
         f"{cells:.0f} s, of which {seconds:.0f} s were training steps.",
         f"{machine['system']}, {machine['device']}, threads "

@@ -74,3 +74,9 @@ def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = 
             console.print(table)
     lines = (line.rstrip() for line in captured.get().strip("\n").splitlines())
     return "\n".join(line for line in lines if line or blank_lines)
+
+
+def by(size: tuple[int, int], experts: int = 1) -> str:
+    """As "in x out"; of experts that stand side by side "8 of in x out"."""
+    one = f"{size[0] // experts} x {size[1] // experts}"
+    return f"{experts} of {one}" if experts > 1 else one

@@ -32,6 +32,7 @@ from bench.gpu.timing import Step, reason, release
 AVERAGE_RANK = 16
 CHECKED = (1, 64)  # sequences and tokens of the model of two layers
 REPETITIONS, LONGEST = 12, 25.0  # of each variant; seconds of one timer
+WARM_UP = 3
 COMPILING = 100.0  # seconds that must be left before something is compiled
 FROM_FLOAT64 = 2.0  # times PEFT's error
 FROM_PEFT = 0.1  # the difference of gradients in 16 bits, relative
@@ -39,6 +40,7 @@ SLACK = 1e-3
 FROZEN, PEFT, OURS = "frozen", "PEFT", "ours"
 PEFT32, OURS32 = "PEFT, float32", "ours, float32"
 SAME = {OURS32: PEFT32}  # what a variant is held against, where that is not PEFT
+GRAPHED = "graph_blocks"
 Batch = dict[str, Tensor]
 Made = Callable[[], nn.Module]
 
@@ -143,6 +145,9 @@ def variants_of(context: Context, frozen: nn.Module, made: Training, batch: Batc
     mode = "reduce-overhead" if context.device.type == "cuda" else "default"
     makers[f"PEFT, {mode}"] = lambda: compile_plain_blocks(peft(), mode)
     makers[f"ours, {mode}"] = lambda: ada.compile_blocks(ours(), mode=mode)
+    if context.device.type == "cuda":
+        makers[f"PEFT, {GRAPHED}"] = lambda: ada.graph_blocks(peft())
+        makers[f"ours, {GRAPHED}"] = lambda: ada.graph_blocks(ours())
     return Variants(makers, refused)
 
 
@@ -172,7 +177,8 @@ def check_small(context: Context, made: Training) -> dict[str, float | str]:
 
 
 def _is_compiled(name: str) -> bool:
-    return name.endswith(("reduce-overhead", "default"))
+    """Or captured: checked in the model itself only, and not captured as a whole."""
+    return name.endswith(("reduce-overhead", "default", GRAPHED))
 
 
 def training_row(context: Context, row: str) -> list[Row]:
@@ -235,6 +241,10 @@ def _prepared(
             facts |= {"first_loss": losses[0], "last_loss": losses[-1], "loss_steps": made.steps}
         _run(step)
         step.before()
+        if name.endswith(GRAPHED):
+            for _ in range(WARM_UP):  # until every block is captured
+                _run(step)
+            facts["graphs"] = str(ada.graph_report(model))
         facts["launches"] = profiled(step.run, context.device)["launches"]
         return None, step
     except Exception as error:  # the other variants are still worth timing

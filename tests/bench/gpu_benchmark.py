@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "GROUPS", small)
     monkeypatch.setattr(checks, "OUTPUTS", (3, 40, 16, 50))
     monkeypatch.setattr(steps, "CHECKED_TOKENS", 20)
-    monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # half a second each, and no card to empty
+    # half a second each, and there is no card to empty
+    monkeypatch.setattr(timing, "gc", SimpleNamespace(collect=lambda: 0))
     for state in ("_status", "_settled"):  # choosing kernels changes them
         monkeypatch.setattr(registry, state, dict(getattr(registry, state)))
 

@@ -67,8 +67,8 @@ def span(mean, low, high, count=3, p_value=0.01):
         (
             span(0.02, 0.01, 0.03),
             None,
-            "adarank is better in accuracy than uniform, by more than chance over seeds; other "
-            "items were not looked at.",
+            "adarank is better in accuracy than uniform, by more than chance over seeds; chance "
+            "over items is not known.",
         ),
         (
             span(0.02, None, None, 1, None),

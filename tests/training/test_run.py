@@ -85,6 +85,34 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(adarank, folder, monkey
     assert {path.name for path in Path().iterdir()} == {"whole", "cut"}
 
 
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("early", [False, True], ids=["last step", "early stop"])
+def test_a_run_that_was_cut_off_at_its_end_is_not_trained_on(
+    adarank, folder, monkeypatch, task, early
+):
+    """Its last checkpoint is of the last step: within an epoch, or where it was stopped early."""
+    more = ["--max-steps", 10]
+    if early:  # without progress
+        more = ["--eval-data", folder / TASKS[task][1], "--early-stopping", 1]
+        more += ["--learning-rate", "1e-12"]
+    assert adarank(*command(folder, task, *more, "-o", "whole"))[0] == 0
+
+    def cut(*_, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "new_folder", cut)
+        assert adarank(*command(folder, task, *more, "-o", "cut"))[0] == 130
+    monkeypatch.setattr(training.Watch, "on_step_begin", cut)
+    assert adarank(*command(folder, task, *more, "-o", "cut"))[0] == 0
+    whole, again = (
+        {p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("whole", "cut")
+    )
+    assert whole["adapter_model.safetensors"] == again["adapter_model.safetensors"]
+    record = json.loads(whole["training.json"])
+    assert record == json.loads(again["training.json"]) and record["steps"] < 12
+
+
 def test_a_run_that_diverged_before_it_was_cut_off_is_not_saved(adarank, folder, monkeypatch):
     batch = training.Watch.batch
     with monkeypatch.context() as patch:
@@ -237,7 +265,8 @@ def test_evaluate_changes_nothing_of_a_model_in_memory(folder, task):
 
 
 @pytest.mark.parametrize(
-    "kind, message", [("bert", "has no language-model head and the data no labels"), ("t5", "no d")]
+    "kind, message",
+    [("bert", "no language-model head, and the data have"), ("t5", "not a decoder-only")],
 )
 def test_models_that_are_no_language_model(adarank, folder, tmp_path_factory, kind, message):
     model = save_tiny(kind, tmp_path_factory.mktemp("other") / kind)

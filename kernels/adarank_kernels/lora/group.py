@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +56,8 @@ class Group:
         self.parts = tuple([t for module in zipped for t in module])
         self.ranks = tuple([0 if A is None else A.shape[0] for A in lora_As])
         self.adapted = tuple([m for m, rank in enumerate(self.ranks) if rank])
-        self.lora_As: Any = tuple([lora_As[m] for m in self.adapted])
-        self.lora_Bs: Any = tuple([lora_Bs[m] for m in self.adapted])
+        self.lora_As = tuple([A for A in lora_As if A is not None and A.shape[0]])
+        self.lora_Bs = tuple([B for m in self.adapted if (B := lora_Bs[m]) is not None])
         self.scalings_of_adapted = tuple([self.scalings[m] for m in self.adapted])
         self.dtypes_of_B = tuple([None if B is None else B.dtype for B in lora_Bs])
         self.inputs = (*self.lora_As, *self.lora_Bs)

@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 def operators() -> Any:
     """`torch.ops.adarank` with the C++ operators, built and loaded if need be; None without them.
 
-    What was found out holds for the process: a compiler that appears later changes nothing.
+    The result is kept for the process: a compiler that is installed later changes nothing.
     ADARANK_NATIVE=0 leaves torch's products in place.
     """
     global _loaded
