@@ -172,9 +172,10 @@ class RankPlan:
             name = target.name
             sizes[name] = (target.in_features, target.out_features)
             ranks[name] = max(1, rank // expert_divisor(name, experts, expert_rank))
-            if ranks[name] > (most := highest_rank(name, sizes[name], experts)):
+            if ranks[name] > highest_rank(name, sizes[name], experts):
+                one = [size // target.experts for size in sizes[name]]
                 raise AdarankError(
-                    f"rank={rank} exceeds min(in, out) of {name} ({most}); lower it or leave the "
+                    f"rank={rank} exceeds min(in, out) of {name} {one}; lower it or leave the "
                     "module out"
                 )
         return cls(ranks=ranks, sizes=sizes, settings=settings)

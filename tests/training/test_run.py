@@ -20,6 +20,7 @@ import adarank_fast as ada
 import adarank_fast.prediction.predict as predict
 from adarank_fast.training import run as running
 from adarank_fast.training import trainer as training
+from adarank_fast.training.data import as_data
 from tests.tiny_texts import EXAMPLES, WORDS, save_tiny, tokenizer
 
 
@@ -262,6 +263,22 @@ def test_evaluate_changes_nothing_of_a_model_in_memory(folder, task):
     assert found.get("examples", 60) == 60 and 0.5 < found["loss"] < 5
     with pytest.raises(ada.AdarankError, match="a model in memory needs its tokenizer="):
         ada.evaluate(model, folder / data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": "here"}, "adapter= is for a model that is a name"),
+        ({"max_length": 0}, "max_length must be a positive integer, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({}, "the data have no labels to compare with"),
+    ],
+)
+def test_evaluate_refuses(folder, options, message):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "bert")
+    texts = as_data(["word1 word2", "word3"])
+    with pytest.raises(ada.AdarankError, match=message):
+        ada.evaluate(model, texts, tokenizer=tokenizer(padding=False), **options)
 
 
 @pytest.mark.parametrize(
