@@ -321,8 +321,8 @@ class RankPlan:
         """The plan as text of at most 80 columns, without colours: a line for each module.
 
         "may change" is the chance that another seed gives another rank (see `chance_of_change`).
-        Sizes are left out, and names go on in a second line, where there is no room for them. Of
-        experts, "8 of 64 x 32" says that the rank is each of 8 experts'.
+        Where there is no room, sizes are left out and names go on in a second line. Of experts,
+        "8 of 64 x 32" says that the rank is each of 8 experts'.
         """
         return plan_table(self)
 

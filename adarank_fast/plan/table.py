@@ -28,7 +28,7 @@ def plan_table(plan: RankPlan) -> str:
     """See `RankPlan.table`."""
     chances = plan.chance_of_change()
     names = {name: printable(name) for name in plan.ranks}
-    for sizes in (True, False):
+    for sizes in (True,) if plan.experts else (True, False):  # of experts they say whose rank it is
         rows = _rows(plan, names, chances, sizes)
         text = plain_text(rows, width=10_000)
         if (over := max(map(len, text.splitlines())) - WIDTH) <= 0:
@@ -36,7 +36,7 @@ def plan_table(plan: RankPlan) -> str:
     else:
         width = max(map(len, names.values())) - over
         names = {name: _folded(said, width) for name, said in names.items()}
-        text = plain_text(_rows(plan, names, chances, sizes=False))
+        text = plain_text(_rows(plan, names, chances, sizes))
     return "\n".join([text, *textwrap.wrap(_reading(plan, chances is not None), WIDTH)])
 
 
