@@ -150,10 +150,11 @@ class Watch(TrainerCallback, ExportableState):
         after an early stop, train on to the next evaluation.
         """
         assert model is not None  # Trainer's own
-        saved = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
-        stopped = saved.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
-        resumed = state.global_step > 0
-        self.over = resumed and (state.global_step >= state.max_steps or stopped)
+        saved = cast("dict[str, dict[str, Any]]", state.stateful_callbacks or {})  # as from a file
+        stopped = saved.get("TrainerControl", {}).get("args", {})
+        self.over = state.global_step > 0 and (
+            state.global_step >= state.max_steps or stopped.get("should_training_stop", False)
+        )
         control.should_training_stop = self.over
         now = {
             "products": products(model),
@@ -230,14 +231,11 @@ class Watched:
         watch_of(cast(Trainer, self)).batch(loss, inputs)
         return loss
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own batches of a step; none if the run was over when it was resumed."""
         if watch_of(cast(Trainer, self)).over:
             return [], None
-        found = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
-        return cast("tuple[list[Any], Tensor | int | None]", found)
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
 
 def watch_of(trainer: Trainer) -> Watch:
