@@ -65,7 +65,7 @@ def allocate_ranks(
     """
     flat: dict[str, object] = {**options}
     budget = gather(Budget, budget, flat)
-    refuse_unknown("allocate_ranks", flat, Budget)
+    refuse_unknown(allocate_ranks, flat, Budget)
     _check_scores(scores)
     shared = SharedBudget(budget, scores, sizes, experts)
     return shared.ranks({name: Fraction(float(score)) for name, score in scores.items()})

@@ -199,7 +199,7 @@ class RankPlan:
             )
         flat: dict[str, object] = {**options}
         budget = gather(Budget, budget, flat)
-        refuse_unknown("allocate", flat, Budget)
+        refuse_unknown(self.allocate, flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}
         ranks = allocate_ranks(means, budget, self.sizes, self.experts)
         return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget.options})
@@ -246,6 +246,9 @@ class RankPlan:
         Raises:
             AdarankError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
         """
+        from peft import LoraConfig
+
+        refuse_unknown(self.to_lora_config, lora_config_kwargs, LoraConfig)
         prefix = self.settings.get("base_model_prefix", "")
         of_model = bool(self.settings.get("expert_parameters"))
         return lora_config(
@@ -315,10 +318,11 @@ class RankPlan:
         return data_frame(rows)
 
     def table(self) -> str:
-        """The plan as fixed-width text, one line per module, without colours.
+        """The plan as text of at most 80 columns, without colours: a line for each module.
 
         "may change" is the chance that another seed gives another rank (see `chance_of_change`).
-        Of experts, "8 of 64 x 32" says that the rank is each of 8 experts'.
+        Sizes are left out, and names go on in a second line, where there is no room for them. Of
+        experts, "8 of 64 x 32" says that the rank is each of 8 experts'.
         """
         return plan_table(self)
 
