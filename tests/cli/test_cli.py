@@ -190,6 +190,8 @@ def test_plot(adarank, folders):
     "text, parsed",
     [
         ("attention", "attention"),
+        ("auto", "auto"),
+        ("all-linear, experts", ["all-linear", "experts"]),
         ("all-linear", "all-linear"),
         ("q_proj", ["q_proj"]),
         ("q_proj, self.v_proj", ["q_proj", "self.v_proj"]),
