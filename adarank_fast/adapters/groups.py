@@ -137,14 +137,11 @@ class Call:
         for own, member, dropout in rests_on:
             if not member.holds(own) or member.dropout != dropout:
                 return ()
-        group = self.group
-        if not group.whole and torch._C._get_tracing_state() is not None:  # C++ looks itself
-            return ()
         if not self.foreign:
-            return quickly(group, x, None)
+            return quickly(self.group, x, None)
         if not self.quick or _is_autocast_enabled(self.kind):
             return ()
-        outputs = quickly(group, x, None, self.bases(x))
+        outputs = quickly(self.group, x, None, self.bases(x))
         self.quick = bool(outputs)
         return outputs
 

@@ -167,6 +167,7 @@ def test_dry_run(adarank, folders):
         "name": "encoder.block.0.layer.0.SelfAttention.q",
         "in_features": 32,
         "out_features": 32,
+        "experts": 1,
         "block": "encoder.block.0",
         "route": "folded",
     }
@@ -189,6 +190,8 @@ def test_plot(adarank, folders):
     "text, parsed",
     [
         ("attention", "attention"),
+        ("auto", "auto"),
+        ("all-linear, experts", ["all-linear", "experts"]),
         ("all-linear", "all-linear"),
         ("q_proj", ["q_proj"]),
         ("q_proj, self.v_proj", ["q_proj", "self.v_proj"]),

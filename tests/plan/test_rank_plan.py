@@ -271,3 +271,17 @@ def test_lora_config_refuses_what_the_plan_decides(kwargs, message):
 def test_lora_config_of_an_empty_plan():
     with pytest.raises(ValueError, match="every rank of the plan is 0"):
         RankPlan({"q": 0}, {"q": (8, 8)}).to_lora_config()
+
+
+@pytest.mark.parametrize(("experts", "fine"), [(["layers.0.w"], True), ([3], False), ("w", False)])
+def test_a_file_names_its_expert_parameters(tmp_path, experts, fine):
+    plan = RankPlan({"a": 1}, {"a": (4, 4)}, settings={"expert_parameters": ["x"]})
+    plan.save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["settings"]["expert_parameters"] = experts
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    if fine:
+        assert RankPlan.load(tmp_path / "plan.json").settings["expert_parameters"] == experts
+    else:
+        with pytest.raises(ValueError, match="expert_parameters"):
+            RankPlan.load(tmp_path / "plan.json")

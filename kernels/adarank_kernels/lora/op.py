@@ -38,6 +38,7 @@ from adarank_kernels.lora.node import Stepwise, whole
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 
 
 def run(
@@ -89,7 +90,7 @@ def quickly(
 
 def is_watched(x: Tensor) -> bool:
     """Whether somebody may look at, or stand in for, the operators of this call."""
-    if _dispatch_modes() or _function_modes() or _transforms():
+    if _dispatch_modes() or _function_modes() or _transforms() or _tracing() is not None:
         return True
     kind = type(x)
     return kind is not Tensor and kind is not Parameter

@@ -113,7 +113,7 @@ bool is_mask(const Tensor &seed) { return seed.defined() && seed.scalar_type() !
 
 struct Passed { // forward
     std::vector<Tensor> Y, B; // outputs of all modules; B of those with a rank in the compute dtype
-    Tensor S, A;              // A as it was packed, if it was
+    Tensor S, A, dropped;     // A as it was packed, if it was; x under a mask
 };
 
 // With `add` false the low-rank products are left to the caller, who gets S as it was given. `bases`: products of
@@ -139,7 +139,9 @@ Passed forward_pass(const Group &g, const Tensor &x, const std::vector<Tensor> &
         } else {
             TORCH_CHECK(!seed.defined() || is_mask(seed), "adarank: S must be given with a seed here");
             out.A = g.packed(dtype);
-            out.S = at::mm(seed.defined() ? at::mul(X, seed) : X, out.A.t());
+            if (seed.defined())
+                out.dropped = at::mul(X, seed);
+            out.S = at::mm(seed.defined() ? out.dropped : X, out.A.t());
         }
         if (!g.native && add)
             out.B = g.cast_B(dtype);
@@ -308,7 +310,7 @@ std::vector<Tensor> backward_pass(const Group &g, std::vector<Tensor> &&dY, cons
             if (g.native) {
                 dA = grad_a(dS, X, first, ranks, to, key, dropout);
             } else {
-                if (is_mask(seed))
+                if (is_mask(seed) && !dropped.defined())
                     dropped = at::mul(X, seed);
                 auto all = at::mm(dS.t(), dropped.defined() ? dropped : X);
                 all = all.scalar_type() == to ? all : all.to(to);
@@ -499,7 +501,7 @@ variable_list once(variable_list grads)
 
 struct GroupLinearBackward : autograd::Node {
     std::shared_ptr<const Plan> plan;
-    SavedVariable x, S, packed, seed;
+    SavedVariable x, S, packed, seed; // x as it met A: with a mask, under it
     std::vector<SavedVariable> weight, A, B, low_B; // the last where it is not B
     std::vector<int64_t> trained, foreign;          // the modules with a trained bias, with a foreign base product
     std::vector<at::ScalarType> of_bias;
@@ -547,6 +549,8 @@ struct GroupLinearBackward : autograd::Node {
             for (size_t i = 0; i < low.size(); i++)
                 if (!low[i].defined())
                     low[i] = parts.B[modules[i]];
+            // Before the guards: hooks for saved tensors may compute a forward again.
+            auto of_x = x.unpack(), of_S = S.unpack(), of_packed = packed.unpack(), of_seed = seed.unpack();
             at::AutoDispatchBelowADInplaceOrView guard;
             c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
             Group g(std::move(parts), layout);
@@ -554,8 +558,8 @@ struct GroupLinearBackward : autograd::Node {
                 if (dYs[trained[i]].defined() && task_should_compute_output(1 + 2 * count + i))
                     of_biases[i] = rows_of(dYs[trained[i]]).sum(0).to(of_bias[i]);
             auto dY = foreign.empty() ? std::move(dYs) : dYs;
-            grads = backward_pass(g, std::move(dY), x.unpack(), S.unpack(), packed.unpack(), low, plan->scalings,
-                                  plan->dropout, seed.unpack(), Tensor(), need_x, need_A, need_B, shape);
+            grads = backward_pass(g, std::move(dY), of_x, of_S, of_packed, low, plan->scalings, plan->dropout, of_seed,
+                                  is_mask(of_seed) ? of_x : Tensor(), need_x, need_A, need_B, shape);
             grads.resize(1 + 2 * count); // without what only a seed on a GPU needs
         }
         grads.insert(grads.end(), of_biases.begin(), of_biases.end());
@@ -644,7 +648,7 @@ std::vector<Tensor> group_linear(const Tensor &x, int64_t number, const std::opt
         node->set_next_edges(std::move(edges));
         node->plan = plan, node->tight = tight, node->shape = x.sizes();
         if (need_A)
-            node->x = SavedVariable(x, false);
+            node->x = SavedVariable(passed.dropped.defined() ? passed.dropped : x, false);
         if (need_B)
             node->S = SavedVariable(passed.S, false);
         if (need_x && passed.A.defined() && !passed.A.is_same(g.A[g.modules[0]]))
