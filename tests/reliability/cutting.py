@@ -17,7 +17,7 @@ from typing import Any
 
 NAMES = ("predict", "train", "compare", "export", "save")
 MEASURED = ("seconds", "date", "memory_bytes", "per_second")  # differ from run to run
-LIMIT = 120.0  # seconds of a job
+LIMIT = 200.0  # seconds of a job
 
 Counts = dict[str, Any]
 
