@@ -28,10 +28,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import adarank_fast as ada
-from adarank_fast.adapters import fused_linear
 from adarank_fast.benchmarking.measure import Step, medians, overhead_ratio, timed
 from adarank_kernels.lora import dropout as masks
-from adarank_kernels.lora import group, op, triton_kernels
+from adarank_kernels.lora import group, triton_kernels
 from adarank_kernels.lora.backends import triton
 from adarank_kernels.runtime import native, registry
 from bench.blocks import step_of, trained_a_little
@@ -165,21 +164,23 @@ def steps_of_row(key: str) -> dict[str, Step]:
     x = torch.randn(1, 2, width, dtype=DTYPE, requires_grad=True)
     dYs = [torch.randn(1, 2, width, dtype=DTYPE) for _ in frozen.children()]
     steps = {name: step_of(model, x, dYs) for name, model in models.items()}
-    seed, p = torch.tensor([2**40 + 1]), ROWS[key][2]
+    p = ROWS[key][2]
 
     def dropped(self: nn.Module, X: Tensor) -> Tensor:
-        return X * masks.keep_mask(seed, 2, width, p) * masks.keep_scale(p)
+        with torch.random.fork_rng(devices=()):  # the mask that a group draws
+            torch.manual_seed(0)
+            mask = masks.draw_mask(X.flatten(0, -2), masks.keep_probability(p))
+            return X * mask.view(X.shape) * masks.keep_scale(p)
 
     def computed(name: str) -> list[Tensor]:
+        torch.manual_seed(0)
         with torch.no_grad():
             outputs = models[name](x)
+        torch.manual_seed(0)
         return [*outputs, *steps[name]()]
 
     Stub.computes = True
-    with ExitStack() as stack:
-        for module in (op, fused_linear):
-            stack.enter_context(patch.object(module, "draw_seed", lambda device: seed))
-        stack.enter_context(patch.object(nn.Dropout, "forward", dropped))
+    with patch.object(nn.Dropout, "forward", dropped):
         wanted = computed("peft")
         for name in set(steps) - {"frozen", "peft"}:
             with gpu_path(name == "ours"):

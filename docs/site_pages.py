@@ -5,6 +5,10 @@ A page for every public name, the options of every command, CONTRIBUTING.md and 
 
 from __future__ import annotations
 
+import inspect
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,17 @@ PACKAGES = {
     "adarank_kernels": "Tensors in, tensors out. Needs torch and triton only.",
 }
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+
+_ipython = tempfile.TemporaryDirectory()
+
+
+def on_startup(**_: Any) -> None:
+    """Notebooks run without anybody's own IPython settings, and say nothing about their sockets."""
+    profile = Path(_ipython.name) / "profile_default"
+    profile.mkdir()
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 'ERROR'\n")
+    os.environ["IPYTHONDIR"] = _ipython.name
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -61,4 +76,7 @@ def command_line() -> str:
     """Every command and option, as typer documents them."""
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="adarank")
+    for name, one in command.commands.items():  # typer cuts these lines after a few words
+        whole = f"* `{name}`: {inspect.cleandoc(one.help).splitlines()[0]}"
+        text = re.sub(rf"^\* `{name}`: .*$", whole.replace("\\", r"\\"), text, flags=re.M)
     return text.replace("# `adarank`", "# Command line", 1)

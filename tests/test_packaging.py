@@ -83,16 +83,31 @@ print(ada.fusion_report(peft_model).fused_share)
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
+def source(tmp_path_factory) -> Path:
+    """A copy of what is built: building leaves files behind."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "adarank_fast", "kernels", "src"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: building leaves files behind
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "adarank_fast", "kernels"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return next(folder.glob("*.whl"))
+
+
+def test_an_editable_install_is_one_folder_of_the_two_packages(source, tmp_path):
+    """Type checkers read a path, no import hook; `kernels` and `tests` stay out of reach."""
+    code = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    run(code, source)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as made:
+        (path,) = (made.read(n).decode().split() for n in made.namelist() if n.endswith(".pth"))
+    found = {one.name for one in Path(*path).iterdir() if one.suffix != ".egg-info"}
+    assert found == {"adarank_fast", "adarank_kernels"}
 
 
 def test_the_wheel_has_both_packages_and_nothing_else(wheel):
@@ -126,3 +141,17 @@ def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     out = run(code, empty, str(site)).split()
     assert out[0].startswith(str(site)) and out[1].startswith(str(site))
     assert out[2:] == ["True", "True"]  # the C++ source came along
+
+
+def test_an_older_python_is_told_which_one_is_needed(tmp_path):
+    """By make, in one line, before anything is installed; pip says it by `requires-python`."""
+    older = tmp_path / "python3.10"
+    code = "import sys; sys.version_info = (3, 10, 13); exec(sys.argv[1])"
+    older.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$2"\n')
+    older.chmod(0o755)
+    command = ["make", f"PYTHON={older}", f"VENV={tmp_path / 'venv'}", "demo"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    line = result.stderr.splitlines()[0]
+    assert result.returncode and result.stdout == "" and not (tmp_path / "venv").exists()
+    assert line.startswith("adarank-fast needs Python 3.11 or newer") and "is 3.10" in line
+    assert '\nrequires-python = ">=3.11"\n' in (ROOT / "pyproject.toml").read_text()

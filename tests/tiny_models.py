@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -55,6 +57,19 @@ def tiny(kind: str, layers: int = 3, width: int = 32) -> PreTrainedModel:
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 intermediate_size=2 * width,
+                **common,
+            )
+        )
+    elif kind == "mixtral":  # 4 experts of 48 in 3-D parameters, 2 of them active
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=48,
+                num_local_experts=4,
+                num_experts_per_tok=2,
                 **common,
             )
         )

@@ -13,7 +13,7 @@ from adarank_fast.adapters.fused_linear import fused_classes, fused_layers, thre
 from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
 from adarank_fast.adapters.graph_blocks import restore_blocks
 from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
-from adarank_fast.adapters.peft_private import Layer
+from adarank_fast.adapters.peft_private import Layer, has_only_experts
 from adarank_fast.adapters.swapped import Swapped
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
@@ -54,6 +54,8 @@ def accelerate(
                     f"its LoRA layers are of class {type(module).__name__}, which something else "
                     "made; accelerate first, then shard or wrap them"
                 )
+        if has_only_experts(peft_model):
+            return peft_model  # the report says why not
         raise AdarankError(
             f"{type(peft_model).__name__} has no LoRA layer of torch.nn.Linear; make one with "
             "adarank_fast.inject or peft.get_peft_model first"
@@ -83,7 +85,7 @@ def accelerate(
 
 
 def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) -> None:
-    """Each layer's class, and its `_adarank` or none, as before; nothing waits in this thread."""
+    """Restore each layer's class and `_adarank`, and drop outputs that wait in this thread."""
     thread.waiting = thread.run = None
     for layer, plain, state in layers:
         layer.__class__ = plain
@@ -92,7 +94,7 @@ def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) ->
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Compiled code was made of PEFT's own layers."""
+    """Refuse compiled modules: their code was made of PEFT's own layers."""
     for path, module in model.named_modules():
         if is_compiled(module):
             where = path or type(model).__name__

@@ -22,7 +22,7 @@ from adarank_fast.models.text import first_line
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor in an adapter file
 
-# An adapter with one of these computes something that A and B alone do not say.
+# An adapter with one of these computes something that A and B alone cannot express.
 UNSUPPORTED = {
     "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
@@ -77,7 +77,7 @@ def read_adapter(folder: str | os.PathLike[str], only_plain: bool = True) -> Ada
 
     Args:
         folder: what `PeftModel.save_pretrained` wrote.
-        only_plain: refuse what A, B and a scale do not say, such as DoRA.
+        only_plain: refuse what A, B and a scale cannot express, such as DoRA.
 
     Raises:
         AdarankError: it is no folder of a LoRA adapter, or a file is damaged, or they disagree.
@@ -203,7 +203,7 @@ def _check_config(content: Value) -> None:
 
 
 def refuse_unsupported(config: LoraConfig) -> None:
-    """Refuse what A, B and a scale do not say, such as DoRA.
+    """Refuse what A, B and a scale cannot express, such as DoRA.
 
     Raises:
         AdarankError: what it is.

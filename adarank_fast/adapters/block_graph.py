@@ -225,7 +225,7 @@ class BlockGraph:
                 parts.setdefault(grad.dtype, []).append(grad.reshape(-1))
         return [torch.cat(each) for each in parts.values()]
 
-    def call(self, tensors: Sequence[Tensor], clone: bool) -> Any:
+    def call(self, tensors: Sequence[Tensor], clone: bool) -> object:
         """The block's output; `clone`: the caller may keep it."""
         results = _Replay.apply(self, clone, *tensors, *self.parameters)  # type: ignore[no-untyped-call]
         return put_together(self.output_template, iter(results))

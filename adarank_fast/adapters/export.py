@@ -172,7 +172,7 @@ def _vocabulary(base: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def check_fits(adapter: Adapter, base_model: nn.Module) -> None:
-    """The adapter has tensors for exactly the modules that its configuration chooses.
+    """Check that the adapter has tensors for exactly the modules that its configuration chooses.
 
     Raises:
         AdarankError: which module is too many or missing.

@@ -23,13 +23,13 @@ from adarank_fast.adapters.eligibility import (
     why_not_here,
 )
 from adarank_fast.adapters.groups import (
+    Call,
     LayerState,
     Run,
     ThreadState,
     Waiting,
     form_group,
     may_be_repeated,
-    modes_of,
     repeat_guard,
 )
 from adarank_fast.adapters.members import AnyMember, remember
@@ -45,7 +45,6 @@ from adarank_fast.adapters.terms import (
 )
 from adarank_fast.adapters.torch_private import constant_result
 from adarank_kernels import grouped_lora_linear
-from adarank_kernels.lora.dropout import draw_seed
 from adarank_kernels.lora.group import Group
 from adarank_kernels.lora.op import run as run_group
 
@@ -66,17 +65,29 @@ class _Fused(Swapped):
         own = self.__dict__
         state: LayerState = own["_adarank"]
         waiting = thread.waiting
-        if waiting is not None and waiting.x is x and not (args or kwargs):
-            output = waiting.take(state, own)
-            if output is not None:
+        if waiting is not None:
+            if waiting.x is x and not (args or kwargs):
+                output = waiting.take(state, own)
+                if output is not None:
+                    state.fused += 1
+                    if not waiting.left:
+                        thread.waiting, waiting.group.missed = None, 0
+                    return output
+            thread.clear()  # which may dissolve the group
+        call = state.steady
+        if call is not None and thread.run is None and not (args or kwargs):
+            outputs = call.outputs(x)
+            if outputs:
                 state.fused += 1
-                if not waiting.left:
-                    thread.waiting, waiting.group.missed = None, 0
-                return output
+                if state.group is not None:
+                    thread.waiting = Waiting(
+                        state.group, x, call.dropout, outputs, call.members, call.kind, call.index
+                    )
+                return outputs[0]
         reason = "extra arguments" if args or kwargs else why_not_here(x)
         member = state.member
         if not reason and (member is None or not member.holds(own) or not _same_kind(member, x)):
-            state.call = None
+            state.call = state.steady = None
             reason = why_not(self, x)
             state.member = member = None if reason else remember(self)
         if reason:
@@ -91,7 +102,7 @@ class _Fused(Swapped):
         if state.candidates is not None:
             form_group(self)
         if state.group is not None:
-            thread.clear()  # which may dissolve the group
+            thread.clear()
         group = state.group
         if group is None:
             return _alone(self, x)
@@ -104,7 +115,10 @@ class _Fused(Swapped):
                 dropout = members[0].dropout
                 if dropout is None:
                     dropout = _dropout_among(members)
-                thread.waiting = Waiting(group, x, modes_of(x), dropout, outputs, members)
+                device = x.device
+                thread.waiting = Waiting(
+                    group, x, dropout, outputs, members, device.type, device.index or 0
+                )
         return outputs[0]
 
 
@@ -181,21 +195,28 @@ def _compute(layers: Sequence[Layer], x: Tensor, run: Run | None = None) -> Sequ
     dropout, call, made = members[0].dropout, state.call, False
     if dropout is None:  # no active adapter in the first
         dropout = _dropout_among(members)
-    if call is None or call[1] != members or call[2] != dropout or not call[0].fits(x):
+    state.steady = None
+    if call is None or call.members != members or call.dropout != dropout or not call.group.fits(x):
         made = any([m.made for m in members])
         W, b, A, B, scalings = zip(*[m.parts() for m in members], strict=True)
         safe = frozenset(i for i, m in enumerate(members) if returns_its_own(m.base))
-        call = Group(x, W, b, A, B, scalings, dropout, safe), members, dropout
+        group = Group(x, W, b, A, B, scalings, dropout, safe)
+        call = Call(group, layers, members, dropout)
         state.call = None if made else call
-    bases: Sequence[Tensor | None] = ()
-    if any([m.foreign for m in members]):
-        bases = [m.base(x) if m.foreign else None for m in members]
+    group = call.group
+    if (
+        run is None
+        and not made
+        and not x.is_inference()
+        and (len(layers) > 1 or state.group is None)
+    ):
+        state.steady = call
     seed = None
     if run is not None and dropout:
-        if run.seed is None:
-            run.seed = draw_seed(x.device)
+        if run.seed is None or not group.takes(run.seed):
+            run.seed = group.draw(x)
         seed = run.seed
-    outputs = run_group(call[0], x, seed, bases)
+    outputs = run_group(group, x, seed, call.bases(x))
     if made:
         return [m.finished(Y) if m.made else Y for m, Y in zip(members, outputs, strict=True)]
     return outputs

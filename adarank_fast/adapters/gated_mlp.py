@@ -204,7 +204,7 @@ class _Trace(TorchDispatchMode):
                 handle.remove()
 
     def matches(self, x: Tensor, output: object) -> bool:
-        """Whether it was down(act(gate(x)) * up(x)), linked by the very tensors, nothing else."""
+        """Whether it was exactly down(act(gate(x)) * up(x)), each result passed on unchanged."""
         if len(self.calls) != 3 or len(self.operators) != 2 or self.repeated:
             return False
         (act, act_args, act_kwargs, activated), (mul, factors, _, product) = self.operators
@@ -296,7 +296,7 @@ def recompute_gated_mlps(model: nn.Module) -> int:
         if swapped is None:
             swapped = type(plain.__name__, (_GatedMLP, plain), {"__module__": __name__})
             _GatedMLP.PLAIN[swapped] = plain
-        cast(Any, module)._adarank_mlp = structure
+        vars(module)["_adarank_mlp"] = structure
         module.__class__ = swapped
     return sum(1 for _ in gated_mlps(model))
 

@@ -50,8 +50,8 @@ class _GraphedBlock(Swapped):
         place = self._adarank_graphs
         return place.graphs.call(self, place, args, kwargs)
 
-    def plain_forward(self, *args: object, **kwargs: object) -> Any:
-        """The block's own."""
+    def plain_forward(self, *args: object, **kwargs: object) -> object:
+        """The block's own forward."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -88,7 +88,7 @@ class GraphReport:
 
 
 def graph_blocks(peft_model: nn.Module, shapes: Iterable[Shape] | None = None) -> nn.Module:
-    """Capture each block's forward and backward as CUDA graphs, in place; call it last but for DDP.
+    """Capture each block's forward and backward as CUDA graphs, in place; only DDP comes after it.
 
     A call of a block is replayed if its shapes, its other arguments and the model's state are those
     of a captured one; a kind of call is captured when it comes for the third time. Gradients are as
@@ -167,13 +167,13 @@ def graph_report(peft_model: nn.Module) -> GraphReport:
     )
 
 
-def _blocks(model: nn.Module) -> Iterator[Any]:
+def _blocks(model: nn.Module) -> Iterator[_GraphedBlock]:
     return (m for m in list(model.modules()) if isinstance(m, _GraphedBlock))
 
 
-def _argument_names(block_class: type) -> list[str]:
+def _argument_names(block_class: type[nn.Module]) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(block_class.forward).parameters.values()  # type: ignore[attr-defined]
+    parameters = inspect.signature(block_class.forward).parameters.values()
     return [p.name for p in parameters if p.kind in kinds][1:]
 
 

@@ -1,4 +1,4 @@
-"""A block's call taken apart: its tensors, and everything else, which must be the same again.
+"""A block's call taken apart: its tensors, and all else, which must be the same in a replay.
 
 A graph repeats one computation on the tensors that it was recorded on. So each call is compared
 with the recorded one: names of arguments, layouts of tensors, values of all else (`taken_apart`),
@@ -27,7 +27,7 @@ class UnfitError(Exception):
 
 
 class _Slot:
-    """Stands where a tensor was."""
+    """Marks the place of a tensor."""
 
 
 SLOT = _Slot()
@@ -54,11 +54,11 @@ def taken_apart(value: object, tensors: list[Tensor]) -> tuple[object, Hashable]
         return SLOT, layout
     if kind in VALUES:
         return value, (kind, value)
-    if kind in (tuple, list):
-        parts = [taken_apart(part, tensors) for part in value]  # type: ignore[attr-defined]
+    if isinstance(value, (tuple, list)) and kind in (tuple, list):
+        parts = [taken_apart(part, tensors) for part in value]
         return kind([part for part, _ in parts]), (kind, *[key for _, key in parts])
-    if kind is dict:
-        pairs = [(k, taken_apart(v, tensors)) for k, v in value.items()]  # type: ignore[attr-defined]
+    if isinstance(value, dict) and kind is dict:
+        pairs = [(k, taken_apart(v, tensors)) for k, v in value.items()]
         return {k: part for k, (part, _) in pairs}, (dict, *[(k, key) for k, (_, key) in pairs])
     raise UnfitError(f"an argument is a {kind.__name__}")
 
@@ -126,7 +126,7 @@ class Static:
 
 
 class Foundation:
-    """What a block's graphs rest on beside their inputs.
+    """What a block's graphs depend on beside their inputs.
 
     Attributes:
         parameters: that require gradients, in the block's order.

@@ -35,14 +35,14 @@ FIRST_CALLS = "the first calls, before the capture"
 
 
 class Block(Protocol):
-    """A module with graphs, as far as they know it."""
+    """What the graphs use of a block."""
 
-    def plain_forward(self, *args: object, **kwargs: object) -> Any:
-        """The block's own."""
+    def plain_forward(self, *args: object, **kwargs: object) -> object:
+        """The block's own forward."""
 
 
 class Place:
-    """Of one block.
+    """A block's place among the graphs of its model.
 
     Args:
         graphs: of its model.
@@ -66,7 +66,7 @@ class Kind:
 
 
 class Graphs:
-    """Of a model: its graphs' sessions, what is under way, and what was counted."""
+    """The graphs of a model: their sessions, what is under way, and what was counted."""
 
     def __init__(
         self, backend: Backend, shapes: frozenset[Shape] | None, config: object = None
@@ -87,7 +87,7 @@ class Graphs:
         return new
 
     def forget(self) -> None:
-        """What was captured rests on what is no longer so; nothing may be under way."""
+        """Drop all graphs, since what they depend on has changed; no replay may be under way."""
         for kind in self.kinds.values():
             if kind.graph is not None:
                 kind.graph.close()
@@ -99,7 +99,7 @@ class Graphs:
 
     def call(
         self, block: Any, place: Place, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> Any:
+    ) -> object:
         """The block's output, from its graphs or its own forward."""
         kind = None
         try:
@@ -143,7 +143,7 @@ class Graphs:
             self.kinds = {key: kind for key, kind in self.kinds.items() if kind.graph is not None}
         return self.kinds.setdefault((position, key), Kind())
 
-    def _is_kept(self, block: Any) -> bool:
+    def _is_kept(self, block: nn.Module) -> bool:
         """Whether the caller may keep the output of a block that is not the last."""
         return bool(block._forward_hooks) or getattr(self.config, "output_hidden_states", False)
 
@@ -154,7 +154,7 @@ class Graphs:
         kwargs: Mapping[str, object],
         reason: str,
         kind: Kind | None,
-    ) -> Any:
+    ) -> object:
         self.eager[reason] += 1
         if kind is None or kind.calls > WARM_UP:
             return block.plain_forward(*args, **kwargs)

@@ -21,16 +21,21 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from adarank_fast.adapters.members import AnyMember
 from adarank_fast.adapters.peft_private import Attributes, Layer
 from adarank_fast.undo import undone
 from adarank_kernels.lora.group import Group
+from adarank_kernels.lora.op import is_watched, quickly
 
 WATCHED = 2  # forwards after which a layer that shared its input with nobody is watched no more
 MISSED = 3  # forwards in a row in which a member stayed away; then its group is dissolved
 
 _forming = threading.Lock()
+# Looked up once: they are called for every layer of every forward.
+_current_graph_task = torch._C._current_graph_task_id
+_is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
 
 class Owner:
@@ -72,8 +77,9 @@ class LayerState:
         group: with whom it is computed, and its position there.
         fused, fallbacks: eager calls, and those that went through PEFT, by reason.
         member: what the layer rests on, if that is remembered.
-        call: of a group's first member, or a layer alone: the operator's arguments, and the
-            `member` of each layer and the dropout that they were made of.
+        call: of a group's first member, or a layer alone: what was computed last, to be computed
+            again.
+        steady: `call`, where nothing is left to find out: who shares the input, what is made anew.
     """
 
     def __init__(self, owner: Owner) -> None:
@@ -83,37 +89,89 @@ class LayerState:
         self.fused = 0
         self.fallbacks: Counter[str] = Counter()
         self.member: AnyMember | None = None
-        self.call: tuple[Group, list[AnyMember], float] | None = None
+        self.call: Call | None = None
+        self.steady: Call | None = None
         self.candidates: list[Layer] | None = None
         self.alone = 0  # forwards in which it shared its input with nobody
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "member": None, "call": None, "candidates": None}
+        gone = dict.fromkeys(("member", "call", "steady", "candidates"))
+        return {**self.__dict__, **gone}
+
+
+class Call:
+    """Layers computed in one operator: its arguments but x, and all that they rest on.
+
+    Attributes:
+        group: the operator's arguments.
+        members: of each layer, what `group` was made of.
+        dropout: likewise.
+        rests_on: each layer's attributes, its member and its dropout.
+        quick: False once the operator had no quick way for foreign base products.
+    """
+
+    __slots__ = ("group", "members", "dropout", "rests_on", "foreign", "kind", "index", "quick")
+
+    def __init__(
+        self, group: Group, layers: Sequence[Layer], members: Sequence[AnyMember], dropout: float
+    ) -> None:
+        self.group, self.members, self.dropout = group, list(members), dropout
+        self.rests_on = [
+            (layer.__dict__, m, m.dropout) for layer, m in zip(layers, members, strict=True)
+        ]
+        self.foreign = any([m.foreign for m in members])
+        self.kind, self.index = group.device.type, group.device.index or 0
+        self.quick = True
+
+    def bases(self, x: Tensor) -> Sequence[Tensor | None]:
+        """Products of the foreign base layers; empty if there are none."""
+        return [m.base(x) if m.foreign else None for m in self.members] if self.foreign else ()
+
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """All outputs, if all is as it was and there is a quick way; else nothing."""
+        rests_on = self.rests_on
+        if forward_ad._current_level >= 0 or is_watched(x):
+            return ()
+        if len(rests_on) > 1 and x.is_inference():  # changes leave no trace
+            return ()
+        for own, member, dropout in rests_on:
+            if not member.holds(own) or member.dropout != dropout:
+                return ()
+        if not self.foreign:
+            return quickly(self.group, x, None)
+        if not self.quick or _is_autocast_enabled(self.kind):
+            return ()
+        outputs = quickly(self.group, x, None, self.bases(x))
+        self.quick = bool(outputs)
+        return outputs
 
 
 class Waiting:
     """Outputs that a group's first member computed for the others."""
 
     __slots__ = (
-        "group", "x", "version", "modes", "dropout", "outputs", "versions", "repeating", "left",
+        "group", "x", "version", "kind", "index", "modes", "dropout", "outputs", "versions",
+        "repeating", "left",
     )  # fmt: skip
 
     def __init__(
         self,
         group: LayerGroup,
         x: Tensor,
-        modes: tuple[object, ...],
         dropout: float,
         outputs: Sequence[Tensor],
         members: Sequence[AnyMember],
+        kind: str,
+        index: int,
     ) -> None:
         self.group, self.x, self.version = group, x, x._version
-        self.modes, self.dropout = modes, dropout
-        self.outputs: list[Tensor | None] = list(outputs)
+        self.kind, self.index, self.dropout = kind, index, dropout
+        self.modes = modes_of(kind, index)
+        self.outputs: list[Tensor | None] = [*outputs]
         self.outputs[0] = None
         self.left = len(outputs) - 1
-        self.versions = [(m.A._version, m.B._version) for m in members]
-        self.repeating = torch._C._current_graph_task_id() != -1
+        self.versions = [m.A._version + m.B._version for m in members]  # which only grow
+        self.repeating = _current_graph_task() != -1
 
     def take(self, state: LayerState, own: Attributes) -> Tensor | None:
         """The output of a member, once; None if it is not there or no longer right."""
@@ -123,18 +181,16 @@ class Waiting:
         output, self.outputs[position] = self.outputs[position], None
         if output is None:
             return None
-        self.left -= 1
-        x = self.x
         dropout = member.dropout
         if (
-            x._version != self.version
-            or modes_of(x) != self.modes
+            self.x._version != self.version
+            or modes_of(self.kind, self.index) != self.modes
             or not member.is_active(own)
             or (dropout != self.dropout and dropout is not None)
-            or (member.A._version, member.B._version) != self.versions[position]
+            or member.A._version + member.B._version != self.versions[position]
         ):
-            self.left += 1  # computed in vain
-            return None
+            return None  # computed in vain
+        self.left -= 1
         return output
 
     def discard(self) -> None:
@@ -206,7 +262,7 @@ class ThreadState(threading.local):
 def form_group(layer: Layer) -> None:
     """Make the layer's candidates a group, if no forward that came before may be repeated."""
     state: LayerState = layer._adarank
-    if state.candidates is None or torch._C._current_graph_task_id() != -1:
+    if state.candidates is None or _current_graph_task() != -1:
         return
     with _forming:
         layers, ready = state.candidates, state.owner.outstanding == 0
@@ -220,7 +276,8 @@ def make_group(layers: Sequence[Layer]) -> None:
     group = LayerGroup(layers)
     for position, layer in enumerate(layers):
         state: LayerState = layer._adarank
-        state.position, state.call, state.group = position, None, group
+        state.position, state.group = position, group
+        state.call = state.steady = None
 
 
 def dissolve(group: LayerGroup) -> None:
@@ -228,17 +285,16 @@ def dissolve(group: LayerGroup) -> None:
     for layer in group.layers:
         state: LayerState | None = layer.__dict__.get("_adarank")
         if state is not None:
-            state.group, state.position, state.call = None, 0, None
+            state.group, state.position, state.call, state.steady = None, 0, None, None
             state.alone = WATCHED
 
 
-def modes_of(x: Tensor) -> tuple[object, ...]:
-    """What must still be so when an output is taken."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if x.is_cuda:
-        return torch.is_grad_enabled(), autocast, torch.cuda.current_stream(x.device)
-    return torch.is_grad_enabled(), autocast
+def modes_of(kind: str, index: int) -> tuple[object, ...]:
+    """What must still be so when an output on this device is taken."""
+    autocast = torch.get_autocast_dtype(kind) if _is_autocast_enabled(kind) else None
+    if kind == "cuda":
+        return _is_grad_enabled(), autocast, torch._C._cuda_getCurrentRawStream(index)
+    return _is_grad_enabled(), autocast
 
 
 def version_of(x: Tensor) -> int:

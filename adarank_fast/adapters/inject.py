@@ -6,17 +6,20 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from adarank_fast.adapters.accelerate import accelerate
+from adarank_fast.adapters.patterns import keys_of_experts
 from adarank_fast.adapters.peft_private import BaseTunerLayer, Layer
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.deprecations import without_deprecations
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
+from adarank_fast.options import refuse_unknown
 from adarank_fast.plan.lora_config import alpha_rule, lora_config
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.undo import undone_on_error
@@ -55,6 +58,7 @@ def inject(
         AdarankError: the plan does not fit the model, the model has adapters already, all ranks are
             0, or PEFT made other adapters. The model is then unchanged.
     """
+    refuse_unknown(inject, lora_config_kwargs, LoraConfig)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdarankError(
             "model already has PEFT adapters; pass the plain base model (peft_model.unload() "
@@ -75,17 +79,38 @@ def inject(
     experts = {path for path in planned if found[path].parameter}
     if any(type(found[path].module).__name__ == "Conv1D" for path in planned):
         lora_config_kwargs.setdefault("fan_in_fan_out", True)  # its weight is [in, out]
-    config = lora_config(planned, scaling, parameters=experts, **lora_config_kwargs)
-    with undone_on_error(_undo(model)), warnings.catch_warnings():
+    has_experts = any(target.parameter for target in found.values())
+    config = lora_config(
+        planned, scaling, parameters=experts, has_experts=has_experts, **lora_config_kwargs
+    )
+    with undone_on_error(_undo(model)), keys_of_experts(), without_deprecations():
         # for models that mix Conv1D and Linear PEFT corrects fan_in_fan_out layer by layer
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        peft_model = _get_peft_model(model, config, adapter_name)
+        modules = planned.keys() - experts
+        if has_experts and not modules <= set(config.target_modules or ()):
+            raise AdarankError(OF_EXPERTS_TOO.format(type(model).__name__))
         _verify(model, planned, scaling, adapter_name)
         keep_unpacked(model)
-        if planned.keys() - experts:
-            accelerate(peft_model, example)
+        accelerate(peft_model, example)
         _warn_of_fast_path(model, planned)
     return peft_model
+
+
+# PEFT gives targets of transformers 4, where experts were modules, to the parameters of today
+OF_EXPERTS_TOO = (
+    "PEFT takes every gate_proj, up_proj, down_proj, w1, w2 and w3 of {} for those of its experts; "
+    'leave them out of target_modules (and name "experts" for the experts)'
+)
+
+
+def _get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
+    try:
+        return cast(PeftModel, get_peft_model(model, config, adapter_name=adapter_name))
+    except ValueError as error:
+        if "Cannot convert PEFT target" in str(error):
+            raise AdarankError(OF_EXPERTS_TOO.format(type(model).__name__)) from error
+        raise
 
 
 def resolve(model: nn.Module, plan: RankPlan) -> dict[str, str]:
@@ -166,7 +191,7 @@ def _warn_of_fast_path(model: nn.Module, paths: Iterable[str]) -> None:
 def _verify(
     model: nn.Module, planned: Mapping[str, int], scaling: str | float, adapter_name: str
 ) -> None:
-    """Exactly the planned modules have an adapter, of the planned rank and scale."""
+    """Check that exactly the planned modules have an adapter, of the planned rank and scale."""
     alpha_of = alpha_rule(scaling)
     found = {}
     for path, module in model.named_modules():
@@ -195,7 +220,7 @@ def _verify(
 
 
 def _undo(model: nn.Module) -> Callable[[], None]:
-    """What puts back modules, parameters, classes, modes, hooks and all other attributes."""
+    """A function that restores modules, parameters, classes, modes, hooks, all attributes."""
     modules = [
         (module, type(module), dict(module.__dict__), _registries(module))
         for module in model.modules()

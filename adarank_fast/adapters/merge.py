@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from adarank_fast.adapters.adapter_files import PREFIX, Adapter, read_adapter
 from adarank_fast.adapters.export import check_fits
-from adarank_fast.adapters.patterns import check_patterns
+from adarank_fast.adapters.patterns import check_patterns, keys_of_experts
 from adarank_fast.adapters.peft_private import BaseTunerLayer
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import new_folder
@@ -36,13 +36,14 @@ TASK_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+ModelClass = Any  # a class of transformers that loads models; its methods have no types
 
 
 @contextmanager
 def _without_expected_warnings() -> Iterator[None]:
     """Deprecations are not the user's; of tied weights `_untie` takes care."""
     tied = (".*`?tie_word_embeddings", "Input and output embeddings are no longer tied")
-    with warnings.catch_warnings():
+    with keys_of_experts(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         for message in tied:
             warnings.filterwarnings("ignore", message=message)
@@ -126,7 +127,7 @@ def base_skeleton(
     )
 
 
-def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
+def _without_weights(model_class: ModelClass, config: PretrainedConfig) -> PreTrainedModel | None:
     """A model on the meta device; None where the class is no model's, or the model is not of it."""
     try:
         with torch.device("meta"):
@@ -175,7 +176,7 @@ def _name_classes(config: PretrainedConfig, folder: Path) -> None:
 
 
 def _merge(
-    model_class: Any,
+    model_class: ModelClass,
     name: str,
     config: PretrainedConfig,
     folder: str | os.PathLike[str],

@@ -11,7 +11,9 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 from peft import LoraConfig
@@ -37,8 +39,16 @@ for pattern in patterns:
 """
 
 
+@contextmanager
+def keys_of_experts() -> Iterator[None]:
+    """PEFT looks for rank_pattern's keys among modules only, and warns of those of parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
+        yield
+
+
 def check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
-    """Every pattern of the configuration is one, and ends soon over all these module names.
+    """Check that every pattern of the configuration is valid, and fast on these module names.
 
     Raises:
         AdarankError: which does not.

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from peft.import_utils import is_bnb_available
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 try:
     from peft.tuners.lora.torchao import TorchaoLoraLinear
@@ -85,3 +86,9 @@ def pattern_value(pattern: Mapping[str, float] | None, path: str, default: float
     pattern = pattern or {}
     value: float = pattern.get(get_pattern_key(list(pattern), path), default)
     return value
+
+
+def has_only_experts(model: nn.Module) -> bool:
+    """Whether parameters of experts have LoRA adapters, and nothing else has."""
+    layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
+    return bool(layers) and all(isinstance(layer, lora.ParamWrapper) for layer in layers)

@@ -33,6 +33,6 @@ class Swapped:
         return new
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        """As its own class: who loads it need not have this package."""
+        """Pickle as the plain class, so that loading does not need this package."""
         state = {key: value for key, value in self.__dict__.items() if key != self.HIDDEN}
         return _reconstructor, (self.plain_class(), object, None), state

@@ -20,7 +20,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def undo_compile(modules: Sequence[nn.Module]) -> Callable[[], None]:
-    """What takes back later calls of `module.compile()`."""
+    """A function that undoes later calls of `module.compile()`."""
     before = [(m, {k: v for k, v in vars(m).items() if k == _COMPILED}) for m in modules]
 
     def undo() -> None:

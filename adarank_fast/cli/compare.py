@@ -15,6 +15,7 @@ from adarank_fast.comparison.compare import compare as run
 from adarank_fast.comparison.design import Design
 from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.files import check_own_folder
+from adarank_fast.options import DEFAULT_TARGETS
 from adarank_fast.training.data import check_alike, read_data
 
 
@@ -40,7 +41,7 @@ def compare(
             help="Folder of the report. Finished runs are kept there and not run again.",
         ),
     ] = Path("report"),
-    target_modules: options.TARGET_MODULES = "attention",
+    target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
     as_json: options.JSON = False,

@@ -17,7 +17,7 @@ def demo(
     ] = Path("report"),
     average_rank: Annotated[int, typer.Option(min=1, help="Rank of uniform LoRA.")] = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training questions.")] = 2,
-    seeds: Annotated[int, typer.Option(min=1, help="Training runs of each arm.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs of each arm, a seed each.")] = 3,
     items: Annotated[
         int, typer.Option(min=1, help="Train on this many of the 4,376 questions.")
     ] = 2000,

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import DTYPES, RANGES, check_number
+from adarank_fast.options import DTYPES, RANGES, TARGET_PRESETS, check_number
 from adarank_fast.options import parse_scaling as parse_scaling
 
 MODEL = Annotated[
@@ -24,7 +24,11 @@ MODEL = Annotated[
 TEXTS = "Rows: .jsonl, .csv, .parquet, .txt, ...; a datasets folder or name. See docs/data.md."
 DATA = Annotated[Path, typer.Option(help=TEXTS, show_default=False)]
 TARGET_MODULES = Annotated[
-    str, typer.Option(help='"attention", "all-linear", names separated by commas, or a regex.')
+    str,
+    typer.Option(
+        help='"auto" (attention, and experts where there are any), "attention", "all-linear", '
+        '"experts", names; several of them separated by commas; or a regex.'
+    ),
 ]
 TASK = Annotated[
     str,
@@ -80,8 +84,7 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
                     raise AdarankError(_with_flags(str(error), cls)) from error
             command(**given)
 
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        _declare(run, signature.replace(parameters=parameters))
         owned = (_called(one) for cls in classes for one in fields(cls))
         run.checked_elsewhere = frozenset(owned)  # type: ignore[attr-defined]
         return run
@@ -119,9 +122,14 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
         with trusting(bool(trust)):
             command(**given)
 
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    _declare(run, signature.replace(parameters=parameters))
     return run
+
+
+def _declare(command: Callable[..., None], signature: inspect.Signature) -> None:
+    """Give a function the signature that typer reads."""
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in signature.parameters.values()}
 
 
 def _with_flags(message: str, cls: type) -> str:
@@ -146,8 +154,8 @@ def _parameter(cls: type, one: Field[object]) -> inspect.Parameter:
 
 
 def parse_target_modules(text: str) -> str | list[str]:
-    """Names separated by commas become a list; "attention", "all-linear" and regexes stay."""
+    """Names separated by commas become a list; a preset alone and regexes stay."""
     names = [name.strip() for name in text.split(",")]
-    if text in ("attention", "all-linear") or not all(re.fullmatch(r"[\w.-]+", n) for n in names):
+    if text in TARGET_PRESETS or not all(re.fullmatch(r"[\w.-]+", n) for n in names):
         return text
     return names

@@ -15,12 +15,12 @@ from rich import box
 from rich.table import Table
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, say_written, show, status
+from adarank_fast.cli.console import quiet_transformers, say_written, show, status, typed
 from adarank_fast.cli.train_options import Ranks, Settings
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import DTYPES, check_choice
-from adarank_fast.plan.budget import DEFAULT_AVERAGE_RANK
-from adarank_fast.plan.lora_config import alpha_rule
+from adarank_fast.options import DEFAULT_TARGETS, DTYPES, check_choice
+from adarank_fast.plan.budget import DEFAULT_AVERAGE_RANK, Budget
+from adarank_fast.plan.lora_config import alpha_rule, refuse_for_experts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,7 +47,7 @@ def train(
     data: options.DATA,
     ranks: Ranks,
     settings: Settings,
-    target_modules: options.TARGET_MODULES = "attention",
+    target_modules: options.TARGET_MODULES = DEFAULT_TARGETS,
     output_folder: Annotated[
         Path, typer.Option("--output-folder", "-o", help="Where to put the adapter.")
     ] = Path("adapter"),
@@ -58,7 +58,9 @@ def train(
     text_column: options.TEXT_COLUMN = None,
     label_column: options.LABEL_COLUMN = None,
     scaling: options.SCALING = "constant",
-    lora_dropout: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.0,
+    lora_dropout: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Dropout in front of the adapters.")
+    ] = 0.0,
     dtype: options.DTYPE = "float32",
     four_bit: Annotated[
         bool, typer.Option("--four-bit", help="Keep the frozen weights in 4 bits (bitsandbytes).")
@@ -100,7 +102,11 @@ def train(
         folder=output_folder,
     )
     result = _run(job)
-    _say(result, output_folder, rows.understood if as_json else None)
+    verb = "evaluate" if eval_data is None else "apply"
+    then = typed(
+        "adarank", verb, model, output_folder, "--data", "FILE", *["--four-bit"] * four_bit
+    )
+    _say(result, output_folder, then, rows.understood if as_json else None)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,8 @@ class _Job:
         source: dict[str, object] = {"rank": self.ranks.rank}
         if self.ranks.rank is None:
             source = {"average_rank": self.ranks.average_rank or DEFAULT_AVERAGE_RANK}
+        if self.ranks.expert_rank != "whole":
+            source["expert_rank"] = self.ranks.expert_rank
         return {**source, "target_modules": self.target_modules}
 
     def noted(self, network: PreTrainedModel, data: str) -> dict[str, object]:
@@ -174,10 +182,11 @@ def _run(job: _Job) -> Result:
     set_seed(seed)
     tokenizer, examples, network, lora_config = _load(job)
     with unfinished_run(job.folder, job.noted(network, examples.digest())) as checkpoints:
+        lora_config["lora_dropout"] = job.lora_dropout
+        refuse_for_experts(_experts(job, network), lora_config)
         plan = _plan(job, network, examples, checkpoints)
         set_seed(seed)
         (example,) = examples.calibration(1, network.device)  # fused from the first step on
-        lora_config["lora_dropout"] = job.lora_dropout
         scaling = options.parse_scaling(job.scaling)
         peft_model = inject(network, plan, scaling, example, **lora_config)
         result = _fit(job, peft_model, examples, plan, checkpoints)
@@ -257,6 +266,16 @@ def _fit(
     )
 
 
+def _experts(job: _Job, network: PreTrainedModel) -> list[str]:
+    """The parameters of experts that get a rank."""
+    from adarank_fast.models.targets import find_targets
+
+    if job.plan is not None:
+        return [name for name in job.plan.experts if job.plan.ranks[name]]
+    targets = find_targets(network, job.target_modules)
+    return [target.name for target in targets if target.parameter]
+
+
 def _plan(job: _Job, network: PreTrainedModel, examples: Examples, checkpoints: Path) -> RankPlan:
     """The given plan, a uniform one, or a prediction; a resumed run does not predict again."""
     from adarank_fast.plan.rank_plan import RankPlan
@@ -266,12 +285,13 @@ def _plan(job: _Job, network: PreTrainedModel, examples: Examples, checkpoints: 
     if job.plan is not None:
         return job.plan
     if job.ranks.rank is not None:
-        return RankPlan.uniform(network, job.ranks.rank, job.target_modules)
+        return RankPlan.uniform(network, job.ranks.rank, job.target_modules, job.ranks.expert_rank)
     path = checkpoints / PLAN
     if not path.exists():
         batches = examples.calibration(CALIBRATION, network.device)
         targets, progress = job.target_modules, sys.stderr.isatty()
-        plan = predict_ranks(network, batches, job.ranks.average_rank, targets, progress=progress)
+        budget = Budget(job.ranks.average_rank, expert_rank=job.ranks.expert_rank)
+        plan = predict_ranks(network, batches, budget, targets, progress=progress)
         plan.save(path)
     return RankPlan.load(path)
 
@@ -282,7 +302,7 @@ def _measured_on(job: _Job, count: int) -> str:
     return f"{count:,} examples of {job.data[-1]}"
 
 
-def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
+def _say(result: Result, folder: Path, then: str, as_json: Understood | None) -> None:
     if as_json is not None:
         found = {"adapter": str(folder), "understood": as_json.as_json()}
         print(json.dumps({**found, **asdict(result)}))
@@ -296,4 +316,4 @@ def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
     show(table)
     last = f", training loss {result.curve[-1][1]:.4g} at the end" if result.curve else ""
     print(f"{result.steps:,} steps{last}, {result.parameters:,} adapter parameters")
-    say_written(folder)
+    say_written(folder, then)

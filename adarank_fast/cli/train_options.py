@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.options import RANGES, check_number, option
-from adarank_fast.plan.budget import DEFAULT_AVERAGE_RANK
+from adarank_fast.options import RANGES, check_choice, check_number, option
+from adarank_fast.plan.budget import DEFAULT_AVERAGE_RANK, EXPERT_RANK_HELP, EXPERT_RANKS
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,11 @@ class Ranks:
         plan: a plan file.
         average_rank: of a prediction. None: `DEFAULT_AVERAGE_RANK`.
         rank: of uniform LoRA.
+        expert_rank: of the last two; see `Budget`.
 
     Raises:
-        AdarankError: more than one is given, or a number is out of its range.
+        AdarankError: more than one is given, `expert_rank` is unknown or beside a plan, or a number
+            is out of its range.
     """
 
     plan: Path | None = option(None, "Plan file with the ranks; default: they are predicted first.")
@@ -29,12 +31,19 @@ class Ranks:
         None, "Average of the predicted ranks.", shown=str(DEFAULT_AVERAGE_RANK)
     )
     rank: int | None = option(None, "Train uniform LoRA of this rank instead.")
+    expert_rank: str = option("whole", EXPERT_RANK_HELP)
 
     def __post_init__(self) -> None:
-        given = [one.name for one in fields(self) if getattr(self, one.name) is not None]
+        given = [n for n in ("plan", "average_rank", "rank") if getattr(self, n) is not None]
         if len(given) > 1:
             names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise AdarankError(f"{names} each set the ranks; give one of them")
+        check_choice("expert_rank", self.expert_rank, EXPERT_RANKS)
+        if self.plan is not None and self.expert_rank != "whole":
+            raise AdarankError(
+                f"expert_rank={self.expert_rank!r} is for predicted or uniform ranks; a plan says "
+                "the rank of each expert"
+            )
         _check_numbers(self)
 
 

@@ -76,6 +76,7 @@ class Problem:
             self.batches,
             budget_parameters=self.uniform.parameters,
             target_modules=self.uniform.settings["target_modules"],
+            expert_rank=self.uniform.settings.get("expert_rank", "whole"),
             trials=self.trials,
             seed=self.seed,
             progress=self.progress,
@@ -90,7 +91,9 @@ class Problem:
         asked = replace(plan, ranks=ranks)
         if ranks == dict(weights) and asked.parameters == self.budget:
             return asked
-        ranks = allocate_ranks(weights, sizes=plan.sizes, budget_parameters=self.budget)
+        ranks = allocate_ranks(
+            weights, sizes=plan.sizes, experts=plan.experts, budget_parameters=self.budget
+        )
         return replace(plan, ranks=ranks)
 
 
@@ -155,6 +158,11 @@ def eva(problem: Problem) -> RankPlan:
 
     from adarank_fast.models.batches import prepare_batches
 
+    if experts := [*problem.uniform.experts]:
+        raise AdarankError(
+            f"eva ranks layers by their inputs, and {experts[0]} is a parameter of experts; leave "
+            'the arm out, or compare with target_modules="attention"'
+        )
     rank = max(problem.uniform.ranks.values())
     batches = [
         {key: value for key, value in batch.items() if isinstance(value, Tensor)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 from adarank_fast.comparison.design import Design, DesignOptions
 from adarank_fast.comparison.folder import COMPARISON
 from adarank_fast.files import check_own_folder
-from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.options import DEFAULT_TARGETS, gather, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ def compare(
     seeds: int | Sequence[int] | None = None,
     *,
     design: Design | None = None,
-    target_modules: TargetModules = "attention",
+    target_modules: TargetModules = DEFAULT_TARGETS,
     tokenizer: PreTrainedTokenizerBase | None = None,
     modules_to_save: Sequence[str] | None = None,
     title: str | None = None,
@@ -39,7 +39,7 @@ def compare(
     progress: bool | Callable[[str], object] = True,
     **options: Unpack[DesignOptions],
 ) -> Comparison:
-    """Train rank allocators under one parameter budget, with several seeds, and compare them.
+    """Compare ways to share out rank: equal numbers of parameters, several seeds, one report.
 
     Args:
         model: a folder or hub name; or a function without arguments that makes the untrained model
@@ -72,7 +72,7 @@ def compare(
     flat: dict[str, object] = {**options}
     flat |= {k: v for k, v in (("arms", arms), ("seeds", seeds)) if v is not None}
     design = gather(Design, design, flat)
-    refuse_unknown("compare", flat, Design)
+    refuse_unknown(compare, flat, Design)
     if work_dir is not None:
         named = (model, train_data, eval_data, *design.plan_files)
         read = [os.fspath(one) for one in named if isinstance(one, (str, os.PathLike))]

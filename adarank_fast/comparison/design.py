@@ -29,6 +29,7 @@ from adarank_fast.options import (
     parse_scaling,
     shown,
 )
+from adarank_fast.plan.budget import EXPERT_RANK_HELP, EXPERT_RANKS
 from adarank_fast.plan.lora_config import alpha_rule
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Design:
             "uniform".
         seeds: how many, from 0; or the seeds.
         average_rank: of uniform LoRA, whose number of parameters is every arm's budget.
+        expert_rank: of every arm; see `Budget`. With "divided" each expert of uniform LoRA has
+            average_rank / active experts, rounded down, at least 1.
         task: "classification", "causal-lm", or "auto": classification if the data have labels.
         metric: None: accuracy or perplexity. Else a name, `module:function` or an entry point of
             `adarank.metrics`, or a function of predictions and labels that returns
@@ -80,6 +83,7 @@ class Design:
     average_rank: int = option(
         8, "Rank of uniform LoRA; its parameter count is every arm's budget."
     )
+    expert_rank: str = option("whole", EXPERT_RANK_HELP)
     task: str = option("auto", f"auto (classification if there are labels), {' or '.join(TASKS)}.")
     metric: Callable[[numpy.ndarray, numpy.ndarray], float] | None = option(
         None,
@@ -130,6 +134,7 @@ class Design:
                 object.__setattr__(self, name, check_number(name, value))
         check_choice("task", self.task, ("auto", *TASKS))
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("expert_rank", self.expert_rank, EXPERT_RANKS)
         if self.metric is not None and not callable(self.metric):
             given: object = self.metric
             found = find_function("metric", given, METRICS) if isinstance(given, str) else None
@@ -197,6 +202,7 @@ class DesignOptions(TypedDict, total=False):
     """Options of `Design` as keywords, for type checkers; `arms` and `seeds` are arguments."""
 
     average_rank: int
+    expert_rank: str
     task: str
     metric: Callable[[numpy.ndarray, numpy.ndarray], float] | None
     greater_is_better: bool

@@ -33,8 +33,8 @@ REMEDY = "name another folder or delete that one"
 def claim(folder: Path, settings: Mapping[str, object]) -> str:
     """Note what is compared, or check that it is the same; see `note_settings`.
 
-    Where no cell is finished yet, the old settings and plans give way. Arms and seeds are not among
-    the settings: they can be added.
+    If no cell is finished yet, the old settings and plans are replaced. Arms and seeds are not
+    among the settings: they can be added.
 
     Args:
         folder: opened with `own_folder`.

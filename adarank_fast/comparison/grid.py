@@ -156,7 +156,7 @@ class Grid:
 
 
 def _read(path: Path) -> CellNumbers:
-    """A finished cell's result, if it is the one that the file is called after."""
+    """The result in a cell's file, if it belongs to that cell."""
     try:
         result = cast(CellNumbers, dict(json.loads(path.read_text(encoding="utf-8"))))
         if result["name"] != path.stem or not 0 < result["steps"] == int(result["steps"]):
@@ -175,7 +175,7 @@ def _json_number(value: float) -> float | None:
 
 
 def make_model(experiment: Experiment, seed: int) -> nn.Module:
-    """The untrained model; what is new in it, and what comes after, is drawn from the seed."""
+    """The untrained model. Its new weights and all later random numbers come from the seed."""
     from transformers import set_seed
 
     set_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class IntervalNumbers(TypedDict):
@@ -84,6 +84,7 @@ class Settings(TypedDict):
     metric_function: list[object] | None
     greater_is_better: bool
     average_rank: int
+    expert_rank: NotRequired[str]
     budget_parameters: int
     target_modules: object
     learning_rates: list[float]

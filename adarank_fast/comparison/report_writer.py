@@ -7,13 +7,13 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from adarank_fast.comparison.findings import detail_tables, remarks, tables, verdicts
+from adarank_fast.comparison.findings import bounded, detail_tables, remarks, tables, verdicts
 from adarank_fast.comparison.folder import COMPARISON, claim
 from adarank_fast.comparison.numbers import IntervalNumbers, Results
 from adarank_fast.files import own_folder, write_text, writing
@@ -72,9 +72,9 @@ def draw(results: Results, plans: Mapping[str, RankPlan], folder: Path) -> list[
     values, changes = {}, {}
     for arm, numbers in results["arms"].items():
         if numbers["value"]:
-            values[arm] = _scaled(numbers["by_seed"].values(), numbers["value"], scale)
+            values[arm] = _scaled(results, numbers["by_seed"], numbers["value"])
         if difference := results["differences"].get(arm):
-            changes[arm] = _scaled(difference["by_seed"].values(), difference["seeds"], scale)
+            changes[arm] = _scaled(results, difference["by_seed"], difference["seeds"], True)
     quality, order = tables(results)[0][0], list(results["arms"])
     made: list[Picture] = []
 
@@ -89,9 +89,9 @@ def draw(results: Results, plans: Mapping[str, RankPlan], folder: Path) -> list[
         plot_intervals(values, path, f"held-out {metric}{percent}", order=order)
     if changes:
         better = "above" if settings["greater_is_better"] else "below"
-        unit = f"{metric}: difference from {baseline}"
+        unit = f"{metric} minus {baseline}'s"
         unit += f"{', in points' if points else ''} ({better} 0 is better)"
-        caption = f"Difference from {baseline}, paired by seed. {each}."
+        caption = f"Minus {baseline}, paired by seed. {each}."
         plot_intervals(changes, add(quality, caption, "differences.png"), unit, True, order)
     for arm, plan in plans.items():
         if len(set(plan.ranks.values())) > 1:
@@ -131,11 +131,16 @@ def sections(results: Results, pictures: Sequence[Picture]) -> list[Section]:
 
 
 def _scaled(
-    values: Iterable[float | None], found: IntervalNumbers, scale: float
+    results: Results,
+    by_seed: Mapping[str, float | None] | Mapping[str, float],
+    found: IntervalNumbers,
+    difference: bool = False,
 ) -> tuple[list[float], float | None, float | None]:
-    low, high = found["low"], found["high"]
-    low, high = (None if one is None else scale * one for one in (low, high))
-    return [scale * value for value in values if value is not None], low, high
+    """(of each seed, low, high), in percent where it is an accuracy."""
+    scale = 100 if results["settings"]["metric"] == "accuracy" else 1
+    ends = (bounded(results, found[end], difference) for end in ("low", "high"))
+    low, high = (None if end is None else scale * end for end in ends)
+    return [scale * value for value in by_seed.values() if value is not None], low, high
 
 
 def _curves(results: Results) -> dict[str, list[tuple[float, float]]]:
@@ -165,6 +170,9 @@ def notes(results: Results) -> list[str]:
             f"learning rate for each arm from {', '.join(f'{rate:g}' for rate in rates)}: the best "
             f"after one epoch on a tenth of the training data, seed {settings['sweep_seed']}"
         )
+    divided = ""
+    if settings.get("expert_rank") == "divided":
+        divided = " (of experts: divided by how many are active)"
     scaling = settings["scaling"]
     rule = "lora_alpha = 2 * rank" if scaling == "constant" else f"scaling {scaling}"
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
@@ -174,7 +182,7 @@ def notes(results: Results) -> list[str]:
         f"{classes}. All arms: {length}, batch size {settings['batch_size']}, {rule}, seeds "
         f"{', '.join(map(str, settings['seeds']))}, the same order of items and the same "
         f"initial heads; {chosen}.",
-        f"The budget is uniform LoRA's of rank {settings['average_rank']}: "
+        f"The budget is uniform LoRA's of rank {settings['average_rank']}{divided}: "
         f"{settings['budget_parameters']:,} parameters. Started {settings['date']}. The runs took "
         f"{cells:.0f} s, of which {seconds:.0f} s were training steps.",
         f"{machine['system']}, {machine['device']}, threads "

@@ -49,7 +49,7 @@ def run(
         metric = user_metric(design.metric, design.greater_is_better)
     settings = _settings(design, experiment, metric)
     model = make_model(experiment, seeds[0])
-    uniform = RankPlan.uniform(model, design.average_rank, target_modules)
+    uniform = RankPlan.uniform(model, design.average_rank, target_modules, design.expert_rank)
     settings |= {
         "title": title or f"{experiment.name}, {task}",
         "budget_parameters": uniform.parameters,
@@ -97,6 +97,7 @@ def _settings(design: Design, experiment: Experiment, metric: Metric) -> dict[st
         "metric_function": of_metric,
         "greater_is_better": metric.greater_is_better,
         "average_rank": design.average_rank,
+        "expert_rank": design.expert_rank,
         "learning_rates": list(design.rates(experiment.task)),
         "epochs": design.epochs,
         "max_steps": design.max_steps,

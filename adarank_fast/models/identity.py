@@ -2,7 +2,7 @@
 
 Tensors are read once, where they are, as whole numbers of 64 bits w[0], w[1], ... A block of them
 is summed up as sum(c[i] * (w[i] ^ (w[i] >> 32))) modulo 2^64, with fixed random odd c. A change of
-one number always changes the sum. Any other change, such as two values exchanged or a sign, is
+one number always changes the sum. Another change, such as two values exchanged or a sign, is
 missed with a chance of about 2^-32. This finds mistakes, not forgeries. SHA-256 over names,
 types, shapes and these sums is the digest, the same on every device.
 """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.experts import holds_experts
 from adarank_fast.models.quantization import is_of_torchao
 from adarank_fast.models.transformers_private import is_moved_by_hooks
 
@@ -33,6 +35,11 @@ def copy_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         )
     memo: dict[int, object] = {}
     for parameter in model.parameters():
-        cast = parameter.detach().to(dtype, copy=True)
-        memo[id(parameter)] = nn.Parameter(cast, requires_grad=False)
-    return copy.deepcopy(model, memo)
+        converted = parameter.detach().to(dtype, copy=True)
+        memo[id(parameter)] = nn.Parameter(converted, requires_grad=False)
+    copied = copy.deepcopy(model, memo)
+    if dtype == torch.float64 and any(map(holds_experts, copied.modules())):
+        for module in copied.modules():  # grouped products have no float64
+            if hasattr(module, "set_experts_implementation"):
+                cast(Any, module).set_experts_implementation("eager")
+    return copied

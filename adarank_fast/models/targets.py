@@ -11,15 +11,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankError, AdarankTypeError
+from adarank_fast.models.experts import expert_shapes, experts_per_token, holds_experts
 from adarank_fast.models.text import list_names
-from adarank_fast.models.torch_private import (
-    compiled_from,
-    is_convolution,
-    is_read_not_called,
-)
+from adarank_fast.models.torch_private import compiled_from, is_read_not_called
+from adarank_fast.options import DEFAULT_TARGETS, TARGET_PRESETS
 
 TargetModules = str | Iterable[str]
-
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")  # DDP, compile, PEFT
 
@@ -37,6 +34,8 @@ class Target:
             parameter, that of all experts side by side: rank * (in + out) is what PEFT spends.
         block: path of the block that holds it (see `find_block`), or None.
         parameter: name of the 3-D parameter in `module`; "" for a linear module.
+        experts: how many a parameter has; 1 for a linear module.
+        experts_per_token: how many of them are active for a token; None: the model does not say.
     """
 
     name: str
@@ -46,6 +45,8 @@ class Target:
     out_features: int
     block: str | None
     parameter: str = ""
+    experts: int = 1
+    experts_per_token: int | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -119,17 +120,18 @@ MAMBA_READS = frozenset({"out_proj", "dt_proj"})
 HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "pooler"})
 
 
-def find_targets(model: nn.Module, target_modules: TargetModules = "attention") -> list[Target]:
-    """The linear modules of `model` that `target_modules` names, in the model's own order.
+def find_targets(model: nn.Module, target_modules: TargetModules = DEFAULT_TARGETS) -> list[Target]:
+    """What of `model` gets a rank, in the model's own order.
 
     Args:
         model: any torch module; DDP, `torch.compile` and PEFT wrappers are looked through.
-        target_modules: `"attention"`: every Linear / Conv1D beneath a module whose class name
-            contains "Attention", the output projection included; `"all-linear"`: every Linear /
-            Conv1D but heads, poolers and what Mamba models read without calling; any other string:
-            a regex that must match a full name; a list: full names or dotted suffixes of names.
-            Names may also be those of 3-D expert parameters (`mlp.experts.down_proj`), which get
-            one rank for all experts.
+        target_modules: `"auto"`: `"attention"`, and `"experts"` where the model has them.
+            `"attention"`: every Linear / Conv1D beneath a module whose class name contains
+            "Attention", the output projection included. `"all-linear"`: every Linear / Conv1D but
+            heads, poolers and what Mamba models read without calling. `"experts"`: every 3-D
+            parameter of a module whose class name contains "Experts"; one rank for all experts of
+            a parameter. Any other string: a regex that must match a full name. A list: full names,
+            dotted suffixes of names (also of 3-D parameters, `mlp.experts.down_proj`) and presets.
 
     Raises:
         AdarankError: nothing matches, or an element of the list does not.
@@ -137,13 +139,10 @@ def find_targets(model: nn.Module, target_modules: TargetModules = "attention") 
     """
     model = unwrap(model)
     candidates = list({target.name: target for target in find_candidates(model)}.values())
-    linears = [target for target in candidates if not target.parameter]
     if not isinstance(target_modules, str):
         return _named(target_modules, candidates, model)
-    if target_modules == "attention":
-        return _of_attention(linears, model)
-    if target_modules == "all-linear":
-        return _all_linear(linears, model)
+    if target_modules in TARGET_PRESETS:
+        return _preset(target_modules, candidates, model)
     return _matching(target_modules, candidates)
 
 
@@ -157,29 +156,24 @@ def find_candidates(model: nn.Module) -> list[Target]:
             name = canonical_name(path, model)
             found.append(Target(name, path, module, *shape, find_block(model, path)))
             continue
-        for part, shape in expert_shapes(module).items():
+        for part, (count, fan_in, fan_out) in expert_shapes(module).items():
             whole = f"{path}.{part}" if path else part
-            name = canonical_name(whole, model).replace(".base_layer", "")
-            found.append(Target(name, whole, module, *shape, find_block(model, whole), part))
+            found.append(
+                Target(
+                    name=canonical_name(whole, model).replace(".base_layer", ""),
+                    path=whole,
+                    module=module,
+                    in_features=count * fan_in,
+                    out_features=count * fan_out,
+                    block=find_block(model, whole),
+                    parameter=part,
+                    experts=count,
+                    experts_per_token=experts_per_token(
+                        module, reversed([*_above(model, whole)][:-1]), count
+                    ),
+                )
+            )
     return found
-
-
-def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) of a module's own 3-D parameters, all experts side by side.
-
-    PEFT's reading of the layout: [experts, out, in], or [experts, in, out] where the module says
-    `is_transposed`. Convolutions are none; a first dimension of 1 is a position embedding's.
-    """
-    if is_convolution(module):
-        return {}
-    shapes = {}
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point():
-            experts, rows, columns = parameter.shape
-            transposed = getattr(module, "is_transposed", False)
-            fan_in, fan_out = (rows, columns) if transposed else (columns, rows)
-            shapes[name] = (experts * fan_in, experts * fan_out)
-    return shapes
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -216,25 +210,46 @@ def alternatives(model: nn.Module, path: str) -> set[str]:
     }
 
 
-def _of_attention(linears: list[Target], model: nn.Module) -> list[Target]:
-    """Those beneath a module whose class name contains "Attention"."""
-    chosen = [
-        target
-        for target in linears
-        if any("Attention" in type(module).__name__ for module in _above(model, target.path))
-    ]
-    if chosen:
-        return chosen
+def _preset(preset: str, candidates: list[Target], model: nn.Module) -> list[Target]:
+    """Those of a preset.
+
+    Raises:
+        AdarankError: there are none.
+    """
+    linears = [target for target in candidates if not target.parameter]
+    if preset == "all-linear":
+        return _all_linear(linears, model)
+    attention = {t.name for t in linears if _is_in_attention(t, model)}
+    experts = {t.name for t in candidates if t.parameter and holds_experts(t.module)}
+    chosen = {"attention": attention, "experts": experts}.get(preset, attention | experts)
+    if not chosen or preset == DEFAULT_TARGETS and not attention:
+        raise _nothing_found(preset, linears, model)
+    return [target for target in candidates if target.name in chosen]
+
+
+def _is_in_attention(target: Target, model: nn.Module) -> bool:
+    above = _above(model, target.path)
+    return any("Attention" in type(module).__name__ for module in above)
+
+
+def _nothing_found(preset: str, linears: list[Target], model: nn.Module) -> AdarankError:
+    """Why a preset names nothing in this model, and what to pass instead."""
+    said = f'target_modules="{preset}"'
     names = list_names(sorted(target.name for target in linears))
+    if preset == "experts":
+        return AdarankError(
+            f"{said} found no experts in 3-D parameters in {type(model).__name__}; experts that "
+            f"are modules of their own are named as such, for example {names}"
+        )
     if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
-        raise AdarankError(
-            'target_modules="attention": torch.nn.MultiheadAttention reads the weights of its '
+        return AdarankError(
+            f"{said}: torch.nn.MultiheadAttention reads the weights of its "
             "projections and never calls them, so they cannot get a rank; pass "
             f'"all-linear" or names, for example {names}'
         )
     classes = sorted({type(m).__name__ for m in model.modules() if any(m.children())})
-    raise AdarankError(
-        'target_modules="attention" found no Linear or Conv1D beneath a module whose class '
+    return AdarankError(
+        f"{said} found no Linear or Conv1D beneath a module whose class "
         f"name contains 'Attention' (classes here: {list_names(classes)}); "
         f'pass "all-linear" or names, for example {names}'
     )
@@ -287,11 +302,14 @@ def _named(names: Iterable[str], candidates: list[Target], model: nn.Module) -> 
     if not wanted:
         raise AdarankError("target_modules is empty; name at least one module")
 
-    def is_called(target: Target, item: str) -> bool:
-        return _ends_with(target.name, item) or _ends_with(target.path, item)
-
+    chosen = set()
     for item in wanted:
-        if not any(is_called(target, item) for target in candidates):
+        called = {
+            t.name for t in candidates if _ends_with(t.name, item) or _ends_with(t.path, item)
+        }
+        if not called and item in TARGET_PRESETS:
+            called = {target.name for target in _preset(item, candidates, model)}
+        if not called:
             other = [m for p, m in model.named_modules() if _ends_with(p, item)]
             why = "matches no module"
             if other:
@@ -301,7 +319,8 @@ def _named(names: Iterable[str], candidates: list[Target], model: nn.Module) -> 
             raise AdarankError(
                 f"target_modules: {item!r} {why}; near matches: {_near(item, candidates)}"
             )
-    return [t for t in candidates if any(is_called(t, item) for item in wanted)]
+        chosen |= called
+    return [target for target in candidates if target.name in chosen]
 
 
 def is_adapter(path: str) -> bool:

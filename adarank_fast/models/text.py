@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError, AdarankImportError
 
+WIDTH = 80  # columns of text, where nobody says how many there are
+
 if TYPE_CHECKING:
     import pandas
     from rich.console import RenderableType
@@ -64,7 +66,7 @@ def data_frame(rows: Mapping[str, Mapping[str, object]]) -> pandas.DataFrame:
     return DataFrame.from_dict(rows, orient="index")
 
 
-def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = 10_000) -> str:
+def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = WIDTH) -> str:
     """Rich tables as text: `width` columns at most, without colours and spaces at line ends."""
     from rich.console import Console
 
@@ -74,3 +76,9 @@ def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = 
             console.print(table)
     lines = (line.rstrip() for line in captured.get().strip("\n").splitlines())
     return "\n".join(line for line in lines if line or blank_lines)
+
+
+def by(size: tuple[int, int], experts: int = 1) -> str:
+    """As "in x out"; of experts that stand side by side "8 of in x out"."""
+    one = f"{size[0] // experts} x {size[1] // experts}"
+    return f"{experts} of {one}" if experts > 1 else one

@@ -1,23 +1,25 @@
 """Share a rank budget out over modules in proportion to their disagreement. No torch here.
 
-Module m has score d_m, bounds lo <= r_m <= hi_m and a cost per rank c_m: 1 when the budget is an
-average rank, in + out when it is a number of parameters. The real-valued solution is
+Module m has score d_m, bounds lo_m <= r_m <= hi_m, a divisor k_m and a cost per rank c_m: k_m when
+the budget is an average rank, in + out when it is a number of parameters. The divisor is 1, but for
+experts with `expert_rank="divided"`: there it is the number of experts active for a token, and
+lo_m >= 1. The real-valued solution is
 
-    x_m = clamp(lambda * d_m, lo, hi_m),   lambda such that  sum_m c_m x_m = budget,
+    x_m = clamp(lambda * d_m / k_m, lo_m, hi_m),   lambda such that  sum_m c_m x_m = budget,
 
 so that what capped modules cannot take goes to the others. Without bounds this is the rule of
-AdaRank (arXiv 2408.09015), x_m = total_rank * d_m / sum d. Ranks are x_m rounded down; "exact" then
-gives the remainder to the largest fractions. The arithmetic is rational: no rounding error, and
-the result does not depend on the order of the modules.
+AdaRank (arXiv 2408.09015), k_m x_m = total_rank * d_m / sum d. Ranks are x_m rounded down; "exact"
+then gives the remainder to the largest fractions. The arithmetic is rational: no rounding error,
+and the result does not depend on the order of the modules.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.text import list_names
@@ -27,10 +29,21 @@ from adarank_fast.plan.budget import DEFAULT_AVERAGE_RANK, Budget, BudgetOptions
 Number = Any  # Fraction or float, all scores the same
 
 
+class Experts(NamedTuple):
+    """What a 3-D parameter holds: how many experts, and how many of them a token passes through.
+
+    `active` is 0 where that is not known.
+    """
+
+    total: int
+    active: int
+
+
 def allocate_ranks(
     scores: Mapping[str, float],
     budget: Budget | float | None = None,
     sizes: Mapping[str, tuple[int, int]] | None = None,
+    experts: Mapping[str, tuple[int, int]] | None = None,
     **options: Unpack[BudgetOptions],
 ) -> dict[str, int]:
     """Ranks in proportion to scores under a budget.
@@ -38,8 +51,10 @@ def allocate_ranks(
     Args:
         scores: module name -> disagreement, finite and >= 0, not all zero.
         budget: a `Budget`, or a number: the average rank.
-        sizes: module name -> (in_features, out_features). Caps a rank at min(in, out); needed for
-            `budget_parameters`.
+        sizes: module name -> (in_features, out_features), of a parameter of experts those of all
+            side by side. Caps a rank at min(in, out) of one; needed for `budget_parameters`.
+        experts: name -> (experts, experts active for a token), of those that are parameters of
+            experts; needed for `expert_rank="divided"`.
         options: the fields of `Budget` as keywords, instead of `budget`.
 
     Returns:
@@ -50,9 +65,9 @@ def allocate_ranks(
     """
     flat: dict[str, object] = {**options}
     budget = gather(Budget, budget, flat)
-    refuse_unknown("allocate_ranks", flat, Budget)
+    refuse_unknown(allocate_ranks, flat, Budget)
     _check_scores(scores)
-    shared = SharedBudget(budget, scores, sizes)
+    shared = SharedBudget(budget, scores, sizes, experts)
     return shared.ranks({name: Fraction(float(score)) for name, score in scores.items()})
 
 
@@ -64,23 +79,30 @@ class SharedBudget:
         budget: Budget,
         names: Iterable[str],
         sizes: Mapping[str, tuple[int, int]] | None = None,
+        experts: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        names = list(names)
+        names, experts = list(names), experts or {}
         self.step = budget.rank_multiple
-        self._low, self._highs = _bounds(names, sizes, budget)
+        self._divisors = {name: expert_divisor(name, experts, budget.expert_rank) for name in names}
+        divided = experts.keys() if budget.expert_rank == "divided" else ()
+        self._lows, self._highs = _bounds(names, sizes, experts, divided, budget)
         self._allocation = budget.allocation
         self._budget, said = _amount(budget, len(names))
         if budget.budget_parameters is None:
-            self._costs = dict.fromkeys(names, 1)
+            self._costs = self._divisors
         elif sizes is None:
             raise AdarankError("budget_parameters needs sizes: name -> (in_features, out_features)")
         else:
             self._costs = {name: sum(sizes[name]) for name in names}
-        least = self._low * sum(self._costs.values())
+        least = sum(self._lows[name] * cost for name, cost in self._costs.items())
         if self._budget < least:
+            also, remedy = "", "lower min_rank"
+            if any(name in divided for name in names):
+                also = ' and rank 1 or more of each expert (expert_rank="divided")'
+                remedy = 'pass expert_rank="whole"'
             raise AdarankError(
-                f"{said} is too small for min_rank={budget.min_rank}, which needs {least}; "
-                "raise the budget or lower min_rank"
+                f"{said} is too small for min_rank={budget.min_rank}{also}, which needs {least}; "
+                f"raise the budget or {remedy}"
             )
         most = sum(
             math.inf if high is None else high * self._costs[name]
@@ -103,22 +125,25 @@ class SharedBudget:
     def real_ranks(self, scores: Mapping[str, Number]) -> dict[str, Number]:
         """Ranks before rounding, in the arithmetic of the scores: fractions, or floats.
 
-        x_m = clamp(lambda d_m, lo, hi_m) with sum c_m x_m = budget. spent(lambda) = sum c_m x_m is
-        continuous, monotone and piecewise linear; its slope changes where a module leaves its lower
-        bound or reaches its upper one. Sweep over these breakpoints.
+        x_m = clamp(lambda s_m, lo_m, hi_m), s_m = d_m / k_m, with sum c_m x_m = budget.
+        spent(lambda) = sum c_m x_m is continuous, monotone and piecewise linear; its slope changes
+        where a module leaves its lower bound or reaches its upper one. Sweep over these
+        breakpoints.
         """
+        scores = {name: score / self._divisors[name] for name, score in scores.items()}
         slope_changes: dict[Number, Number] = {}
         zero = 0 * next(iter(scores.values()))
         for name, score in scores.items():
             if score > 0:
-                start, high, slope = self._low / score, self._highs[name], self._costs[name] * score
+                start, high = self._lows[name] / score, self._highs[name]
+                slope = self._costs[name] * score
                 slope_changes[start] = slope_changes.get(start, zero) + slope
                 if high is not None:
                     stop = high / score
                     slope_changes[stop] = slope_changes.get(stop, zero) - slope
 
         position = slope = zero
-        spent = zero + self._low * sum(self._costs.values())
+        spent = zero + sum(self._lows[name] * cost for name, cost in self._costs.items())
         for breakpoint in sorted(slope_changes):
             ahead = spent + slope * (breakpoint - position)
             if ahead >= self._budget:
@@ -130,7 +155,7 @@ class SharedBudget:
 
         wanted = {}
         for name, score in scores.items():
-            x, high = max(position * score, zero + self._low), self._highs[name]
+            x, high = max(position * score, zero + self._lows[name]), self._highs[name]
             wanted[name] = x if high is None else min(x, zero + high)
         return wanted
 
@@ -167,27 +192,57 @@ def _check_scores(scores: Mapping[str, float]) -> None:
         )
 
 
+def expert_divisor(name: str, experts: Mapping[str, tuple[int, int]], expert_rank: str) -> int:
+    """What a rank is divided by to give each expert's; 1 for what is not of experts.
+
+    Raises:
+        AdarankError: it is to be divided, and how many experts are active is not known.
+    """
+    if expert_rank != "divided" or name not in experts:
+        return 1
+    active = experts[name][1]
+    if not active:
+        raise AdarankError(
+            f'expert_rank="divided": how many experts of {name} are active for a token is not '
+            'known (num_experts_per_tok); use expert_rank="whole", or make the plan again'
+        )
+    return active
+
+
+def highest_rank(name: str, size: tuple[int, int], experts: Mapping[str, tuple[int, int]]) -> int:
+    """min(in, out) of a module, or of one of the experts that stand side by side."""
+    return min(size) // (experts[name][0] if name in experts else 1)
+
+
 def _bounds(
-    names: list[str], sizes: Mapping[str, tuple[int, int]] | None, budget: Budget
-) -> tuple[int, dict[str, int | None]]:
-    """(lowest rank, highest of each module), multiples of `rank_multiple`; None: no cap."""
+    names: list[str],
+    sizes: Mapping[str, tuple[int, int]] | None,
+    experts: Mapping[str, tuple[int, int]],
+    divided: Collection[str],
+    budget: Budget,
+) -> tuple[dict[str, int], dict[str, int | None]]:
+    """(lowest, highest) rank of each module, multiples of `rank_multiple`; None: no cap."""
     if sizes is not None and (missing := [name for name in names if name not in sizes]):
         raise AdarankError(f"sizes lacks {list_names(missing)}; give (in_features, out_features)")
     multiple = budget.rank_multiple
-    low = -(-budget.min_rank // multiple) * multiple
+    lows = {
+        name: -(-max(budget.min_rank, int(name in divided)) // multiple) * multiple
+        for name in names
+    }
     highs: dict[str, int | None] = {}
     for name in names:
         caps = [] if budget.max_rank is None else [budget.max_rank]
-        caps += [] if sizes is None else [min(sizes[name])]
+        caps += [] if sizes is None else [highest_rank(name, sizes[name], experts)]
         highs[name] = min(caps) // multiple * multiple if caps else None
-    narrow = [name for name, high in highs.items() if high is not None and high < low]
+    narrow = [name for name, high in highs.items() if high is not None and high < lows[name]]
     if narrow:
         raise AdarankError(
-            f"min_rank={budget.min_rank} with rank_multiple={multiple} needs rank {low}, more than "
-            f"max_rank or min(in, out) allows ({highs[narrow[0]]}) for {list_names(narrow)}; "
+            f"min_rank={budget.min_rank} with rank_multiple={multiple} needs rank "
+            f"{lows[narrow[0]]}, more than max_rank or min(in, out) allows "
+            f"({highs[narrow[0]]}) for {list_names(narrow)}; "
             "lower min_rank or rank_multiple, or leave these modules out"
         )
-    return low, highs
+    return lows, highs
 
 
 def _amount(budget: Budget, modules: int) -> tuple[int, str]:

@@ -9,7 +9,12 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.options import RANGES, check_choice, check_number, option
 
 ALLOCATIONS = ("exact", "paper")
+EXPERT_RANKS = ("whole", "divided")
 DEFAULT_AVERAGE_RANK = 8
+EXPERT_RANK_HELP = (
+    'Of each expert of an MoE layer: "whole", or "divided": rank / active experts '
+    "(num_experts_per_tok), rounded, at least 1."
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ class Budget:
             remainders (ties by name) until no step is affordable: an average-rank budget divisible
             by the multiple is spent exactly, otherwise less than the cheapest step stays unspent.
             "paper": rounding down only, as published; spends less than the budget.
+        expert_rank: of a parameter that holds the weights of all experts of a layer. "whole": every
+            expert gets the rank that the parameter's disagreement earns, as any module does.
+            "divided": that rank / k, where k experts are active for a token (num_experts_per_tok);
+            rounded as `allocation` says, at least 1. A rank of it then counts as k in an average
+            rank: a token passes through k experts. `min_rank`, `max_rank` and `rank_multiple` bound
+            the rank of each expert. A budget in parameters counts all experts either way.
 
     Raises:
         AdarankError: one line that names the option, its value and the remedy.
@@ -43,6 +54,7 @@ class Budget:
     max_rank: int | None = option(None, "The largest rank.")
     rank_multiple: int = option(1, "Ranks are multiples of it.")
     allocation: str = option("exact", '"exact" spends the whole budget, "paper" rounds down.')
+    expert_rank: str = option("whole", EXPERT_RANK_HELP)
 
     def __post_init__(self) -> None:
         if self.average_rank is not None and self.budget_parameters is not None:
@@ -59,6 +71,7 @@ class Budget:
                 f"max_rank={self.max_rank} is below min_rank={self.min_rank}; raise max_rank"
             )
         check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("expert_rank", self.expert_rank, EXPERT_RANKS)
 
     @property
     def options(self) -> dict[str, object]:
@@ -75,3 +88,4 @@ class BudgetOptions(TypedDict, total=False):
     max_rank: int | None
     rank_multiple: int
     allocation: str
+    expert_rank: str

@@ -30,12 +30,18 @@ DECIDED_BY_PLAN = {
     "use_rslora": 'pass scaling="rslora"',
 }
 
+# what PEFT's adapters of parameters do not have
+NOT_OF_EXPERTS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
+# they read the weight of a linear layer
+INITS_OF_LAYERS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
 
 def lora_config(
     ranks: Mapping[str, int],
     scaling: str | float,
     optional_prefix: str = "",
     parameters: Collection[str] = (),
+    has_experts: bool = False,
     **lora_config_kwargs: Any,
 ) -> LoraConfig:
     r"""A LoraConfig with one anchored key for all modules of a rank.
@@ -44,12 +50,15 @@ def lora_config(
     keys must be anchored at the start, so that `layers.0.q` is not `vision.layers.0.q`, and must
     not overlap. It tries the keys one by one for each module, and Python keeps 512 compiled ones:
     with a key a module, 840 modules took a minute to load, with a key a rank about a second.
-    target_modules is a regex for the full name, since PEFT matches a list's elements as suffixes.
+    target_modules is a regex for the full name, since PEFT matches a list's elements as suffixes;
+    but a list for models with 3-D expert parameters, where PEFT reduces what a regex matches to the
+    last parts of the names and so targets other layers too.
 
     Args:
         ranks: full module name -> rank; rank 0 is left out.
         optional_prefix: what may stand before every name, such as "bert.".
         parameters: which of the names are 3-D expert parameters, PEFT's `target_parameters`.
+        has_experts: whether the model has any, in the plan or not.
         scaling: see `RankPlan.to_lora_config`.
         **lora_config_kwargs: see `RankPlan.to_lora_config`.
     """
@@ -76,6 +85,7 @@ def lora_config(
     keys = {rank: f"^{any_of(names[rank])}{end}" for rank in sorted(names)}
     modules = [name for name, rank in ranks.items() if rank > 0 and name not in parameters]
     experts = [name for name, rank in ranks.items() if rank > 0 and name in parameters]
+    refuse_for_experts(experts, lora_config_kwargs)
     largest = max(keys)
     return LoraConfig(
         **{
@@ -84,11 +94,34 @@ def lora_config(
             "lora_alpha": alpha_of(largest),
             "rank_pattern": {key: rank for rank, key in keys.items()},
             "alpha_pattern": {key: alpha_of(rank) for rank, key in keys.items()},
-            "target_modules": any_of(modules) if modules else [],
+            "target_modules": any_of(modules) if modules and not has_experts else modules,
             "target_parameters": experts or None,
             "use_rslora": scaling == "rslora",
         }
     )
+
+
+def refuse_for_experts(experts: Sequence[str], lora_config_kwargs: Mapping[str, object]) -> None:
+    """Refuse `LoraConfig` arguments that PEFT has not for parameters of experts.
+
+    Args:
+        experts: names of the parameters.
+        lora_config_kwargs: the arguments.
+
+    Raises:
+        AdarankError: which it is.
+    """
+    if not experts:
+        return
+    given = {name: lora_config_kwargs.get(name) for name in NOT_OF_EXPERTS}
+    init = str(lora_config_kwargs.get("init_lora_weights", ""))
+    given["init_lora_weights"] = init if init.startswith(INITS_OF_LAYERS) else None
+    for name, value in given.items():
+        if value:
+            raise AdarankError(
+                f"{name}={value!r}: PEFT has it for layers, not for parameters of experts "
+                f'({experts[0]}); leave it out, or leave experts out (target_modules="attention")'
+            )
 
 
 def alpha_rule(scaling: str | float) -> Callable[[int], float]:

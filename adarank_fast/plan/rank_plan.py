@@ -8,7 +8,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Unpack
@@ -18,12 +18,31 @@ from torch import nn
 from adarank_fast.errors import AdarankError, printable
 from adarank_fast.files import write_text
 from adarank_fast.json_values import MOST, Value, said
-from adarank_fast.models.targets import TargetModules, find_candidates, find_targets, unwrap
-from adarank_fast.models.text import data_frame, plain_text
-from adarank_fast.options import check_number, gather, refuse_unknown
-from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
-from adarank_fast.plan.budget import ALLOCATIONS, Budget, BudgetOptions
+from adarank_fast.models.targets import (
+    Target,
+    TargetModules,
+    find_candidates,
+    find_targets,
+    unwrap,
+)
+from adarank_fast.models.text import data_frame
+from adarank_fast.options import (
+    DEFAULT_TARGETS,
+    check_choice,
+    check_number,
+    gather,
+    refuse_unknown,
+)
+from adarank_fast.plan.allocation import (
+    Experts,
+    SharedBudget,
+    allocate_ranks,
+    expert_divisor,
+    highest_rank,
+)
+from adarank_fast.plan.budget import ALLOCATIONS, EXPERT_RANKS, Budget, BudgetOptions
 from adarank_fast.plan.lora_config import lora_config
+from adarank_fast.plan.table import plan_table
 from adarank_fast.plan.uncertainty import chance_of_change
 
 if TYPE_CHECKING:
@@ -72,7 +91,10 @@ class RankPlan:
         sizes: name -> (in_features, out_features).
         scores: name -> `Score`; empty for plans that no probing made.
         settings: everything needed to make the plan again. `"base_model_prefix"`, such as
-            "bert.", is what task models put in front of the names.
+            "bert.", is what task models put in front of the names; `"experts"` says of each 3-D
+            parameter how many experts it has and how many of them are active for a token (0: not
+            known). The rank of such a parameter is that of each expert, its size that of all
+            experts side by side.
     """
 
     ranks: dict[str, int]
@@ -100,37 +122,63 @@ class RankPlan:
 
     @property
     def parameters(self) -> int:
-        """Adapter parameters the plan spends: the sum of rank * (in + out)."""
+        """Adapter parameters the plan spends: the sum of rank * (in + out), over all experts."""
         return sum(rank * sum(self.sizes[name]) for name, rank in self.ranks.items())
+
+    @property
+    def experts(self) -> dict[str, Experts]:
+        """Of the plan's 3-D parameters: name -> (experts, experts active for a token or 0)."""
+        said = self.settings.get("experts")
+        if said is None:  # a plan of an older release has no more than their names
+            said = dict.fromkeys(self.settings.get("expert_parameters", ()), (1, 0))
+        return {name: Experts(*said[name]) for name in self.ranks if name in said}
 
     @classmethod
     def uniform(
-        cls, model: nn.Module, rank: int = 8, target_modules: TargetModules = "attention"
+        cls,
+        model: nn.Module,
+        rank: int = 8,
+        target_modules: TargetModules = DEFAULT_TARGETS,
+        expert_rank: str = "whole",
     ) -> RankPlan:
         """The same rank for every target module: ordinary LoRA.
+
+        Args:
+            model: any torch module.
+            rank: of every module.
+            target_modules: see `find_targets`.
+            expert_rank: "whole": every expert gets `rank` too. "divided": `rank` / experts active
+                for a token, rounded down, at least 1.
 
         Raises:
             AdarankError: `rank` is below 1 or more than a module can hold; see also `find_targets`.
         """
         rank = check_number("rank", rank)
+        check_choice("expert_rank", expert_rank, EXPERT_RANKS)
         if not isinstance(target_modules, str):
             target_modules = sorted(target_modules)
-        sizes = {}
-        for target in find_targets(model, target_modules):
-            sizes[target.name] = (target.in_features, target.out_features)
-            if rank > min(sizes[target.name]):
-                raise AdarankError(
-                    f"rank={rank} exceeds min(in, out) of {target.name} "
-                    f"{list(sizes[target.name])}; lower it or leave the module out"
-                )
+        targets = find_targets(model, target_modules)
         settings = {
-            **describe_model(model),
+            **describe_model(model, targets),
             "allocation": "uniform",
             "average_rank": rank,
+            "expert_rank": expert_rank,
             "target_modules": target_modules,
             "versions": {"adarank-fast": version("adarank-fast")},
         }
-        return cls(ranks=dict.fromkeys(sizes, rank), sizes=sizes, settings=settings)
+        experts = settings.get("experts", {})
+        ranks, sizes = {}, {}
+        for target in targets:
+            name = target.name
+            sizes[name] = (target.in_features, target.out_features)
+            ranks[name] = max(1, rank // expert_divisor(name, experts, expert_rank))
+            if ranks[name] > highest_rank(name, sizes[name], experts):
+                one = [size // target.experts for size in sizes[name]]
+                raise AdarankError(
+                    f"rank={rank} exceeds min(in, out) of {name} {one}; lower it or leave the "
+                    "module out"
+                )
+        return cls(ranks=ranks, sizes=sizes, settings=settings)
 
     def allocate(
         self, budget: Budget | float | None = None, **options: Unpack[BudgetOptions]
@@ -151,9 +199,9 @@ class RankPlan:
             )
         flat: dict[str, object] = {**options}
         budget = gather(Budget, budget, flat)
-        refuse_unknown("allocate", flat, Budget)
+        refuse_unknown(self.allocate, flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}
-        ranks = allocate_ranks(means, budget, self.sizes)
+        ranks = allocate_ranks(means, budget, self.sizes, self.experts)
         return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget.options})
 
     def _budget(self) -> SharedBudget | None:
@@ -165,7 +213,7 @@ class RankPlan:
         if self.settings.get("allocation") not in ALLOCATIONS:
             return None
         known = {key: self.settings[key] for key in Budget().options if key in self.settings}
-        return SharedBudget(Budget(**known), self.ranks, self.sizes)
+        return SharedBudget(Budget(**known), self.ranks, self.sizes, self.experts)
 
     def chance_of_change(self) -> dict[str, float] | None:
         """For each module, the chance that another seed of the noise gives it another rank.
@@ -198,9 +246,14 @@ class RankPlan:
         Raises:
             AdarankError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
         """
+        from peft import LoraConfig
+
+        refuse_unknown(self.to_lora_config, lora_config_kwargs, LoraConfig)
         prefix = self.settings.get("base_model_prefix", "")
-        experts = set(self.settings.get("expert_parameters", ()))
-        return lora_config(self.ranks, scaling, prefix, experts, **lora_config_kwargs)
+        of_model = bool(self.settings.get("expert_parameters"))
+        return lora_config(
+            self.ranks, scaling, prefix, self.experts, of_model, **lora_config_kwargs
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, modules in the plan's order; never a half-written file."""
@@ -257,42 +310,21 @@ class RankPlan:
             fan_in, fan_out = self.sizes[name]
             row: dict[str, float] = {"rank": rank, "in_features": fan_in, "out_features": fan_out}
             row["parameters"] = rank * (fan_in + fan_out)
+            if self.experts:
+                row["experts"] = self.experts[name].total if name in self.experts else 1
             if score := self.scores.get(name):
                 row |= {"disagreement": score.mean, "std": score.std, "trials": len(score.trials)}
             rows[name] = row
         return data_frame(rows)
 
     def table(self) -> str:
-        """The plan as fixed-width text, one line per module, without colours.
+        """The plan as text of at most 80 columns, without colours: a line for each module.
 
         "may change" is the chance that another seed gives another rank (see `chance_of_change`).
+        Where there is no room, sizes are left out and names go on in a second line. Of experts,
+        "8 of 64 x 32" says that the rank is each of 8 experts'.
         """
-        from rich import box
-        from rich.table import Table
-
-        rows = Table(box=box.SIMPLE, show_footer=True, pad_edge=False)
-        rows.add_column("module", f"{len(self.ranks)} modules", no_wrap=True)
-        rows.add_column("in x out", justify="right", no_wrap=True)
-        chances = self.chance_of_change()
-        if self.scores:
-            count = sum(len(score.trials) for score in self.scores.values())
-            rows.add_column("disagreement", justify="right", no_wrap=True)
-            rows.add_column("trials", str(count), justify="right", no_wrap=True)
-        rows.add_column("rank", str(sum(self.ranks.values())), justify="right", no_wrap=True)
-        if chances is not None:
-            rows.add_column("may change", justify="right", no_wrap=True)
-        rows.add_column("parameters", f"{self.parameters:,}", justify="right", no_wrap=True)
-        for name, rank in self.ranks.items():
-            fan_in, fan_out = self.sizes[name]
-            cells = [printable(name), f"{fan_in} x {fan_out}"]
-            if self.scores:
-                score = self.scores.get(name)
-                cells += ["", ""] if score is None else [_said(score), str(len(score.trials))]
-            cells.append(str(rank))
-            if chances is not None:
-                cells.append(f"{chances[name]:.0%}")
-            rows.add_row(*cells, f"{rank * (fan_in + fan_out):,}")
-        return plain_text(rows)
+        return plan_table(self)
 
 
 def read_plan(path: str | os.PathLike[str]) -> RankPlan:
@@ -322,9 +354,15 @@ def read_plan(path: str | os.PathLike[str]) -> RankPlan:
     for key in ("base_model_prefix", "metric", "model", "model_class", "allocation"):
         if (text := settings.get(key)) is not None:
             text.text()
-    if (experts := settings.get("expert_parameters")) is not None:
-        for expert in experts.list():
-            expert.text()
+    if (parameters := settings.get("expert_parameters")) is not None:
+        for parameter in parameters.list():
+            parameter.text()
+    if (experts := settings.get("experts")) is not None:
+        for _, expert in experts.items():
+            both = expert.list()
+            if len(both) != 2:
+                raise expert.damaged(f"{said(expert.value)}, not [experts, active experts]")
+            both[0].integer(1), both[1].integer(0)
     try:
         plan = RankPlan(ranks, sizes, scores, settings.mapping())
         plan._budget()
@@ -340,18 +378,20 @@ def _read_score(score: Value) -> Score:
     return Score(score["mean"].number(), score["std"].number(), trials)
 
 
-def describe_model(model: nn.Module) -> dict[str, object]:
-    """What a plan's settings say about the model it was made on."""
+def describe_model(model: nn.Module, targets: Iterable[Target]) -> dict[str, Any]:
+    """What a plan's settings say about the model and the targets it was made on."""
     inner = unwrap(model)
     prefix = getattr(inner, "base_model_prefix", "")
-    experts = [target.name for target in find_candidates(inner) if target.parameter]
+    experts = {
+        target.name: [*Experts(target.experts, target.experts_per_token or 0)]
+        for target in targets
+        if target.parameter
+    }
+    of_model = [target.name for target in find_candidates(inner) if target.parameter]
     return {
-        **({"expert_parameters": experts} if experts else {}),
+        **({"expert_parameters": of_model} if of_model else {}),
+        **({"experts": experts} if experts else {}),
         "model_class": type(inner).__name__,
         "model": getattr(getattr(inner, "config", None), "_name_or_path", "") or "",
         "base_model_prefix": f"{prefix}." if prefix else "",
     }
-
-
-def _said(score: Score) -> str:
-    return f"{score.mean:.4g} ± {score.std:.2g}" if len(score.trials) > 1 else f"{score.mean:.4g}"

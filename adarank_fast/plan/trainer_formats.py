@@ -33,10 +33,11 @@ def render(plan: RankPlan, format: str = "peft", scaling: str | float = "constan
     if format not in _FORMATS:
         raise AdarankError(f"format={format!r} is unknown; use one of {', '.join(_FORMATS)}")
     config = plan.to_lora_config(scaling)
-    if config.target_parameters and format != "peft":
+    if config.target_parameters and format == "llama-factory":
         raise AdarankError(
             f"{format}: the plan has ranks for expert parameters ({config.target_parameters[0]}), "
-            "for which only format='peft' has a setting; leave them out of target_modules"
+            "for which it has no setting; use format='peft' or 'axolotl', or leave experts out "
+            '(target_modules="attention")'
         )
     return _FORMATS[format](plan, config)
 
@@ -69,7 +70,7 @@ def _peft(plan: RankPlan, config: LoraConfig) -> str:
         "lora_alpha": config.lora_alpha,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
-        "target_modules": config.target_modules,
+        "target_modules": _targets(config),
         "use_rslora": config.use_rslora,
     }
     if config.target_parameters:
@@ -77,13 +78,21 @@ def _peft(plan: RankPlan, config: LoraConfig) -> str:
     return json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
 
 
+def _targets(config: LoraConfig) -> str | list[str]:
+    """The regex; or the names of modules, which PEFT keeps as a set."""
+    targets = config.target_modules or ()
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
 def _axolotl(plan: RankPlan, config: LoraConfig) -> str:
     """Its lora_rank_pattern and lora_alpha_pattern go to PEFT as they are."""
+    experts = config.target_parameters
     return _yaml(
         adapter="lora",
         lora_r=config.r,
         lora_alpha=_whole(config.lora_alpha, "axolotl"),
-        lora_target_modules=config.target_modules,
+        lora_target_modules=_targets(config),
+        **({"lora_target_parameters": experts} if experts else {}),
         lora_rank_pattern=config.rank_pattern,
         lora_alpha_pattern={
             k: _whole(a, "axolotl") for k, a in (config.alpha_pattern or {}).items()

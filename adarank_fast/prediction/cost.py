@@ -18,7 +18,7 @@ from adarank_fast.models.memory import default_memory, tokens
 from adarank_fast.models.outputs import OutputChoice, accepted, choose_output, small_sample
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import TargetModules, find_targets, unwrap
-from adarank_fast.options import check_number
+from adarank_fast.options import DEFAULT_TARGETS, check_number
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.prediction.disagreement import disagreement_sums
 from adarank_fast.prediction.folding import FOLDED
@@ -62,7 +62,7 @@ class CostEstimate:
 def estimate_cost(
     model: nn.Module,
     batches: Iterable[Batch],
-    target_modules: TargetModules = "attention",
+    target_modules: TargetModules = DEFAULT_TARGETS,
     trials: int | AdaptiveTrials = 5,
     output: OutputChoice = "auto",
 ) -> CostEstimate:
@@ -111,7 +111,8 @@ def estimate_cost(
     per_item = [sum(by_block[: clean.position(t.block)]) for t in targets]
     sizes = [tokens(batch) for batch in parts]
     scale = sum(sizes) / max(sizes[0], 1)  # the other batches, by their tokens
-    noise = [2 * sizes[0] * t.in_features * t.out_features for t in targets]
+    # a perturbed copy of experts costs no product beside the forward's own
+    noise = [0 if t.parameter else 2 * sizes[0] * t.in_features * t.out_features for t in targets]
     suffixes = sum(forward - before + extra for before, extra in zip(per_item, noise, strict=True))
     flops = int((suffixes * count + forward) * scale)
     slow = sum(clean.routes[t.name] != FOLDED for t in targets) / len(targets)

@@ -41,7 +41,7 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def same(self, what: str, value: Mapping[str, object]) -> None:
-        """Every process must have the same value.
+        """Check that every process has the same value.
 
         Raises:
             AdarankError: on every process, if one differs.
@@ -55,7 +55,7 @@ class Processes:
                 )
 
     def merge(self, found: dict[K, float], error: Exception | None) -> dict[K, float]:
-        """What all processes found.
+        """Exchange and join what the processes found.
 
         Args:
             found: this process's part.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ class Variant:
 
 def noise_bytes(target: Target, folded: bool = True) -> int:
     """The noise of one variant's weight."""
-    return _dtype(target, folded).itemsize * target.in_features * target.out_features
+    return _dtype(target, folded).itemsize * math.prod(weight_shape(target))
 
 
 def _dtype(target: Target, folded: bool) -> torch.dtype:

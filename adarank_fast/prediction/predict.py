@@ -37,7 +37,7 @@ from adarank_fast.models.outputs import Output, choose_output, small_sample
 from adarank_fast.models.precision import copy_in_dtype
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import Target, TargetModules, find_targets, unwrap
-from adarank_fast.options import gather, refuse_unknown
+from adarank_fast.options import DEFAULT_TARGETS, gather, refuse_unknown
 from adarank_fast.plan.allocation import SharedBudget, allocate_ranks
 from adarank_fast.plan.budget import Budget, BudgetOptions
 from adarank_fast.plan.rank_plan import RankPlan, Score, describe_model
@@ -60,7 +60,7 @@ def predict_ranks(
     model: nn.Module,
     batches: Iterable[Batch],
     budget: Budget | float | None = None,
-    target_modules: TargetModules = "attention",
+    target_modules: TargetModules = DEFAULT_TARGETS,
     probe: Probe | None = None,
     limits: Limits | None = None,
     progress: bool = True,
@@ -75,14 +75,15 @@ def predict_ranks(
         model: any torch module. It is left exactly as it was, also after an exception.
         batches: dicts of the model's keyword inputs, on its device; labels are ignored.
         budget: a `Budget`, or a number: the average rank (default 8).
-        target_modules: "attention", "all-linear", a regex for the full name, or a list of names or
-            suffixes; see `find_targets`.
+        target_modules: "auto" (attention, and experts where the model has them), "attention",
+            "all-linear", "experts", a regex for the full name, or a list of names, suffixes and
+            these words; see `find_targets`.
         probe: what is perturbed how often, and what must not move; see `Probe`.
         limits: time, memory, and a file to go on from; see `Limits`.
         progress: show a bar on stderr.
         options: fields of these three as keywords: average_rank, budget_parameters, min_rank,
-            max_rank, rank_multiple, allocation; output, metric, trials, seed, dtype; checkpoint,
-            max_seconds, max_memory.
+            max_rank, rank_multiple, allocation, expert_rank; output, metric, trials, seed, dtype;
+            checkpoint, max_seconds, max_memory.
 
     Returns:
         A `RankPlan` with the ranks, every trial's disagreement and all settings.
@@ -95,7 +96,7 @@ def predict_ranks(
     flat: dict[str, object] = {**options}
     budget, probe = gather(Budget, budget, flat), gather(Probe, probe, flat)
     limits = gather(Limits, limits, flat)
-    refuse_unknown("predict_ranks", flat, Budget, Probe, Limits)
+    refuse_unknown(predict_ranks, flat, Budget, Probe, Limits)
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
     return _predict(model, batches, budget, target_modules, probe, limits, progress)
@@ -117,11 +118,13 @@ def _predict(
     _check_whole(inner)
     targets = find_targets(inner, target_modules)
     sizes = {t.name: (t.in_features, t.out_features) for t in targets}
-    shared = SharedBudget(budget, sizes, sizes)  # refuses an impossible budget before the work
+    described = describe_model(inner, targets)
+    experts = described.get("experts")
+    shared = SharedBudget(budget, sizes, sizes, experts)  # refuses an impossible budget at once
     prepared = prepare_batches(inner, batches)
     processes = Processes.current()
     settings = {
-        **describe_model(inner),
+        **described,
         "metric": probe.metric,
         "seed": probe.seed,
         "dtype": str(dtype or next(inner.parameters()).dtype).removeprefix("torch."),
@@ -163,7 +166,7 @@ def _predict(
     _warn_of_unreached(clean, scores)
     settings |= _asked_for(target_modules, budget, probe, limits)
     settings |= {"routes": prober.routes, "max_memory": memory.total}
-    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes)
+    ranks = allocate_ranks({n: s.mean for n, s in scores.items()}, budget, sizes, experts)
     return RankPlan(ranks=ranks, scores=scores, sizes=sizes, settings=settings)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,9 @@ import transformers
 from torch import nn
 
 from adarank_fast.adapters.accelerate import accelerate
+from adarank_fast.adapters.patterns import keys_of_experts
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.deprecations import without_deprecations
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, list_names, loading
@@ -107,7 +109,8 @@ def load_trained(
         network = kind.from_pretrained(model, trust_remote_code=is_trusted(), **options)
     if adapter is not None:
         try:
-            network = PeftModel.from_pretrained(network, adapter)
+            with keys_of_experts(), without_deprecations():
+                network = PeftModel.from_pretrained(network, adapter)
         except Exception as error:  # sizes, names, damaged files
             raise AdarankError(
                 f"adapter {str(adapter)!r} does not fit {model!r}: {first_line(error)}"
@@ -303,9 +306,10 @@ def _in_memory(
     return Trained(model, tokenizer, task, classes, settings)
 
 
-def _classes(config: Any) -> list[str]:
+def _classes(config: object) -> list[str]:
     """Names of the classes, by their numbers."""
-    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+    names: Mapping[int, str] = getattr(config, "id2label", {})
+    return [str(names[number]) for number in sorted(names)]
 
 
 def _architectures(model: str) -> Sequence[str]:

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,7 @@ class Watch(TrainerCallback, ExportableState):
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.tokens = 0
+        self.over = False  # before this process began to train
         self.setting: dict[str, object] = {}  # what a result depends on in its last bits
         self._of_step: list[Tensor] = []  # losses of the batches that are accumulated to a step
         self._new: list[tuple[Tensor, Tensor]] = []  # (loss, tokens) still on their device
@@ -143,8 +144,18 @@ class Watch(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
-        """Note what the last bits of a result depend on; warn if a resumed run differs in it."""
+        """Note what the last bits of a result depend on; warn if a resumed run differs in it.
+
+        A run that was cut off after its last step is over. Trainer would take one step more, or,
+        after an early stop, train on to the next evaluation.
+        """
         assert model is not None  # Trainer's own
+        saved = cast("dict[str, dict[str, Any]]", state.stateful_callbacks or {})  # as from a file
+        stopped = saved.get("TrainerControl", {}).get("args", {})
+        self.over = state.global_step > 0 and (
+            state.global_step >= state.max_steps or stopped.get("should_training_stop", False)
+        )
+        control.should_training_stop = self.over
         now = {
             "products": products(model),
             "device": str(args.device),
@@ -185,6 +196,17 @@ class Watch(TrainerCallback, ExportableState):
         self._new.append((torch.stack(self._of_step).sum(), tokens))
         self._of_step, self._tokens = [], []
 
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Leave what was evaluated and saved as it is, if nothing was trained."""
+        if self.over:
+            control.should_log = control.should_evaluate = control.should_save = False
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -208,6 +230,12 @@ class Watched:
         loss: Tensor = super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
         watch_of(cast(Trainer, self)).batch(loss, inputs)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own batches of a step; none if the run was over when it was resumed."""
+        if watch_of(cast(Trainer, self)).over:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
 
 def watch_of(trainer: Trainer) -> Watch:

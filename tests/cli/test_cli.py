@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import adarank_fast as ada
+from adarank_fast.cli.main import app
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.training.loading import auto_class, load_pretrained
 from tests.tiny_texts import WORDS, save_tiny
@@ -27,16 +29,37 @@ def folders(tmp_path_factory):
     return {kind: str(path) for kind, path in found.items()}
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["plot"], ["demo"]])
-def test_help(adarank, command):
-    status, out, err = adarank(*command, "--help")
-    assert status == 0
-    assert "Usage: " in out
-    assert not err
+COMMANDS = "predict train evaluate apply bench compare plot export merge demo".split()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(adarank, command, monkeypatch):
+    """On a terminal of 80 columns nothing is cut, and every option says what it is."""
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = adarank(*command.split(), "--help")
+    assert (status, err) == (0, "")
+    assert "Usage: " in out and "\N{HORIZONTAL ELLIPSIS}" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    group = typer.main.get_command(app)
+    assert sorted(group.commands) == sorted(COMMANDS)
+    for option in (group.commands[command] if command else group).params:
+        assert option.help or option.param_type_name == "argument", option.name
 
 
 def test_version(adarank):
     assert adarank("--version") == (0, f"adarank-fast {ada.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "typed, completed", [("adarank pre", "predict"), ("adarank bench --max-s", "--max-seconds")]
+)
+def test_the_shell_completes(typed, completed):
+    code = "import sys; sys.argv = ['adarank']; from adarank_fast.cli.main import main; main()"
+    asked = {"_ADARANK_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+    asked |= {"COMP_CWORD": str(len(typed.split()) - 1), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, [completed]), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -47,7 +70,7 @@ def test_predict(adarank, folders, kind, output):
         *("predict", folders[kind], "--data", folders["texts"], "--average-rank", 3),
         *("--trials", 2, "--batch-size", 7, "-o", "mine.json"),
     )
-    assert (status, err.splitlines()[-1]) == (0, "wrote mine.json")
+    assert (status, err.splitlines()[-2]) == (0, "wrote mine.json")
     assert "texts.csv: 20 rows; text is column question, label is column label" in err
     plan = ada.RankPlan.load("mine.json")
     assert sum(plan.ranks.values()) == 3 * len(plan.ranks)
@@ -144,6 +167,7 @@ def test_dry_run(adarank, folders):
         "name": "encoder.block.0.layer.0.SelfAttention.q",
         "in_features": 32,
         "out_features": 32,
+        "experts": 1,
         "block": "encoder.block.0",
         "route": "folded",
     }
@@ -156,7 +180,8 @@ def test_dry_run(adarank, folders):
 def test_plot(adarank, folders):
     adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 2)
     status, out, err = adarank("plot", "plan.json", "-o", "a.png")
-    assert (status, out, err) == (0, "", "wrote a.png\n")
+    then = "Next: adarank train MODEL --data FILE --plan plan.json"
+    assert (status, out, err) == (0, "", f"wrote a.png\n{then}\n")
     with open("a.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
 
@@ -165,6 +190,8 @@ def test_plot(adarank, folders):
     "text, parsed",
     [
         ("attention", "attention"),
+        ("auto", "auto"),
+        ("all-linear, experts", ["all-linear", "experts"]),
         ("all-linear", "all-linear"),
         ("q_proj", ["q_proj"]),
         ("q_proj, self.v_proj", ["q_proj", "self.v_proj"]),

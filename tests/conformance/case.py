@@ -58,7 +58,7 @@ class Case:
     def fused(self) -> PeftModel:
         """A fresh copy with fused adapters of mixed ranks, B not zero."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.nn.TransformerEncoderLayer passes by")
+            warnings.filterwarnings("ignore", message="torch.nn.TransformerEncoderLayer ignores")
             model = ada.inject(copy.deepcopy(self.base), self.plan, example=self.inputs)
         generator = torch.Generator().manual_seed(2)
         for name, parameter in model.named_parameters():

@@ -25,6 +25,26 @@ def test_every_public_name_has_a_docstring(package):
             assert re.search(r"^(Args|Returns|Raises):$", text, re.M), name
 
 
+@pytest.mark.parametrize("package", ["adarank_fast", "adarank_kernels"])
+def test_every_public_name_has_a_page(package, monkeypatch):
+    mkdocs = pytest.importorskip("mkdocs.config.defaults")
+    from mkdocs.plugins import PluginCollection
+    from mkdocs.structure.files import Files
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pages = importlib.import_module("site_pages")
+    config = mkdocs.MkDocsConfig()
+    config.plugins = PluginCollection()
+    config.plugins._current_plugin = None
+    config.nav = [{"Guides": []}, {"Contributing": []}]
+    paths = {file.src_uri for file in pages.on_files(Files([]), config)}
+    module = importlib.import_module(package)
+    public = {name for name in dir(module) if not name.startswith("_")}
+    public -= {name for name in public if inspect.ismodule(getattr(module, name))}
+    assert {f"api/{package}/{name}.md" for name in public} <= paths
+    assert "..." not in pages.command_line().partition("**Commands**")[2].partition("##")[0]
+
+
 def test_figures_of_the_readme_are_on_the_generated_pages():
     """A number in a table of README.md stands on a page that a benchmark writes."""
     readme = (ROOT / "README.md").read_text()

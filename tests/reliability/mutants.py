@@ -5,7 +5,7 @@
 Each mutant's tests run in a fork of a process that has torch and Triton imported, in a copy of the
 repository. Figures go to bench/results/mutants.json: of every part how many mutants there are, how
 many were tried (drawn with a seed) and killed, and the survivors. Why one of them changes nothing
-that a test could see is written there by hand, under "equivalent"; a later run keeps it.
+that a test could see, or not here, is written by hand under "note"; a later run keeps it.
 
 Left out are annotations, decorators, messages, assertions, tuned sizes, and the kernels' own checks
 on a device, which are tests themselves.
@@ -299,14 +299,14 @@ def record(name: str, row: dict[str, Any]) -> None:
     from bench.results_file import read_results, write_results
 
     known = {
-        (s["file"], s["before"], s["after"]): s["equivalent"]
+        (s["file"], s["before"], s["after"]): s["note"]
         for s in read_results("mutants").get(name, {}).get("survivors", [])
-        if "equivalent" in s
+        if "note" in s
     }
     for survivor in row["survivors"]:
         key = survivor["file"], survivor["before"], survivor["after"]
         if key in known:
-            survivor["equivalent"] = known[key]
+            survivor["note"] = known[key]
     write_results("mutants", {name: row})
 
 

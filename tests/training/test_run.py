@@ -20,6 +20,7 @@ import adarank_fast as ada
 import adarank_fast.prediction.predict as predict
 from adarank_fast.training import run as running
 from adarank_fast.training import trainer as training
+from adarank_fast.training.data import as_data
 from tests.tiny_texts import EXAMPLES, WORDS, save_tiny, tokenizer
 
 
@@ -83,6 +84,34 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(adarank, folder, monkey
     records = [json.loads((one / "training.json").read_text()) for one in (whole, cut)]
     assert records[0] == records[1] and len(steps) < records[0]["steps"] == 12
     assert {path.name for path in Path().iterdir()} == {"whole", "cut"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("early", [False, True], ids=["last step", "early stop"])
+def test_a_run_that_was_cut_off_at_its_end_is_not_trained_on(
+    adarank, folder, monkeypatch, task, early
+):
+    """Its last checkpoint is of the last step: within an epoch, or where it was stopped early."""
+    more = ["--max-steps", 10]
+    if early:  # without progress
+        more = ["--eval-data", folder / TASKS[task][1], "--early-stopping", 1]
+        more += ["--learning-rate", "1e-12"]
+    assert adarank(*command(folder, task, *more, "-o", "whole"))[0] == 0
+
+    def cut(*_, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "new_folder", cut)
+        assert adarank(*command(folder, task, *more, "-o", "cut"))[0] == 130
+    monkeypatch.setattr(training.Watch, "on_step_begin", cut)
+    assert adarank(*command(folder, task, *more, "-o", "cut"))[0] == 0
+    whole, again = (
+        {p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("whole", "cut")
+    )
+    assert whole["adapter_model.safetensors"] == again["adapter_model.safetensors"]
+    record = json.loads(whole["training.json"])
+    assert record == json.loads(again["training.json"]) and record["steps"] < 12
 
 
 def test_a_run_that_diverged_before_it_was_cut_off_is_not_saved(adarank, folder, monkeypatch):
@@ -237,12 +266,43 @@ def test_evaluate_changes_nothing_of_a_model_in_memory(folder, task):
 
 
 @pytest.mark.parametrize(
-    "kind, message", [("bert", "has no language-model head and the data no labels"), ("t5", "no d")]
+    ("options", "message"),
+    [
+        ({"adapter": "here"}, "adapter= is for a model that is a name"),
+        ({"max_length": 0}, "max_length must be a positive integer, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({}, "the data have no labels to compare with"),
+    ],
+)
+def test_evaluate_refuses(folder, options, message):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "bert")
+    texts = as_data(["word1 word2", "word3"])
+    with pytest.raises(ada.AdarankError, match=message):
+        ada.evaluate(model, texts, tokenizer=tokenizer(padding=False), **options)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("bert", "(BertModel) has no language-model head, which causal-lm"),
+        ("classifier", "(BertForSequenceClassification) has no language-model head"),
+        ("t5", "not a decoder-only"),
+    ],
 )
 def test_models_that_are_no_language_model(adarank, folder, tmp_path_factory, kind, message):
-    model = save_tiny(kind, tmp_path_factory.mktemp("other") / kind)
-    status, _, err = adarank("train", model, "--data", folder / "completion.jsonl", "--rank", 2)
-    assert status == 2 and message in err and not list(Path().iterdir())
+    model = save_tiny("t5" if kind == "t5" else "bert", tmp_path_factory.mktemp("other") / kind)
+    if kind == "classifier":
+        config = json.loads((model / "config.json").read_text())
+        config["architectures"] = ["BertForSequenceClassification"]
+        (model / "config.json").write_text(json.dumps(config))
+    said = set()
+    for command in (["train", model, "--rank", 2], ["compare", model, "--average-rank", 2]):
+        status, _, err = adarank(*command, "--data", folder / "completion.jsonl")
+        assert status == 2 and message in err and not list(Path().iterdir())
+        said.add(err.splitlines()[-1])
+    with pytest.raises(ada.AdarankError) as refused:
+        ada.compare(model, folder / "completion.jsonl", task="causal-lm")
+    assert said == {f"adarank: error: {refused.value}"}
 
 
 def test_a_label_that_is_not_called_one_is_a_question(adarank, folder):

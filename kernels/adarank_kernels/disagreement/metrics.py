@@ -1,4 +1,4 @@
-"""Distances of outputs that exist: [R, tokens, V] -> float64 [R, R, tokens] of all pairs.
+"""Distances between outputs in memory: [R, tokens, V] -> float64 [R, R, tokens] of all pairs.
 
 With pairs=False [R - 1, tokens]: row 0 with each of the others, kl as KL(p_k || p_0).
 """
@@ -138,7 +138,7 @@ def relative(logits: Tensor, far: Tensor, bias: Tensor | None, metric: str, pair
     if bias is not None:
         log_p += bias
     lse = log_p.logsumexp(-1, keepdim=True)
-    base = (log_p - lse).clamp_min_(RULED_OUT).float()  # any will do that is finite
+    base = (log_p - lse).clamp_min_(RULED_OUT).float()  # any finite value will do
     # what is added to rows with logits of their own
     added = log_p.new_zeros(()) if bias is None else bias.double()
     shift = torch.where(far[:, None], added, log_p, out=log_p).sub_(lse).sub_(base).float()

@@ -18,9 +18,9 @@ and divergences lose nothing to cancellation. Every finite centre is right, so a
 replaced by zeros and spoils no other variant.
 
 Logits exist for one chunk of tokens at a time; l1 sees one block of outputs of a chunk at a time.
-Distances of outputs that exist are in metrics.py, their Triton kernels in triton.py. On CUDA a call
-waits for the device where a mask says which tokens count and, where no kernel compares the logits
-of tv, once a chunk.
+Distances between outputs in memory are in metrics.py, their Triton kernels in triton.py. On CUDA a
+call waits for the device where a mask says which tokens count and, where no kernel compares the
+logits of tv, once a chunk.
 """
 
 from __future__ import annotations

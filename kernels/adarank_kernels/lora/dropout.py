@@ -1,5 +1,7 @@
 """Dropout masks that are a function of a seed: made again in backward, so never stored.
 
+Where the host takes longer than the device, the mask itself is drawn and kept (`draw_mask`).
+
 Element (row, column) is kept if its 16-bit number is at least dropout * 65536. The number is half
 word column % 8 (low half of word 0, high half of word 0, low half of word 1, ...) of Philox4x32-10
 with key = seed and counter = (column // 8, row, 0, 0). The Triton kernels draw the same bits; one
@@ -26,6 +28,26 @@ _ROWS_PER_CHUNK = 256  # keeps the int64 temporaries of a chunk in the second-le
 def draw_seed(device: torch.device) -> Tensor:
     """An int64 seed [1] from torch's generator of `device`, without a host synchronisation."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def draw_mask(X: Tensor, keep: float) -> Tensor:
+    """The mask itself, [N, in] like X, 0 or 1, from torch's generator: one launch.
+
+    Args:
+        X: [N, in].
+        keep: the probability of a 1, `keep_probability(dropout)`.
+    """
+    return torch.empty_like(X, memory_format=torch.contiguous_format).bernoulli_(keep)
+
+
+def keep_probability(dropout: float) -> float:
+    """Of an element, for the dropout really applied."""
+    return (LEVELS - threshold(dropout)) / LEVELS
+
+
+def is_mask(seed: Tensor | None) -> bool:
+    """Whether it is no seed, but what `draw_mask` drew."""
+    return seed is not None and seed.dtype is not torch.int64
 
 
 def threshold(dropout: float) -> int:

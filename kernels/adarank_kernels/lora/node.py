@@ -2,7 +2,7 @@
 
 `whole` runs each pass as one C++ call, its node in C++ too. It is for what training mostly is: a
 frozen base, and nothing that watches operators. `Stepwise` does the same operator by operator, for
-everything else: trained or foreign base products, compilers, dispatch modes, no compiler.
+everything else: trained base weights, torch.compile, dispatch modes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adarank_kernels.lora.group import Group
-from adarank_kernels.runtime.registry import HAS_TRITON
+from adarank_kernels.lora.dropout import draw_seed, is_mask
+from adarank_kernels.lora.group import HOST_BOUND, PADDING, Group
 
-if HAS_TRITON:
-    from adarank_kernels.lora import triton_launch as launch
-
-HOST_BOUND = 1 << 23  # numbers of a group's outputs; a choice by host time, which waits for a card
+ALWAYS = 1 << 62  # numbers of outputs up to which C++ adds the low-rank products
 # As in F.linear: a reader could not change an output in place (relu_, +=) if it were a view.
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -42,34 +39,36 @@ def in_order(matrix: Tensor) -> Tensor:
 def whole(
     group: Group, x: Tensor, seed: Tensor | None, bases: Sequence[Tensor | None] = ()
 ) -> Sequence[Tensor]:
-    """Outputs of all modules, each pass one C++ call; gradients where they are wanted."""
-    owned = 0
-    for m, base in enumerate(bases):
-        if base is not None and group.may_overwrite(m, base):
-            owned |= 1 << m
-    if group.device_type == "cpu":
-        return torch.ops.adarank.group_linear(
-            x, group.parts, bases, owned, group.scalings, group.dropout, seed, 1, True
-        )
-    if seed is not None:
-        if torch.is_grad_enabled():
-            return _apply_dropped(group, x, seed, *group.inputs)
-        return _dropped_forward(group, x, seed)[:-2]
-    add = _few(group, x) or "lora_expand" not in group.backend.kernels(x)
-    outputs = torch.ops.adarank.group_linear(
-        x, group.parts, bases, owned, group.scalings, group.dropout, None, launch.PADDING, add
-    )
-    return outputs if add else _expand(group, x, *outputs)
+    """Outputs of all modules, each pass one C++ call; gradients where they are wanted.
 
-
-def _few(group: Group, x: Tensor) -> bool:
-    """Whether a Triton launch from Python takes longer than the GPU works: then C++ is used.
-
-    Not where a CUDA graph is captured: it runs without Python.
+    Nothing if the group does not fit the call, which C++ sees faster than Python.
     """
-    if x.numel() // x.shape[-1] * sum([B.shape[0] for B in group.lora_Bs]) > HOST_BOUND:
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    bound = ALWAYS
+    if group.device_type != "cpu":
+        bound = HOST_BOUND
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            bound = -1
+        if seed is not None and not is_mask(seed):
+            return _dropped(group, x, seed, bases)
+    assert group.compute is not None
+    outputs = group.compute(x, group.number, seed, bases, group.owned, bound)
+    if len(outputs) == len(group.scalings):
+        return outputs
+    if outputs:
+        return _expand(group, x, *outputs)
+    if seed is None and group.dropout and group.adapted and group.device_type != "cpu":
+        return () if group.is_few(x) else _dropped(group, x, draw_seed(x.device), bases)
+    return ()
+
+
+def _dropped(
+    group: Group, x: Tensor, seed: Tensor, bases: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    if bases or group.trains_bias or not group.fits(x):
+        return ()
+    if torch.is_grad_enabled():
+        return _apply_dropped(group, x, seed, *group.inputs)
+    return _dropped_forward(group, x, seed)[:-2]
 
 
 def _expand(group: Group, x: Tensor, *products: Tensor) -> Sequence[Tensor]:
@@ -77,8 +76,8 @@ def _expand(group: Group, x: Tensor, *products: Tensor) -> Sequence[Tensor]:
     *outputs, S = products
     if group.adapted:
         _, first = group.layout(group.backend, x.dtype)
-        adapted = [outputs[m].detach() for m in group.adapted]
-        launch.expand(adapted, S, first, group.lora_Bs, group.scalings_of_adapted)
+        adapted = [rows(outputs[m].detach()) for m in group.adapted]
+        group.backend.expand(adapted, S, group.lora_Bs, first, group.scalings_of_adapted, True)
     return outputs
 
 
@@ -107,7 +106,7 @@ def _dropped_forward(group: Group, x: Tensor, seed: Tensor) -> list[Tensor]:
     S, packed = backend.shrink(rows(x), group.lora_As, first, width, seed, group.dropout)
     add = "lora_expand" not in backend.kernels(x)
     *outputs, S, _ = torch.ops.adarank.group_forward(
-        x, group.parts, (), 0, group.scalings, group.dropout, seed, launch.PADDING, add, S
+        x, group.parts, (), 0, group.scalings, group.dropout, seed, PADDING, add, S
     )
     return [*(outputs if add else _expand(group, x, *outputs, S)), S, packed]
 
@@ -155,7 +154,7 @@ def _dropped_backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None
         need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:], strict=True) if n])
     dropped = None if x is None else group.backend.drop(rows(x), seed, group.dropout)
     *found, low = torch.ops.adarank.group_backward(
-        dYs, x, S, packed, parts, group.scalings, group.dropout, seed, launch.PADDING, dropped,
+        dYs, x, S, packed, parts, group.scalings, group.dropout, seed, PADDING, dropped,
         need_x, need_A, need_B, ctx.x_shape,
     )  # fmt: skip
     dX, *grads = found

@@ -11,10 +11,11 @@
 Saved for backward: X, S and the parameters. drop is made again from its seed (dropout.py); its
 scale 1 / (1 - p) rides on s_m. Products accumulate in float32 (float64 for float64).
 
-A group is computed in one of two ways. *Whole*: each pass is one C++ call. *Stepwise*: operator by
-operator, for trained or foreign bases, compilers, and wherever somebody watches operators
-(selective checkpointing, a FLOP counter, any dispatch mode): there every product is an aten call
-and nothing is written in place. docs/fusing.md has what was measured.
+A group is computed in one of three ways. *Whole*: each pass is one C++ call. *Flat*: a few aten
+calls with aten's autograd, for few inputs where C++ cannot be built. *Stepwise*: operator by
+operator, for trained bases, compilers, and wherever somebody watches operators (selective
+checkpointing, a FLOP counter, any dispatch mode): there every product is an aten call and nothing
+is written in place. docs/fusing.md has what was measured.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 
 from adarank_kernels.lora.backends import cpu
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.checks import check_arguments, check_lengths
-from adarank_kernels.lora.dropout import draw_seed
+from adarank_kernels.lora.dropout import is_mask
+from adarank_kernels.lora.flat import flat
 from adarank_kernels.lora.group import Group
 from adarank_kernels.lora.node import Stepwise, whole
+
+# Looked up once: they are called for every layer of every forward.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 
 
 def run(
@@ -40,40 +49,51 @@ def run(
     Args:
         group: the parameters.
         x: [..., in].
-        seed: of the dropout mask; None: drawn.
+        seed: of the dropout mask, or what `group.draw` returned; None: drawn.
         bases: base products that were computed elsewhere (foreign ones), or none.
     """
     if group.dropout == 0.0 or not group.adapted:
         seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
     if torch.compiler.is_compiling():
         # A compiler sees through the node; the C++ operators stay what they are.
-        backend = cpu if group.backend is cpu else aten
-        return Stepwise.apply(group, backend, backend is cpu, x, seed, *group.parts, *bases)
-    if is_watched(x):
-        return Stepwise.apply(group, aten, False, x, seed, *group.parts, *bases)
-    if group.whole and (not bases or _takes_bases(group, x, seed, bases)):
+        backend, in_place = (cpu, True) if group.backend is cpu else (aten, False)
+    elif is_watched(x):
+        backend, in_place = aten, False
+    else:
+        outputs = quickly(group, x, seed, bases)
+        if outputs:
+            return outputs
+        backend, in_place = group.backend, True
+    seed = group.draw(x) if seed is None else seed
+    return Stepwise.apply(group, backend, in_place, x, seed, *group.parts, *bases)
+
+
+def quickly(
+    group: Group, x: Tensor, seed: Tensor | None, bases: Sequence[Tensor | None] = ()
+) -> Sequence[Tensor]:
+    """As `run`, where nobody watches, for what has a quick way; else nothing.
+
+    It looks itself at what may have changed of x and the parameters since the group was made.
+    """
+    if group.whole:
         return whole(group, x, seed, bases)
-    return Stepwise.apply(group, group.backend, True, x, seed, *group.parts, *bases)
-
-
-def _takes_bases(
-    group: Group, x: Tensor, seed: Tensor | None, bases: Sequence[Tensor | None]
-) -> bool:
-    """Whether whole passes take foreign base products: of x's dtype, no mask that Triton draws."""
-    if seed is not None and group.device_type != "cpu":
-        return False
-    return not any([base is not None and base.dtype is not x.dtype for base in bases])
+    if not group.flat or x.dtype is not group.dtype or not group.is_few(x):
+        return ()
+    if seed is not None and not is_mask(seed):
+        return ()
+    if bases and any([base is not None and base.dtype is not x.dtype for base in bases]):
+        return ()
+    if torch.is_autocast_enabled(group.device_type):
+        return ()
+    return flat(group, x, seed, bases)
 
 
 def is_watched(x: Tensor) -> bool:
     """Whether somebody may look at, or stand in for, the operators of this call."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if _dispatch_modes() or _function_modes() or _transforms() or _tracing() is not None:
         return True
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return type(x) is not Tensor and type(x) is not nn.Parameter
+    kind = type(x)
+    return kind is not Tensor and kind is not Parameter
 
 
 def grouped_lora_linear(

@@ -19,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def _keep(seed, rows, k, dropped, BLOCK_K: tl.constexpr):
-    """The mask of `_dropout.keep_mask` for rows [M] and columns k + [0, BLOCK_K)."""
+    """The mask of `dropout.keep_mask` for rows [M] and columns k + [0, BLOCK_K)."""
     c0 = (k // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)[None, :]
     c1 = rows.to(tl.uint32)[:, None]
     c0, c1 = tl.broadcast(c0, c1)

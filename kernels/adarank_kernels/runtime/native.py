@@ -10,6 +10,7 @@ one warning, and torch's products stand in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -34,10 +35,20 @@ OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w")
 TIMEOUT = 300  # seconds for the compiler, and for another process that builds
 OPERATORS = (
     *("drop", "shrink", "expand_", "grad_s_", "grad_b", "grad_a", "grad_x_"),
-    *("group_linear", "group_forward", "group_backward", "philox", "knows"),
+    *(
+        "make_group",
+        "free_group",
+        "group_linear",
+        "group_forward",
+        "group_backward",
+        "philox",
+        "knows",
+    ),
 )
 
-SOURCES = [Path(__file__).with_name("cpp") / name for name in ("adarank.cpp", "products.h")]
+SOURCES = [
+    Path(__file__).with_name("cpp") / name for name in ("adarank.cpp", "group.h", "products.h")
+]
 
 _lock = threading.Lock()
 _loaded: bool | None = None
@@ -55,7 +66,7 @@ def cache_folder() -> Path:
 def operators() -> Any:
     """`torch.ops.adarank` with the C++ operators, built and loaded if need be; None without them.
 
-    What was found out holds for the process: a compiler that appears later changes nothing.
+    The result is kept for the process: a compiler that is installed later changes nothing.
     ADARANK_NATIVE=0 leaves torch's products in place.
     """
     global _loaded
@@ -64,6 +75,12 @@ def operators() -> Any:
             if _loaded is None:
                 _loaded = _load()
     return torch.ops.adarank if _loaded else None
+
+
+def free_group(number: int) -> None:
+    """Forget a group that `make_group` made; silent while the process ends."""
+    with contextlib.suppress(AttributeError, TypeError):  # torch may be half gone
+        torch.ops.adarank.free_group(number)
 
 
 def is_loaded() -> bool:

@@ -24,4 +24,4 @@ from torch import Tensor
 Tensors = Sequence[Tensor]
 Integers = Sequence[int]
 Numbers = Sequence[float]
-Seed = Tensor | None  # None: no dropout
+Seed = Tensor | None  # a seed, int64 [1], or a mask in X's dtype (dropout.py); None: no dropout

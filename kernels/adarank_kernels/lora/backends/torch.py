@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
-from adarank_kernels.lora.dropout import keep_mask
+from adarank_kernels.lora.dropout import is_mask, keep_mask
 
 
 def padded(rank: int, dtype: torch.dtype) -> int:
@@ -42,6 +42,8 @@ def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def drop(X: Tensor, seed: Seed, dropout: float) -> Tensor:
     if seed is None:
         return X
+    if is_mask(seed):
+        return X * seed
     return X * keep_mask(seed, X.shape[0], X.shape[1], dropout)
 
 

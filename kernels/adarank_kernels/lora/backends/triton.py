@@ -13,6 +13,7 @@ from adarank_kernels.lora import triton_launch as launch
 from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.backends.torch import cast, pack
+from adarank_kernels.lora.dropout import is_mask
 from adarank_kernels.runtime.registry import ready_among
 
 ANY_WIDTH = ("lora_expand", "lora_drop")
@@ -30,7 +31,7 @@ def kernels(x: Tensor) -> frozenset[str]:
 
 
 def drop(X: Tensor, seed: Seed, dropout: float) -> Tensor:
-    if seed is None or "lora_drop" not in kernels(X):
+    if seed is None or is_mask(seed) or "lora_drop" not in kernels(X):
         return aten.drop(X, seed, dropout)
     return launch.drop(X, seed, dropout)
 
@@ -39,8 +40,8 @@ def shrink(
     X: Tensor, As: Tensors, first: Integers, width: int, seed: Seed, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     A = pack(As, first, width, X.dtype)
-    if seed is not None and "lora_shrink" in kernels(X):  # without dropout the vendor's is as fast
-        return launch.shrink(X, A, seed, dropout), A
+    if seed is not None and not is_mask(seed) and "lora_shrink" in kernels(X):
+        return launch.shrink(X, A, seed, dropout), A  # without dropout the vendor's is as fast
     return torch.mm(drop(X, seed, dropout), A.t()), A
 
 
@@ -89,7 +90,7 @@ def grad_X(
 
 def drop_into(low: Tensor, seed: Tensor, dropout: float, dX: Tensor | None) -> Tensor:
     """Add drop(low) to dX, in place."""
-    if "lora_drop" in kernels(low):
+    if not is_mask(seed) and "lora_drop" in kernels(low):
         return launch.drop(low, seed, dropout, dX)
     low = aten.drop(low, seed, dropout)
     return low if dX is None else dX.add_(low)

@@ -8,8 +8,11 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <ATen/TracerMode.h>
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <immintrin.h>
@@ -21,6 +24,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
 #include <vector>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -343,413 +350,7 @@ void grad_x_(Tensor &dx, const Tensor &ds, at::TensorList lora_A, at::IntArrayRe
                   dropped_below(dropout), true, threads);
 }
 
-// Whole passes of a group. `parts`: weight, bias, lora_A, lora_B of each module, or None.
-
-struct Group {
-    std::vector<Tensor> weight, bias, A, B; // undefined: absent
-    std::vector<int64_t> modules, first;    // those with a rank, and their first columns of S
-    int64_t width = 0;
-    bool native;
-
-    Group(const OptionalTensors &parts, const Tensor &x, int64_t padding, bool with_B = true)
-        : native(is_native(x))
-    {
-        int64_t M = parts.size() / 4;
-        TORCH_CHECK(M * 4 == (int64_t)parts.size(), "adarank: four tensors for each module");
-        TORCH_CHECK(padding > 0, "adarank: padding must be positive, got ", padding);
-        weight.resize(M), bias.resize(M), A.resize(M), B.resize(M);
-        for (int64_t m = 0; m < M; m++) {
-            weight[m] = parts.get(4 * m).value_or(Tensor());
-            bias[m] = parts.get(4 * m + 1).value_or(Tensor());
-            A[m] = parts.get(4 * m + 2).value_or(Tensor());
-            B[m] = parts.get(4 * m + 3).value_or(Tensor());
-            if (!A[m].defined() || !A[m].size(0))
-                continue;
-            modules.push_back(m), first.push_back(width);
-            int64_t rank = A[m].size(0);
-            TORCH_CHECK(B[m].defined() ? rank_of(B[m]) == rank : !with_B, "adarank: lora_A has ", rank,
-                        " ranks, lora_B ", B[m].defined() ? rank_of(B[m]) : 0);
-            width += native ? padded(rank, x.scalar_type()) : (rank + padding - 1) / padding * padding;
-        }
-    }
-
-    static bool is_native(const Tensor &x) { return x.device().is_cpu() && products(x.scalar_type()); }
-
-    // A of all modules as rows of one matrix in the order of S's columns; what pads it meets zeros in dS.
-    Tensor packed(at::ScalarType dtype) const
-    {
-        std::vector<Tensor> pieces;
-        for (size_t i = 0; i < modules.size(); i++) {
-            auto &a = A[modules[i]];
-            int64_t end = i + 1 < first.size() ? first[i + 1] : width, more = end - first[i] - a.size(0);
-            pieces.push_back(a);
-            for (; more > 0; more -= a.size(0))
-                pieces.push_back(a.narrow(0, 0, std::min(more, a.size(0))));
-        }
-        auto all = pieces.size() == 1 ? pieces[0] : at::cat(pieces);
-        return all.to(dtype);
-    }
-
-    std::vector<Tensor> adapters() const
-    {
-        std::vector<Tensor> found;
-        for (auto m : modules)
-            found.push_back(A[m]);
-        return found;
-    }
-};
-
-bool wants(int64_t bits, int64_t m) { return bits >> m & 1; }
-
-// Outputs of all modules, then S (and on a GPU A as it was packed). With `add` false the low-rank products
-// are left to the caller, who gets S as it was given. `bases`: products of foreign base layers, or none; bit m
-// of `owned`: module m's may be written into.
-std::vector<Tensor> group_forward(const Tensor &x, const OptionalTensors &parts, const OptionalTensors &bases,
-                                  int64_t owned, at::ArrayRef<double> scalings, double dropout,
-                                  const std::optional<Tensor> &seed, int64_t padding, bool add,
-                                  const std::optional<Tensor> &given_S)
-{
-    at::AutoDispatchBelowADInplaceOrView guard;
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    Group g(parts, x, padding);
-    auto dtype = x.scalar_type();
-    TORCH_CHECK(scalings.size() == g.weight.size(), "adarank: one scaling for each module");
-    std::vector<Tensor> out;
-    out.reserve(g.weight.size() + 2);
-    Tensor X = rows_of(x), S, A;
-    if (!g.modules.empty()) {
-        if (g.native) {
-            X = ordered(X);
-            S = shrink(X, g.adapters(), g.first, g.width, seed, dropout);
-        } else if (given_S) {
-            S = *given_S;
-        } else {
-            A = g.packed(dtype);
-            S = at::mm(X, A.t());
-        }
-    }
-    size_t next = 0;
-    for (size_t m = 0; m < g.weight.size(); m++) {
-        bool adapted = next < g.modules.size() && g.modules[next] == (int64_t)m;
-        std::optional<Tensor> bias;
-        if (g.bias[m].defined())
-            bias = g.bias[m];
-        bool late = adapted && g.native && bias && bias->is_contiguous();
-        auto base = bases.empty() ? std::optional<Tensor>() : bases.get(m);
-        Tensor Y;
-        if (base) {
-            TORCH_CHECK(base->scalar_type() == dtype && base->size(-1) > 0, "adarank: base product of ",
-                        base->scalar_type(), " for ", dtype);
-            Y = rows_of(*base);
-            if (!wants(owned, m))
-                Y = Y.clone(at::MemoryFormat::Contiguous);
-            late = false;
-        } else {
-            TORCH_CHECK(g.weight[m].defined(), "adarank: module ", m, " has neither weight nor base product");
-            Y = at::linear(X, g.weight[m], late ? std::optional<Tensor>() : bias);
-        }
-        if (adapted && add) {
-            if (g.native)
-                expand_(Y, S, g.B[m], g.first[next], scalings[m], late ? bias : std::optional<Tensor>());
-            else
-                Y.addmm_(S.narrow(1, g.first[next], g.A[m].size(0)), g.B[m].to(dtype).t(), 1.0, scalings[m]);
-        }
-        next += adapted;
-        if (base && wants(owned, m)) {
-            Y = *base;
-        } else if (x.dim() != 2) {
-            auto shape = x.sizes().vec();
-            shape.back() = Y.size(1);
-            Y = at::_unsafe_view(Y, shape); // as in F.linear: a view could not be changed in place
-        }
-        out.push_back(std::move(Y));
-    }
-    out.push_back(S);
-    out.push_back(A);
-    return out;
-}
-
-// Gradients of x, of the lora_A and then the lora_B of the modules with a rank; undefined where not needed.
-// With dropout on a GPU `dropped` is drop(X), and the last is dS A, which the caller drops and adds to the
-// first. Bit m of need_A
-// and need_B is module m's.
-std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::optional<Tensor> &x,
-                                   const std::optional<Tensor> &S, const std::optional<Tensor> &packed,
-                                   const OptionalTensors &parts, at::ArrayRef<double> scalings, double dropout,
-                                   const std::optional<Tensor> &seed, int64_t padding,
-                                   const std::optional<Tensor> &dropped, bool need_x, int64_t need_A, int64_t need_B,
-                                   at::IntArrayRef x_shape)
-{
-    at::AutoDispatchBelowADInplaceOrView guard;
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    int64_t M = dys.size();
-    TORCH_CHECK(M < 64, "adarank: at most 63 modules in a group, got ", M);
-    Tensor like;
-    std::vector<Tensor> dY(M);
-    for (int64_t m = 0; m < M; m++)
-        if (auto dy = dys.get(m); dy.has_value() && dy->defined()) {
-            dY[m] = rows_of(*dy);
-            if (!like.defined())
-                like = dY[m];
-        }
-    if (!like.defined())
-        return {};
-    Group g(parts, like, padding);
-    TORCH_CHECK((int64_t)g.weight.size() == M && (int64_t)scalings.size() == M,
-                "adarank: one module and one scaling for each gradient");
-    size_t count = g.modules.size();
-    std::vector<Tensor> grads(2 + 2 * count);
-    auto dtype = like.scalar_type();
-    int64_t N = like.size(0);
-    if (g.native)
-        for (auto &dy : dY)
-            if (dy.defined())
-                dy = ordered(dy);
-    Tensor dX;
-    for (int64_t m = 0; m < M; m++)
-        if (need_x && dY[m].defined() && g.weight[m].defined())
-            dX = dX.defined() ? dX.addmm_(dY[m], g.weight[m]) : at::mm(dY[m], g.weight[m]);
-    bool any_A = false, complete = true;
-    std::vector<int64_t> first, ranks; // of the modules whose dS is needed, in a matrix of their own
-    std::vector<int64_t> through;
-    std::vector<size_t> position; // theirs among the modules with a rank
-    std::vector<Tensor> As;
-    int64_t width = 0;
-    for (size_t i = 0; i < g.modules.size(); i++) {
-        int64_t m = g.modules[i], rank = g.A[m].size(0);
-        if (!dY[m].defined() || !(need_x || wants(need_A, m))) {
-            complete = false;
-            continue;
-        }
-        int64_t end = i + 1 < g.first.size() ? g.first[i + 1] : g.width;
-        through.push_back(m), position.push_back(i), first.push_back(width), ranks.push_back(rank), As.push_back(g.A[m]);
-        width += end - g.first[i];
-        any_A = any_A || wants(need_A, m);
-    }
-    for (size_t i = 0; i < g.modules.size(); i++) {
-        int64_t m = g.modules[i], rank = g.A[m].size(0);
-        if (!dY[m].defined() || !wants(need_B, m))
-            continue;
-        TORCH_CHECK(S.has_value(), "adarank: S is needed for the gradient of lora_B");
-        auto &dB = grads[1 + count + i];
-        if (g.native) {
-            dB = grad_b(dY[m], *S, g.first[i], rank, scalings[m], g.B[m].scalar_type());
-        } else {
-            dB = at::empty({dY[m].size(1), rank}, like.options());
-            dB.addmm_(dY[m].t(), S->narrow(1, g.first[i], rank), 0.0, scalings[m]);
-            dB = dB.to(g.B[m].scalar_type());
-        }
-    }
-    if (!through.empty()) {
-        bool gaps = false;
-        for (size_t i = 0; i < through.size(); i++)
-            gaps = gaps || (i + 1 < first.size() ? first[i + 1] : width) != first[i] + ranks[i];
-        auto dS = gaps && !g.native ? at::zeros({N, width}, like.options()) : at::empty({N, width}, like.options());
-        for (size_t i = 0; i < through.size(); i++) {
-            int64_t m = through[i];
-            if (g.native)
-                grad_s_(dS, dY[m], g.B[m], first[i], scalings[m]);
-            else
-                dS.narrow(1, first[i], ranks[i]).addmm_(dY[m], g.B[m].to(dtype), 0.0, scalings[m]);
-        }
-        if (need_x) {
-            if (g.native) {
-                if (!dX.defined())
-                    dX = at::zeros({N, As[0].size(1)}, like.options());
-                grad_x_(dX, dS, As, first, seed, dropout);
-            } else {
-                Tensor A = packed && complete ? *packed : Tensor();
-                if (!A.defined()) {
-                    OptionalTensors some;
-                    for (auto m : through)
-                        for (auto &t : {Tensor(), Tensor(), g.A[m], Tensor()})
-                            some.push_back(t.defined() ? std::optional<Tensor>(t) : std::nullopt);
-                    A = Group(some, like, padding, false).packed(dtype);
-                }
-                if (seed)
-                    grads[1 + 2 * count] = at::mm(dS, A);
-                else
-                    dX = dX.defined() ? dX.addmm_(dS, A) : at::mm(dS, A);
-            }
-        }
-        if (any_A) {
-            TORCH_CHECK(x.has_value(), "adarank: x is needed for the gradient of lora_A");
-            auto X = rows_of(*x);
-            if (g.native) {
-                bool one = true;
-                for (auto &a : As)
-                    one = one && a.scalar_type() == As[0].scalar_type();
-                auto dA = grad_a(dS, X, first, ranks, one ? As[0].scalar_type() : at::kFloat, seed, dropout);
-                for (size_t i = 0; i < through.size(); i++)
-                    if (wants(need_A, through[i]))
-                        grads[1 + position[i]] = dA[i].to(As[i].scalar_type());
-            } else {
-                auto all = at::mm(dS.t(), dropped ? *dropped : X);
-                for (size_t i = 0; i < through.size(); i++)
-                    if (wants(need_A, through[i]))
-                        grads[1 + position[i]] = all.narrow(0, first[i], ranks[i]).to(As[i].scalar_type());
-            }
-        }
-    }
-    if (dX.defined())
-        grads[0] = dX.view(x_shape);
-    return grads;
-}
-
-// A whole group as one autograd node.
-
-struct Call : torch::CustomClassHolder { // what the backward pass needs beside tensors
-    std::vector<double> scalings;
-    std::vector<int64_t> shape, modules; // the modules with foreign base products
-    double dropout;
-    int64_t padding, M;
-};
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-struct GroupNode : torch::autograd::Function<GroupNode> {
-    // `adapters`: A and then B of the modules with a rank; `foreign`: the base products that there are.
-    static variable_list forward(AutogradContext *ctx, const Tensor &x, at::TensorList adapters,
-                                 at::TensorList foreign, const OptionalTensors *parts,
-                                 const OptionalTensors *bases, int64_t owned, at::ArrayRef<double> scalings,
-                                 double dropout, const std::optional<Tensor> *seed, int64_t padding, bool add)
-    {
-        auto out = group_forward(x, *parts, *bases, owned, scalings, dropout, *seed, padding, add, std::nullopt);
-        auto packed = out.back();
-        out.pop_back();
-        auto S = out.back();
-        out.pop_back();
-        int64_t M = out.size(), count = adapters.size() / 2;
-        // not `needs_input_grad`: in a forward that checkpointing repeats inside `autograd.grad(y, inputs)`
-        // it answers for that backward pass, and a node made there has no part in it
-        bool need_x = x.requires_grad(), need_A = false, need_B = false;
-        for (int64_t i = 0; i < count; i++) {
-            need_A = need_A || adapters[i].requires_grad();
-            need_B = need_B || adapters[count + i].requires_grad();
-        }
-        auto call = c10::make_intrusive<Call>();
-        variable_list saved;
-        saved.reserve(4 + 3 * M);
-        saved.push_back(need_A ? x : Tensor());
-        saved.push_back(need_B ? S : Tensor());
-        saved.push_back(need_x ? packed : Tensor());
-        saved.push_back(seed->value_or(Tensor()));
-        for (int64_t m = 0; m < M; m++) {
-            saved.push_back(need_x ? parts->get(4 * m).value_or(Tensor()) : Tensor());
-            saved.push_back(parts->get(4 * m + 2).value_or(Tensor()));
-            saved.push_back(parts->get(4 * m + 3).value_or(Tensor()));
-        }
-        ctx->save_for_backward(std::move(saved));
-        call->scalings = scalings.vec(), call->shape = x.sizes().vec(), call->M = M;
-        call->dropout = dropout, call->padding = padding;
-        variable_list dirty;
-        for (size_t m = 0; m < bases->size(); m++)
-            if (auto base = bases->get(m)) {
-                call->modules.push_back(m);
-                if (wants(owned, m))
-                    dirty.push_back(*base);
-            }
-        if (!dirty.empty())
-            ctx->mark_dirty(dirty);
-        ctx->saved_data["call"] = c10::IValue::make_capsule(call);
-        ctx->set_materialize_grads(false);
-        if (!add) { // the caller adds the low-rank products
-            ctx->mark_non_differentiable({S});
-            out.push_back(S);
-        }
-        return out;
-    }
-
-    static variable_list backward(AutogradContext *ctx, variable_list dYs)
-    {
-        auto saved = ctx->get_saved_variables();
-        auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
-        auto optional = [](const Tensor &t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
-        OptionalTensors parts, dys;
-        int64_t count = 0;
-        for (int64_t m = 0; m < call->M; m++) {
-            parts.push_back(optional(saved[4 + 3 * m]));
-            parts.push_back(std::nullopt);
-            parts.push_back(optional(saved[5 + 3 * m]));
-            parts.push_back(optional(saved[6 + 3 * m]));
-            dys.push_back(optional(dYs[m]));
-            count += saved[5 + 3 * m].defined() && saved[5 + 3 * m].size(0);
-        }
-        int64_t need_A = 0, need_B = 0, i = 0;
-        for (int64_t m = 0; m < call->M; m++)
-            if (saved[5 + 3 * m].defined() && saved[5 + 3 * m].size(0)) {
-                need_A |= (int64_t)ctx->needs_input_grad(1 + i) << m;
-                need_B |= (int64_t)ctx->needs_input_grad(1 + count + i) << m;
-                i++;
-            }
-        auto grads = group_backward(dys, optional(saved[0]), optional(saved[1]), optional(saved[2]), parts,
-                                    call->scalings, call->dropout, optional(saved[3]), call->padding,
-                                    std::nullopt, ctx->needs_input_grad(0), need_A, need_B, call->shape);
-        grads.resize(1 + 2 * count); // without what only a GPU's dropout needs
-        if (at::GradMode::is_enabled())
-            grads = once(std::move(grads));
-        for (auto m : call->modules)
-            grads.push_back(dYs[m]);
-        grads.resize(grads.size() + 8); // the arguments that are no tensors
-        return grads;
-    }
-
-    // With create_graph: gradients that refuse to be differentiated.
-    static variable_list once(variable_list grads)
-    {
-        variable_list defined;
-        for (auto &grad : grads)
-            if (grad.defined()) {
-                grad = grad.detach();
-                grad.set_requires_grad(true);
-                defined.push_back(grad);
-            }
-        auto refuse = std::make_shared<torch::autograd::DelayedError>(
-            "a fused LoRA layer cannot be differentiated twice; adarank_fast.restore gives plain PEFT back",
-            defined.size());
-        auto refusing = (*refuse)(std::move(defined));
-        size_t next = 0;
-        for (auto &grad : grads)
-            if (grad.defined())
-                grad = refusing[next++];
-        return grads;
-    }
-};
-
-// The outputs of all modules; with `add` false, then S.
-std::vector<Tensor> group_linear(const Tensor &x, const OptionalTensors &parts, const OptionalTensors &bases,
-                                 int64_t owned, at::ArrayRef<double> scalings, double dropout,
-                                 const std::optional<Tensor> &seed, int64_t padding, bool add)
-{
-    auto out = group_forward(x, parts, bases, owned, scalings, dropout, seed, padding, add, std::nullopt);
-    out.resize(out.size() - (add ? 2 : 1));
-    return out;
-}
-
-std::vector<Tensor> group_linear_autograd(const Tensor &x, const OptionalTensors &parts,
-                                          const OptionalTensors &bases, int64_t owned,
-                                          at::ArrayRef<double> scalings, double dropout,
-                                          const std::optional<Tensor> &seed, int64_t padding, bool add)
-{
-    std::vector<Tensor> adapters, foreign;
-    bool wanted = x.requires_grad();
-    for (int64_t of = 2; of < 4; of++)
-        for (size_t i = 0; i < parts.size(); i += 4)
-            if (auto A = parts.get(i + 2); A && A->size(0)) {
-                adapters.push_back(*parts.get(i + of));
-                wanted = wanted || adapters.back().requires_grad();
-            }
-    for (std::optional<Tensor> base : bases)
-        if (base) {
-            foreign.push_back(*base);
-            wanted = wanted || base->requires_grad();
-        }
-    if (!wanted || !at::GradMode::is_enabled())
-        return group_linear(x, parts, bases, owned, scalings, dropout, seed, padding, add);
-    return GroupNode::apply(x, at::TensorList(adapters), at::TensorList(foreign), &parts, &bases, owned, scalings,
-                            dropout, &seed, padding, add);
-}
+#include "group.h"
 
 // int32 [4, rows, n]: the words of counters (c0 + i, c1 + row, 0, 0) under the key; c0 carries into c1.
 Tensor philox(int64_t key, int64_t c0, int64_t c1, int64_t rows, int64_t n)
@@ -803,8 +404,10 @@ TORCH_LIBRARY(adarank, m)
     m.def("group_backward(Tensor?[] dys, Tensor? x, Tensor? S, Tensor? packed, Tensor?[] parts, float[] scalings,"
           " float dropout, Tensor? seed, int padding, Tensor? dropped, bool need_x, int need_A, int need_B,"
           " int[] x_shape) -> Tensor[]");
-    m.def("group_linear(Tensor x, Tensor?[] parts, Tensor?[] bases, int owned, float[] scalings, float dropout,"
-          " Tensor? seed, int padding, bool add) -> Tensor[]");
+    m.def("make_group(Tensor like, Tensor?[] parts, float[] scalings, float dropout, int padding) -> int");
+    m.def("free_group(int group) -> ()");
+    m.def("group_linear(Tensor x, int group, Tensor? seed, Tensor?[] bases, int owned, int bound) -> Tensor[]",
+          TORCH_FN(group_linear));
     m.def("philox(int key, int c0, int c1, int rows, int n) -> Tensor");
     m.def("knows(ScalarType dtype) -> bool");
 }
@@ -822,16 +425,12 @@ TORCH_LIBRARY_IMPL(adarank, CPU, m)
 
 TORCH_LIBRARY_IMPL(adarank, CompositeExplicitAutograd, m)
 {
-    m.impl("group_linear", TORCH_FN(group_linear));
+    m.impl("make_group", TORCH_FN(make_group));
+    m.impl("free_group", TORCH_FN(free_group));
     m.impl("group_forward", TORCH_FN(group_forward));
     m.impl("group_backward", TORCH_FN(group_backward));
     m.impl("philox", TORCH_FN(philox));
     m.impl("knows", [](at::ScalarType dtype) { return products(dtype) != nullptr; });
-}
-
-TORCH_LIBRARY_IMPL(adarank, Autograd, m)
-{
-    m.impl("group_linear", TORCH_FN(group_linear_autograd));
 }
 
 TORCH_LIBRARY_IMPL(adarank, ADInplaceOrView, m)
