@@ -77,6 +77,7 @@ class Graphs:
         self.foundations: dict[int, Foundation] = {}
         self.captured_shapes: Counter[Shape] = Counter()
         self.changes = 0  # after which all was captured anew
+        self.stale = False  # a block has changed, others are under way
         self.graphed = 0
         self.eager: Counter[str] = Counter()
         self.thread: int | None = None  # of the first call
@@ -95,7 +96,7 @@ class Graphs:
         self.kinds.clear()
         self.foundations.clear()
         self.captured_shapes.clear()
-        self.changes += 1
+        self.changes, self.stale = self.changes + 1, False
 
     def call(
         self, block: Any, place: Place, args: Sequence[object], kwargs: Mapping[str, object]
@@ -104,6 +105,9 @@ class Graphs:
         kind = None
         try:
             _check_modes(block)
+            if in_backward():  # autograd's nodes would know shapes that parameters had before
+                self._forget_if_changed(place.position)
+                raise UnfitError("called inside a backward pass (reentrant checkpointing)")
             if self.thread is None:
                 self.thread = threading.get_ident()
             if self.thread != threading.get_ident():
@@ -175,13 +179,26 @@ class Graphs:
                 raise UnfitError(TOO_MANY)
         return shape
 
-    def _foundation(self, position: int, block: nn.Module) -> Foundation:
+    def _forget_if_changed(self, position: int) -> None:
+        """Free the graphs if a block is not what they were captured from.
+
+        While other blocks' forwards are under way, the block's own at once: autograd's nodes in
+        them know the shapes that its parameters had. The rest follows before the next step.
+        """
         foundation = self.foundations.get(position)
-        if foundation is not None and (why := foundation.why_not()):
-            if self.flights.under_way:
-                raise UnfitError(why)
+        why = foundation.why_not() if foundation is not None else ""
+        if self.flights.under_way and why:
+            self.stale = self.session.sealed = True
+            for (where, _), kind in self.kinds.items():
+                if where == position and kind.graph is not None:
+                    kind.graph.release()
+            raise UnfitError(why)
+        if not self.flights.under_way and (why or self.stale):
             self.forget()
-            foundation = None
+
+    def _foundation(self, position: int, block: nn.Module) -> Foundation:
+        self._forget_if_changed(position)
+        foundation = self.foundations.get(position)
         if foundation is None:
             foundation = self.foundations[position] = Foundation(block)
         if foundation.has_hooks():
@@ -258,8 +275,6 @@ class Graphs:
 def _check_modes(block: nn.Module) -> None:
     if not torch.is_grad_enabled():
         raise UnfitError("no gradients: evaluation or generation")
-    if in_backward():
-        raise UnfitError("called inside a backward pass (reentrant checkpointing)")
     if "_is_replica" in block.__dict__:
         raise UnfitError("a replica of DataParallel")
 

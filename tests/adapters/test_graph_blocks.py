@@ -476,3 +476,18 @@ def test_parameters_that_move_in_every_step_are_not_captured_for_ever():
             p.data = p.data.clone()
     report = graph_report(model)
     assert report.reasons["parameters or modules change again and again"] > 8
+
+
+def test_another_rank_in_a_later_block():
+    """Seen while the first block is under way: autograd forgets the old shape, and it goes on."""
+    model = llama()
+
+    def run(m, i):
+        if i in (4, 9):
+            layer = m.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            A.grad = B.grad = None
+            A.data, B.data = torch.randn(i, A.shape[1]) * 0.1, torch.randn(B.shape[0], i) * 0.1
+        return step(m, tokens(2, 8, i))
+
+    assert graph_report(both(model, run, 14)).graphed_calls >= 2 * 6
