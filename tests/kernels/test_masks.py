@@ -104,7 +104,7 @@ def test_a_group_in_cpp_keeps_no_parameter_and_goes_with_its_group() -> None:
         pytest.skip("no C++ compiler")
     x, A, B = torch.randn(2, 16), torch.randn(3, 16), torch.randn(5, 3)
     group = groups.Group(x, [torch.randn(5, 16)], [None], [A], [B], [1.0], 0.0)
-    assert group.compute is not None
+    assert group.make_whole(x) and group.compute is not None
     number, compute = group.number, group.compute
     assert len(compute(x, number, None, (), 0, 1 << 30)) == 1
     assert compute(x.double(), number, None, (), 0, 1 << 30) == []  # it does not fit
@@ -114,5 +114,7 @@ def test_a_group_in_cpp_keeps_no_parameter_and_goes_with_its_group() -> None:
     del group, A
     gc.collect()
     assert gone() is None
+    x, W = torch.randn(2, 16), torch.randn(5, 16)
+    assert groups.Group(x, [W], [None], [None], [None], [1.0], 0.0).make_whole(x)
     with pytest.raises(RuntimeError, match=f"no group {number}"):
         compute(x, number, None, (), 0, 1 << 30)
