@@ -6,8 +6,9 @@ Public functions take such an object, or its fields as flat keywords. No torch h
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -20,6 +21,7 @@ from adarank_fast.json_values import MOST
 T = TypeVar("T")
 TASKS = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_NAMES = 20  # in a message
 OUTPUTS = ("auto", "pooler", "last_hidden_state", "logits")
 DEFAULT_TARGETS = "auto"  # attention, and experts where the model has them
 TARGET_PRESETS = (DEFAULT_TARGETS, "attention", "all-linear", "experts")
@@ -71,13 +73,29 @@ def gather(cls: type[T], given: T | float | None, options: dict[str, object]) ->
     )
 
 
-def refuse_unknown(function: str, options: dict[str, object], *classes: type) -> None:
-    """Raise a TypeError for a misspelt keyword, as Python does; it suggests the nearest name."""
-    for name in options:
-        known = [one.name for cls in classes for one in fields(cls)]
+def refuse_unknown(
+    function: Callable[..., object], options: Mapping[str, object], *classes: type
+) -> None:
+    """Raise a TypeError for a misspelt keyword, as Python does; it suggests the nearest name.
+
+    Args:
+        function: whose own arguments are known too.
+        options: keywords.
+        classes: dataclasses whose fields `function` takes as keywords.
+
+    Raises:
+        AdarankTypeError: there is one.
+    """
+    own = inspect.signature(function).parameters.values()
+    known = [one.name for one in own if one.kind is not one.VAR_KEYWORD]
+    known += [one.name for cls in classes for one in fields(cls) if one.init]
+    for name in options.keys() - {*known}:
         near = difflib.get_close_matches(name, known, 1)
-        meant = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-        raise AdarankTypeError(f"{function} has no argument {name!r}; {meant}")
+        more = ", ..." if len(known) > MOST_NAMES else ""
+        meant = f"it has {', '.join(known[:MOST_NAMES])}{more}"
+        if near:
+            meant = f"did you mean {near[0]!r}?"
+        raise AdarankTypeError(f"{function.__name__} has no argument {name!r}; {meant}")
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:

@@ -16,7 +16,6 @@ Results go to bench/results/step.json (compiled: step_compiled.json).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import adarank_fast as ada
+from adarank_fast.benchmarking.arms import step_of, trainable
 from adarank_fast.benchmarking.measure import Step, medians, overhead_ratio
 from adarank_fast.demo.assets import minilm, mpnet, smollm2
 from bench.blocks import ADAPTERS32, DTYPES, check, trained_a_little, variants, with_scores
@@ -115,24 +115,6 @@ def adapted(model: WithLoss, dtype: torch.dtype, mixed: bool, dropout: float) ->
     return trained_a_little(model).eval()
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def step_of(model: nn.Module, inputs: dict[str, Tensor], forward: Callable[..., Tensor]) -> Step:
-    parameters = trainable(model)
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
-
-    def step() -> None:
-        if optimiser is not None:
-            optimiser.zero_grad(set_to_none=True)
-        forward(**inputs).backward()
-        if optimiser is not None:
-            optimiser.step()
-
-    return step
-
-
 def generation_of(model: nn.Module, input_ids: Tensor) -> Step:
     language_model: Any = model.model
 
@@ -181,7 +163,7 @@ def steps_of_row(key: str, compiled: bool = False) -> tuple[dict[str, Step], Row
     for variant, model in models.items():
         model.train(case.dropout > 0)
         forward = torch.compile(model) if compiled else model
-        steps[variant] = step_of(model, inputs, forward)
+        steps[variant] = step_of(model, inputs, partial(forward, **inputs))
         if case.generates:
             steps[variant] = generation_of(model, ids)
     return steps, {"adapter_parameters": sum(p.numel() for p in trainable(models["ours"]))}

@@ -19,7 +19,7 @@ from bench.results_file import write_json, write_results
 ROOT = Path(__file__).parent.parent
 SOURCES = ("kernels/adarank_kernels/**/*.py", "kernels/adarank_kernels/runtime/cpp/*")
 SOURCES += ("adarank_fast/adapters/*.py", "bench/blocks.py", "bench/slices.py")
-SOURCES += ("adarank_fast/benchmarking/measure.py",)
+SOURCES += ("adarank_fast/benchmarking/measure.py", "adarank_fast/benchmarking/arms.py")
 Row = dict[str, Any]  # "seconds", and whatever else was found out once
 
 

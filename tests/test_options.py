@@ -48,6 +48,8 @@ def test_a_budget_goes_wherever_its_keywords_do():
         (dict(budget=ada.Budget(4), max_rank=2), "max_rank is given beside a Budget"),
         (dict(budget=4, average_rank=2), "average_rank is given beside a Budget"),
         (dict(averge_rank=2), "predict_ranks has no argument 'averge_rank'; .* 'average_rank'"),
+        (dict(target_module="q"), "has no argument 'target_module'; .* 'target_modules'"),
+        (dict(zzz=1), "has no argument 'zzz'; it has model, batches, .*average_rank"),
         (dict(probe=ada.Probe(), metric="kl"), "metric is given beside a Probe"),
         (dict(budget="8"), "average_rank must be a positive number, got '8'"),
     ],
@@ -55,6 +57,21 @@ def test_a_budget_goes_wherever_its_keywords_do():
 def test_what_is_given_twice_or_misspelt(arguments, message):
     with pytest.raises(ada.AdarankError, match=message):
         ada.predict_ranks(None, [], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("lora_droput", "lora_dropout"), ("exmple", "example"), ("modules_to_sav", "modules_to_save")],
+)
+def test_misspelt_keywords_of_a_lora_config(name, meant):
+    model = tiny("llama")
+    plan = ada.RankPlan.uniform(model, 2)
+    message = f"has no argument {name!r}; did you mean {meant!r}"
+    with pytest.raises(TypeError, match=f"inject {message}"):
+        ada.inject(model, plan, **{name: 1})
+    if name != "exmple":
+        with pytest.raises(TypeError, match=f"to_lora_config {message}"):
+            plan.to_lora_config(**{name: 1})
 
 
 def test_a_dtype_by_its_name():

@@ -83,16 +83,31 @@ print(ada.fusion_report(peft_model).fused_share)
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
+def source(tmp_path_factory) -> Path:
+    """A copy of what is built: building leaves files behind."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "adarank_fast", "kernels", "src"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: building leaves files behind
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "adarank_fast", "kernels"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return next(folder.glob("*.whl"))
+
+
+def test_an_editable_install_is_one_folder_of_the_two_packages(source, tmp_path):
+    """Type checkers read a path, no import hook; `kernels` and `tests` stay out of reach."""
+    code = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    run(code, source)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as made:
+        (path,) = (made.read(n).decode().split() for n in made.namelist() if n.endswith(".pth"))
+    found = {one.name for one in Path(*path).iterdir() if one.suffix != ".egg-info"}
+    assert found == {"adarank_fast", "adarank_kernels"}
 
 
 def test_the_wheel_has_both_packages_and_nothing_else(wheel):

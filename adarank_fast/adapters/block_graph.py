@@ -129,6 +129,11 @@ class BlockGraph:
         """Hold what the captured forward keeps no longer."""
         self._live, self._leaves = [], []
 
+    def close(self) -> None:
+        """Free all of it: autograd's nodes, too, know the shapes that parameters had."""
+        self.release()
+        self.replay_forward = self.replay_backward = _closed
+
     def _compute(self) -> list[Tensor]:
         """Outputs, from new leaves on the static inputs."""
         self._leaves = [
@@ -259,6 +264,10 @@ class _Replay(torch.autograd.Function):
                 buffer.copy_(grad)
         graph.replay_backward()
         return None, None, *graph.input_gradients(), *graph.parameter_gradients()
+
+
+def _closed() -> None:
+    raise AdarankRuntimeError("the graphs of this forward were freed before its backward pass")
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from peft.tuners import lora
 from torch import nn
@@ -13,8 +15,12 @@ from adarank_fast.adapters.gated_mlp import gated_mlps
 from adarank_fast.adapters.groups import LayerState
 from adarank_fast.adapters.peft_private import has_only_experts
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.text import data_frame
 from adarank_kernels.runtime import native
 from adarank_kernels.runtime.registry import HAS_TRITON, kernel_status
+
+if TYPE_CHECKING:
+    import pandas
 
 OF_EXPERTS = (
     "parameters of experts, for which PEFT's lora.ParamWrapper adds B A to the weight of every "
@@ -60,8 +66,21 @@ class FusionReport(dict[str, LayerReport]):
         calls = fused + sum(layer.fallback_calls for layer in self.values())
         return fused / calls if calls else 1.0
 
+    def __repr__(self) -> str:
+        return f"FusionReport({self._summary()}); .to_frame()"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row for each layer: the fields of its `LayerReport`.
+
+        Raises:
+            AdarankImportError: pandas is not installed.
+        """
+        return data_frame({path: vars(layer) for path, layer in self.items()})
+
     def __str__(self) -> str:
-        groups = {layer.group for layer in self.values() if len(layer.group) > 1}
         reasons: Counter[str] = Counter()
         others: Counter[str] = Counter()
         for layer in self.values():
@@ -70,12 +89,7 @@ class FusionReport(dict[str, LayerReport]):
                     reasons[reason] += count
                 else:
                     others[reason] += 1
-        called = any(layer.fused_calls or layer.fallback_calls for layer in self.values())
-        share = f"{100 * self.fused_share:.1f}% of calls fused" if called else "no forward yet"
-        lines = [
-            f"{sum(layer.fused for layer in self.values())} of {len(self)} LoRA layers fused, "
-            f"{len(groups)} groups, {share}"
-        ]
+        lines = [self._summary()]
         lines += [f"  {count} calls through PEFT: {why}" for why, count in reasons.most_common()]
         lines += [f"  {count} layers left to PEFT: {why}" for why, count in others.most_common()]
         if self.recomputed_mlps:
@@ -84,6 +98,13 @@ class FusionReport(dict[str, LayerReport]):
             status = ", ".join(f"{name} {what}" for name, what in kernels.items())
             lines.append(f"  Triton kernels on {device}: {status}")
         return "\n".join(lines)
+
+    def _summary(self) -> str:
+        groups = {layer.group for layer in self.values() if len(layer.group) > 1}
+        called = any(layer.fused_calls or layer.fallback_calls for layer in self.values())
+        share = f"{100 * self.fused_share:.1f}% of calls fused" if called else "no forward yet"
+        fused = sum(layer.fused for layer in self.values())
+        return f"{fused} of {len(self)} LoRA layers fused, {len(groups)} groups, {share}"
 
 
 def fusion_report(peft_model: nn.Module) -> FusionReport:

@@ -84,6 +84,9 @@ class Graphs:
 
     def forget(self) -> None:
         """Drop all graphs, since what they depend on has changed; no replay may be under way."""
+        for kind in self.kinds.values():
+            if kind.graph is not None:
+                kind.graph.close()
         self.session = Session()
         self.kinds.clear()
         self.foundations.clear()
@@ -113,6 +116,8 @@ class Graphs:
             if torch.is_autocast_enabled(device):
                 autocast = device, torch.get_autocast_dtype(device)
             keeps = not may_be_repeated()
+            if not keeps and not (block.training and getattr(block, "gradient_checkpointing", 0)):
+                raise UnfitError("hooks for saved tensors, not of this block's checkpointing alone")
             whole = key, foundation.flags(), autocast, keeps
             kind = self.kinds.setdefault((place.position, whole), Kind())
             if kind.graph is None:

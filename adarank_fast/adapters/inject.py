@@ -16,8 +16,10 @@ from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.adapters.patterns import keys_of_experts
 from adarank_fast.adapters.peft_private import BaseTunerLayer, Layer
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.deprecations import without_deprecations
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.targets import find_candidates, unwrap
+from adarank_fast.options import refuse_unknown
 from adarank_fast.plan.lora_config import alpha_rule, lora_config
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.undo import undone_on_error
@@ -56,6 +58,7 @@ def inject(
         AdarankError: the plan does not fit the model, the model has adapters already, all ranks are
             0, or PEFT made other adapters. The model is then unchanged.
     """
+    refuse_unknown(inject, lora_config_kwargs, LoraConfig)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdarankError(
             "model already has PEFT adapters; pass the plain base model (peft_model.unload() "
@@ -80,7 +83,7 @@ def inject(
     config = lora_config(
         planned, scaling, parameters=experts, has_experts=has_experts, **lora_config_kwargs
     )
-    with undone_on_error(_undo(model)), keys_of_experts(), warnings.catch_warnings():
+    with undone_on_error(_undo(model)), keys_of_experts(), without_deprecations():
         # for models that mix Conv1D and Linear PEFT corrects fan_in_fan_out layer by layer
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         peft_model = _get_peft_model(model, config, adapter_name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -22,7 +23,10 @@ from adarank_fast.plan.rank_plan import RankPlan
 FROZEN, PEFT, PEFT_DEFAULT = "frozen", "PEFT", "PEFT, float32"
 OURS, OURS_DEFAULT = "ours", "ours, float32"
 UNIFORM, COMPILED = "ours, uniform", "ours, compiled"
+GRAPHED = {f"{arm}, graphed": arm for arm in (FROZEN, PEFT, OURS)}  # on a GPU; what is captured
 SAME = {OURS: PEFT, OURS_DEFAULT: PEFT_DEFAULT}  # what computes the same in the same dtype
+SAME |= {f"{OURS}, graphed": f"{PEFT}, graphed"}
+FLOORS = dict.fromkeys(GRAPHED, f"{FROZEN}, graphed")  # of every other: FROZEN
 RATE = 1e-4  # of AdamW
 
 
@@ -143,15 +147,30 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return (first.to(torch.promote_types(first.dtype, torch.float32)) * weights).mean()
 
 
-def step_of(model: nn.Module, batch: Batch) -> Step:
-    """Forward, loss, backward, and AdamW where there is something to train."""
+def step_of(
+    model: nn.Module,
+    batch: Batch,
+    loss: Callable[[], Tensor] | None = None,
+    capturable: bool = False,
+) -> Step:
+    """Forward, loss, backward, and AdamW where there is something to train.
+
+    Args:
+        model: whose parameters that require gradients are trained.
+        batch: keyword inputs.
+        loss: computes it; None: `loss_of` of the batch.
+        capturable: for a CUDA graph.
+    """
     parameters = trainable(model)
-    optimiser = torch.optim.AdamW(parameters, lr=RATE, fused=True) if parameters else None
+    compute = loss or functools.partial(loss_of, model, batch)
+    optimiser = None
+    if parameters:
+        optimiser = torch.optim.AdamW(parameters, lr=RATE, fused=True, capturable=capturable)
 
     def step() -> None:
         if optimiser is not None:
             optimiser.zero_grad(set_to_none=True)
-        loss_of(model, batch).backward()
+        compute().backward()
         if optimiser is not None:
             optimiser.step()
 

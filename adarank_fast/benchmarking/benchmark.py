@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from adarank_fast.adapters.fusion_report import fusion_report
 from adarank_fast.benchmarking import arms as variants
-from adarank_fast.benchmarking.arms import COMPILED, FROZEN, OURS, PEFT, SAME, UNIFORM
-from adarank_fast.benchmarking.measure import Statistic, Step, bootstrap, peak_bytes, timed
-from adarank_fast.benchmarking.report import Benchmark, Interval, Machine, Row
+from adarank_fast.benchmarking.arms import COMPILED, FROZEN, GRAPHED, OURS, PEFT, SAME, UNIFORM
+from adarank_fast.benchmarking.figures import figures
+from adarank_fast.benchmarking.graphs import graphed
+from adarank_fast.benchmarking.measure import Step, peak_bytes, timed
+from adarank_fast.benchmarking.report import Benchmark, Machine, Row
 from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.models.batches import Batch
 from adarank_fast.models.precision import copy_in_dtype
@@ -64,7 +66,7 @@ def benchmark(
     batch_size: int = 4,
     max_length: int = 128,
     repetitions: int = 20,
-    max_seconds: float = 100.0,
+    max_seconds: float = 90.0,
     compile: bool = False,
     device: str | None = None,
     dtype: str = "float32",
@@ -76,6 +78,7 @@ def benchmark(
     loss and the backward pass down to the embeddings, which every variant does too. Before
     anything is timed, our loss and gradients are compared with PEFT's in the same dtype, and, if
     the model is small, both with float64. A variant that differs is not timed; its row says so.
+    On a GPU whole steps are timed as CUDA graphs too, over the frozen base's own graph.
 
     Args:
         model: a transformers model, which stays as it is; or a folder or hub name.
@@ -170,13 +173,15 @@ def _measure(
         rows[name]["peak_bytes"] = peak_bytes(step, run.device)
     if compile and OURS in steps:
         _add_compiled(run, arms, batch, steps, rows)
+    if run.device.type == "cuda" and OURS in steps:
+        _add_graphed(arms, batch, steps, rows)
     seconds = timed(steps, repetitions, max(run.left, 0.0), device=run.device, warm_up=1)
     done = len(seconds[FROZEN])
     if done < repetitions:
         run.notes.append(f"{done} of {repetitions} repetitions, to keep within max_seconds.")
     tokens = _tokens(batch)
     for name, values in seconds.items():
-        rows[name] |= _figures(name, seconds, tokens) | {"seconds": values}
+        rows[name] |= figures(name, seconds, tokens) | {"seconds": values}
     return Benchmark(
         {
             "model": getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -359,33 +364,19 @@ def _add_compiled(
     steps[COMPILED] = step
 
 
-def _figures(name: str, seconds: Mapping[str, list[float]], tokens: int) -> Row:
-    """Medians and 95% intervals: ms a step, overhead over frozen, and its ratio to PEFT's."""
-
-    def interval(statistic: Statistic, *names: str) -> Interval:
-        found = bootstrap([{one: seconds[one] for one in names}], statistic)
-        low, high = found[1:]
-        return {"value": found[0], "low": low, "high": high}
-
-    took = interval(lambda m: 1e3 * m[0][name], name)
-    made: Row = {"milliseconds": took, "tokens_per_second": tokens / (took["value"] / 1e3)}
-    if name == FROZEN:
-        return made
-    made["overhead"] = interval(lambda m: m[0][name] / m[0][FROZEN] - 1, name, FROZEN)
-    theirs = SAME.get(name, PEFT)
-    if name in (PEFT, *SAME.values()) or theirs not in seconds:
-        return made
-    other = interval(lambda m: m[0][theirs] / m[0][FROZEN] - 1, theirs, FROZEN)
-    if other["low"] <= 0:  # PEFT's overhead may be zero
-        made["overhead_over_peft"] = None
-        return made
-
-    def ratio(m: list[dict[str, float]]) -> float:
-        under = m[0][theirs] - m[0][FROZEN]
-        return (m[0][name] - m[0][FROZEN]) / under if under else 1e9
-
-    made["overhead_over_peft"] = interval(ratio, name, theirs, FROZEN)
-    return made
+def _add_graphed(
+    arms: Mapping[str, nn.Module],
+    batch: Batch,
+    steps: dict[str, Step],
+    rows: dict[str, Row],
+) -> None:
+    """Whole steps as CUDA graphs; a row that says why not where one cannot be captured."""
+    for name, arm in GRAPHED.items():
+        rows[name] = {"adapter_parameters": rows[arm]["adapter_parameters"]}
+        try:
+            steps[name] = graphed(variants.shared_copy(arms[arm]), batch)
+        except Exception as error:  # the others are still timed
+            rows[name]["why"] = f"cannot be captured: {first_line(error)[:120]}"
 
 
 def _machine(device: torch.device) -> Machine:

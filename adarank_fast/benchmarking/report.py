@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
-from adarank_fast.benchmarking.arms import OURS
+from adarank_fast.benchmarking.arms import FLOORS, OURS
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import own_folder, write_text, writing
 from adarank_fast.models.text import data_frame, plain_text
@@ -188,12 +188,14 @@ class Benchmark:
         return table
 
     def reading(self) -> list[str]:
-        """What the numbers say, what was left out, and what to do next."""
+        """What the numbers say, and what was left out."""
         arms, lines = self.results["arms"], []
         ours = arms[OURS]
         for name, n in arms.items():
             if "why" in n:
                 lines.append(f"{name}: {n['why']}.")
+        if any("overhead" in arms.get(name, {}) for name in FLOORS):
+            lines.append("Graphed steps: over the frozen base's, graphed too.")
         if "overhead" in ours and "overhead_over_peft" in ours:
             ratio = ours["overhead_over_peft"]
             if ratio is None:
@@ -211,10 +213,6 @@ class Benchmark:
                 text += f"; from float64 by {ours['error_in_float64']:.1g}, PEFT's by {theirs:.1g}"
             lines.append(f"{text}.")
         lines += self.results["notes"]
-        if len(self.results["settings"]["ranks"]) == 1:
-            lines.append("Next: adarank predict, then adarank bench --plan plan.json.")
-        else:
-            lines.append("Next: adarank train MODEL --plan plan.json --data FILE.")
         return lines
 
 

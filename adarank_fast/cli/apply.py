@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, say_written
+from adarank_fast.cli.console import quiet_transformers, say_written, typed
 from adarank_fast.cli.evaluate import ADAPTER, LENGTH
 from adarank_fast.files import check_file, replacing
 from adarank_fast.options import DTYPES, check_choice
@@ -57,4 +57,7 @@ def apply(
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
     numbers = {"predictions": str(output_file), "count": len(rows)}
     more = {"understood": found.understood.as_json()}
-    say_written(output_file, {**numbers, **more} if as_json else None)
+    then = "read it line by line: each is a JSON object, in the order of the data"
+    if adapter is not None and not four_bit:
+        then = typed("adarank", "merge", model, adapter, "-o", "merged")
+    say_written(output_file, then, {**numbers, **more} if as_json else None)

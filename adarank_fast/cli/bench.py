@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, say_written, status
+from adarank_fast.cli.console import quiet_transformers, say_next, say_written, status, typed
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.errors import AdarankError
 from adarank_fast.options import DTYPES, check_choice
@@ -44,7 +44,7 @@ def bench(
     max_seconds: Annotated[
         float,
         typer.Option(help="Approximate time limit; tokens and repetitions are reduced to fit."),
-    ] = 100.0,
+    ] = 90.0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Also time blocks compiled by torch.compile.")
     ] = False,
@@ -84,5 +84,10 @@ def bench(
         print(json.dumps(report.results))
     else:
         print(report.table())
-        if output_folder is not None:
-            say_written(output_folder)
+        then = typed("adarank", "predict", model, "--data", data or "FILE")
+        if plan is not None:
+            then = typed("adarank", "train", model, "--data", data or "FILE", "--plan", plan)
+        if output_folder is None:
+            say_next(then)
+        else:
+            say_written(output_folder, then)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def status(message: str) -> Iterator[None]:
 
 
 def show(table: RenderableType) -> None:
-    """Print a rich table on stdout, at full width where that is no terminal."""
+    """Print a rich table on stdout, in 80 columns where that is no terminal."""
     console = Console(markup=False, highlight=False)
     if console.is_terminal:
         console.print(table)
@@ -50,15 +51,26 @@ def show_report(
         show(table)
     for line in reading(report.results):
         show(line)
-    say_written(folder / "report.html")
+    say_written(folder / "report.html", f"open it; each arm's plan is in {folder / 'plans'}")
 
 
-def say_written(path: Path, as_json: Mapping[str, object] | None = None) -> None:
-    """Say "wrote `path`" on stderr; or instead of it `as_json` on stdout."""
+def say_written(path: Path, then: str, as_json: Mapping[str, object] | None = None) -> None:
+    """Say "wrote `path`" and what to do next on stderr; or instead of it `as_json` on stdout."""
     if as_json is None:
         print(f"wrote {path}", file=sys.stderr)
+        say_next(then)
     else:
         print(json.dumps(as_json))
+
+
+def say_next(then: str) -> None:
+    """One line on stderr: what to do next."""
+    print(f"Next: {then}", file=sys.stderr)
+
+
+def typed(*parts: object) -> str:
+    """A command as one types it."""
+    return shlex.join(map(str, parts))
 
 
 def quiet_transformers() -> None:

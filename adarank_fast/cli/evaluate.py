@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, show
+from adarank_fast.cli.console import quiet_transformers, say_next, show, typed
 from adarank_fast.options import DTYPES, check_choice
 
 ADAPTER = Annotated[
@@ -73,3 +73,5 @@ def evaluate(
     for name, value in found.items():
         table.add_row(name, f"{value:,}" if name in ("examples", "tokens") else f"{value:.4g}")
     show(table)
+    names = [model] if adapter is None else [model, adapter]
+    say_next(typed("adarank", "apply", *names, "--data", data, *["--four-bit"] * four_bit))

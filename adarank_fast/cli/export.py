@@ -82,7 +82,10 @@ def export(
         print(render(plan, chosen, parse_scaling(scaling)), end="")
     else:
         export_plan(plan, output, chosen, parse_scaling(scaling))
-        say_written(output, {"export": str(output), "format": chosen} if as_json else None)
+        then = f"put its lines into the configuration file of {chosen}"
+        if chosen == "peft":
+            then = f'peft.LoraConfig(**json.load(open("{output}")))'
+        say_written(output, then, {"export": str(output), "format": chosen} if as_json else None)
 
 
 def _export_adapter(
@@ -98,4 +101,5 @@ def _export_adapter(
     adapter = read_adapter(source)
     skeleton, _ = base_skeleton(adapter, base, "--base")
     rank = export_saved(adapter, skeleton, output, rank)
-    say_written(output, {"export": str(output), "rank": rank} if as_json else None)
+    then = f"serve it as an adapter of rank {rank}, such as by vllm's --max-lora-rank {rank}"
+    say_written(output, then, {"export": str(output), "rank": rank} if as_json else None)

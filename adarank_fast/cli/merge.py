@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from adarank_fast.cli.console import quiet_transformers, say_written
+from adarank_fast.cli.console import quiet_transformers, say_written, typed
 from adarank_fast.cli.options import JSON, MODEL
 from adarank_fast.files import check_folder
 from adarank_fast.options import DTYPES, check_choice
@@ -42,4 +42,5 @@ def merge(
             f"{' ...' if len(fresh) > 4 else ''}; they are random",
             file=sys.stderr,
         )
-    say_written(output, {"merge": str(output)} if as_json else None)
+    then = typed("adarank", "evaluate", output, "--data", "FILE")
+    say_written(output, then, {"merge": str(output)} if as_json else None)

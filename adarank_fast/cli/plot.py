@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adarank_fast.cli.console import say_written
+from adarank_fast.cli.console import say_written, typed
 from adarank_fast.cli.options import JSON
 from adarank_fast.files import check_file
 
@@ -27,4 +27,8 @@ def plot(
     from adarank_fast.plots.plans import plot_plan
 
     plot_plan(RankPlan.load(plan_file), output_file)
-    say_written(output_file, {"plot": str(output_file)} if as_json else None)
+    say_written(
+        output_file,
+        typed("adarank", "train", "MODEL", "--data", "FILE", "--plan", plan_file),
+        {"plot": str(output_file)} if as_json else None,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +15,10 @@ from rich import box
 from rich.table import Table
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, say_written, show, status
+from adarank_fast.cli.console import quiet_transformers, say_next, say_written, show, status, typed
 from adarank_fast.cli.options import parse_target_modules
 from adarank_fast.files import check_file
-from adarank_fast.models.text import by
+from adarank_fast.models.text import WIDTH, by
 from adarank_fast.options import DEFAULT_TARGETS, DTYPES, check_choice
 from adarank_fast.plan.budget import Budget
 from adarank_fast.prediction.probe import Limits, Probe
@@ -113,7 +114,9 @@ def predict(
         print(json.dumps(made))
     else:
         print(plan.table())
-        say_written(output_file)
+        say_written(
+            output_file, typed("adarank", "train", model, "--data", data, "--plan", output_file)
+        )
 
 
 def _show_cost(
@@ -129,20 +132,22 @@ def _show_cost(
         print(json.dumps({"modules": modules, "cost": numbers, "understood": understood}))
         return
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for column in ("module", "in x out", "block", "group", "route"):
+    for column in ("module", "in x out", "group", "route"):
         table.add_column(column, overflow="fold", justify="right" if "x" in column else "left")
     group_of = {name: str(i) for i, group in enumerate(cost.groups, 1) for name in group}
     for target in targets:
         shape = by((target.in_features, target.out_features), target.experts)
         group, route = group_of.get(target.name, "-"), cost.routes[target.name]
-        table.add_row(target.name, shape, target.block or "-", group, route)
+        table.add_row(target.name, shape, group, route)
     show(table)
     seconds = f"{cost.seconds:.1f} s" if cost.seconds < 120 else f"{cost.seconds / 60:.0f} min"
-    print(
+    said = (
         f"{cost.modules} modules, {cost.blocks} blocks, {len(cost.groups)} groups that share an "
         f"input, {cost.probes:,} probes: about {seconds}, "
         f"{cost.flops / 1e12:.3g} TFLOP ({cost.naive_flops / 1e12:.3g} without replay), "
         f"{cost.memory_bytes / 2**20:,.0f} MiB beside the model"
     )
+    print(textwrap.fill(said, WIDTH))
     if cost.suggestion:
-        print(cost.suggestion)
+        print(textwrap.fill(cost.suggestion, WIDTH))
+    say_next("the same command without --dry-run")

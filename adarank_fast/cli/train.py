@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 from adarank_fast.cli import options
-from adarank_fast.cli.console import quiet_transformers, say_written, show, status
+from adarank_fast.cli.console import quiet_transformers, say_written, show, status, typed
 from adarank_fast.cli.train_options import Ranks, Settings
 from adarank_fast.errors import AdarankError
 from adarank_fast.options import DEFAULT_TARGETS, DTYPES, check_choice
@@ -102,7 +102,11 @@ def train(
         folder=output_folder,
     )
     result = _run(job)
-    _say(result, output_folder, rows.understood if as_json else None)
+    verb = "evaluate" if eval_data is None else "apply"
+    then = typed(
+        "adarank", verb, model, output_folder, "--data", "FILE", *["--four-bit"] * four_bit
+    )
+    _say(result, output_folder, then, rows.understood if as_json else None)
 
 
 @dataclass(frozen=True)
@@ -298,7 +302,7 @@ def _measured_on(job: _Job, count: int) -> str:
     return f"{count:,} examples of {job.data[-1]}"
 
 
-def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
+def _say(result: Result, folder: Path, then: str, as_json: Understood | None) -> None:
     if as_json is not None:
         found = {"adapter": str(folder), "understood": as_json.as_json()}
         print(json.dumps({**found, **asdict(result)}))
@@ -312,4 +316,4 @@ def _say(result: Result, folder: Path, as_json: Understood | None) -> None:
     show(table)
     last = f", training loss {result.curve[-1][1]:.4g} at the end" if result.curve else ""
     print(f"{result.steps:,} steps{last}, {result.parameters:,} adapter parameters")
-    say_written(folder)
+    say_written(folder, then)

@@ -72,7 +72,7 @@ def compare(
     flat: dict[str, object] = {**options}
     flat |= {k: v for k, v in (("arms", arms), ("seeds", seeds)) if v is not None}
     design = gather(Design, design, flat)
-    refuse_unknown("compare", flat, Design)
+    refuse_unknown(compare, flat, Design)
     if work_dir is not None:
         named = (model, train_data, eval_data, *design.plan_files)
         read = [os.fspath(one) for one in named if isinstance(one, (str, os.PathLike))]

@@ -17,7 +17,12 @@ from adarank_fast.errors import AdarankError, AdarankTypeError
 from adarank_fast.training.data import Data, as_data, check_alike, for_task, hold_out, read_data
 from adarank_fast.training.evaluation import Evaluation
 from adarank_fast.training.language_model import tokenise
-from adarank_fast.training.loading import LoraOptions, load_tokenizer, model_factory
+from adarank_fast.training.loading import (
+    LoraOptions,
+    check_task,
+    load_tokenizer,
+    model_factory,
+)
 from adarank_fast.training.tokens import (
     IGNORED,
     Item,
@@ -75,6 +80,8 @@ def make_experiment(
         if tokenizer is None and callable(model):
             raise AdarankError("texts for a model made by a function need tokenizer=")
         task, names = train.task, train.classes
+        if not callable(model):
+            check_task(name, task)
         if task == "classification" and len(names) < 2:
             raise AdarankError(
                 f"classification needs two classes, the data have only {''.join(names)!r}"
@@ -86,6 +93,8 @@ def make_experiment(
     elif isinstance(train, list) and isinstance(held_out, list):
         sides, pad = [train, held_out], 0
         task, names = _describe_items(train + held_out, task)
+        if not callable(model):
+            check_task(name, task)
     else:
         raise AdarankError("train_data and eval_data must both be texts or both tokenised items")
     if callable(model):

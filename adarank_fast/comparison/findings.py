@@ -43,11 +43,16 @@ def say_interval(results: Results, found: IntervalNumbers | None, difference: bo
     """A confidence interval in words, "1.2 to 3.4 points"; `NONE` where there is none."""
     if found is None or found["low"] is None or found["high"] is None:
         return NONE
-    ends = [found["low"], found["high"]]
-    if results["settings"]["metric"] == "accuracy" and not difference:
-        ends = [min(max(end, 0.0), 1.0) for end in ends]  # Student's t knows no bounds
+    ends = [bounded(results, found[end], difference) for end in ("low", "high")]
     low, high = (say(results, end, difference) for end in ends)
     return f"{low.removesuffix(' points').removesuffix('%')} to {high}"
+
+
+def bounded(results: Results, end: float | None, difference: bool = False) -> float | None:
+    """An end of an interval, within what the metric can be: Student's t knows no bounds."""
+    if end is None or results["settings"]["metric"] != "accuracy":
+        return end
+    return min(max(end, -1.0 if difference else 0.0), 1.0)
 
 
 def tables(results: Results) -> list[Table]:
@@ -68,7 +73,7 @@ def tables(results: Results) -> list[Table]:
     quality: Columns[_Row] = [
         ("arm", itemgetter("arm")),
         (f"{metric} (95% interval)", value),
-        (f"difference from {baseline}{unit} (95% interval)", change),
+        (f"minus {baseline}{unit} (95% interval)", change),
         ("p", lambda n: _say_p(n["seeds"]["p_value"] if n["seeds"] else None)),
         (
             "items that seeds predict differently",
@@ -260,7 +265,7 @@ def _claim(results: Results, arm: str, seeds: Interval, by_item: IntervalNumbers
 
 def _figures(results: Results, arm: str, seeds: Interval, difference: DifferenceNumbers) -> str:
     settings = results["settings"]
-    line = f"Difference of {arm} from {results['baseline']}: {say(results, seeds.mean, True)}"
+    line = f"{arm} minus {results['baseline']}: {say(results, seeds.mean, True)}"
     if not settings["greater_is_better"]:
         line += " (below 0 is better)"
     if seeds.low is not None:

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from adarank_fast.comparison.findings import detail_tables, remarks, tables, verdicts
+from adarank_fast.comparison.findings import bounded, detail_tables, remarks, tables, verdicts
 from adarank_fast.comparison.folder import COMPARISON, claim
 from adarank_fast.comparison.numbers import IntervalNumbers, Results
 from adarank_fast.files import own_folder, write_text, writing
@@ -72,9 +72,9 @@ def draw(results: Results, plans: Mapping[str, RankPlan], folder: Path) -> list[
     values, changes = {}, {}
     for arm, numbers in results["arms"].items():
         if numbers["value"]:
-            values[arm] = _scaled(numbers["by_seed"].values(), numbers["value"], scale)
+            values[arm] = _scaled(results, numbers["by_seed"], numbers["value"])
         if difference := results["differences"].get(arm):
-            changes[arm] = _scaled(difference["by_seed"].values(), difference["seeds"], scale)
+            changes[arm] = _scaled(results, difference["by_seed"], difference["seeds"], True)
     quality, order = tables(results)[0][0], list(results["arms"])
     made: list[Picture] = []
 
@@ -89,9 +89,9 @@ def draw(results: Results, plans: Mapping[str, RankPlan], folder: Path) -> list[
         plot_intervals(values, path, f"held-out {metric}{percent}", order=order)
     if changes:
         better = "above" if settings["greater_is_better"] else "below"
-        unit = f"{metric}: difference from {baseline}"
+        unit = f"{metric} minus {baseline}'s"
         unit += f"{', in points' if points else ''} ({better} 0 is better)"
-        caption = f"Difference from {baseline}, paired by seed. {each}."
+        caption = f"Minus {baseline}, paired by seed. {each}."
         plot_intervals(changes, add(quality, caption, "differences.png"), unit, True, order)
     for arm, plan in plans.items():
         if len(set(plan.ranks.values())) > 1:
@@ -131,11 +131,16 @@ def sections(results: Results, pictures: Sequence[Picture]) -> list[Section]:
 
 
 def _scaled(
-    values: Iterable[float | None], found: IntervalNumbers, scale: float
+    results: Results,
+    by_seed: Mapping[str, float | None] | Mapping[str, float],
+    found: IntervalNumbers,
+    difference: bool = False,
 ) -> tuple[list[float], float | None, float | None]:
-    low, high = found["low"], found["high"]
-    low, high = (None if one is None else scale * one for one in (low, high))
-    return [scale * value for value in values if value is not None], low, high
+    """(of each seed, low, high), in percent where it is an accuracy."""
+    scale = 100 if results["settings"]["metric"] == "accuracy" else 1
+    ends = (bounded(results, found[end], difference) for end in ("low", "high"))
+    low, high = (None if end is None else scale * end for end in ends)
+    return [scale * value for value in by_seed.values() if value is not None], low, high
 
 
 def _curves(results: Results) -> dict[str, list[tuple[float, float]]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError, AdarankImportError
 
+WIDTH = 80  # columns of text, where nobody says how many there are
+
 if TYPE_CHECKING:
     import pandas
     from rich.console import RenderableType
@@ -64,7 +66,7 @@ def data_frame(rows: Mapping[str, Mapping[str, object]]) -> pandas.DataFrame:
     return DataFrame.from_dict(rows, orient="index")
 
 
-def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = 10_000) -> str:
+def plain_text(*tables: RenderableType, blank_lines: bool = False, width: int = WIDTH) -> str:
     """Rich tables as text: `width` columns at most, without colours and spaces at line ends."""
     from rich.console import Console
 

@@ -65,7 +65,7 @@ def allocate_ranks(
     """
     flat: dict[str, object] = {**options}
     budget = gather(Budget, budget, flat)
-    refuse_unknown("allocate_ranks", flat, Budget)
+    refuse_unknown(allocate_ranks, flat, Budget)
     _check_scores(scores)
     shared = SharedBudget(budget, scores, sizes, experts)
     return shared.ranks({name: Fraction(float(score)) for name, score in scores.items()})
@@ -96,12 +96,13 @@ class SharedBudget:
             self._costs = {name: sum(sizes[name]) for name in names}
         least = sum(self._lows[name] * cost for name, cost in self._costs.items())
         if self._budget < least:
-            why, remedy = f"min_rank={budget.min_rank}", "lower min_rank"
+            also, remedy = "", "lower min_rank"
             if any(name in divided for name in names):
-                why += ' and rank 1 or more of each expert (expert_rank="divided")'
+                also = ' and rank 1 or more of each expert (expert_rank="divided")'
                 remedy = 'pass expert_rank="whole"'
             raise AdarankError(
-                f"{said} is too small for {why}, which needs {least}; raise the budget or {remedy}"
+                f"{said} is too small for min_rank={budget.min_rank}{also}, which needs {least}; "
+                f"raise the budget or {remedy}"
             )
         most = sum(
             math.inf if high is None else high * self._costs[name]

@@ -101,7 +101,7 @@ def lora_config(
     )
 
 
-def refuse_for_experts(experts: Sequence[str], lora_config_kwargs: Mapping[str, Any]) -> None:
+def refuse_for_experts(experts: Sequence[str], lora_config_kwargs: Mapping[str, object]) -> None:
     """Refuse `LoraConfig` arguments that PEFT has not for parameters of experts.
 
     Args:

@@ -172,9 +172,10 @@ class RankPlan:
             name = target.name
             sizes[name] = (target.in_features, target.out_features)
             ranks[name] = max(1, rank // expert_divisor(name, experts, expert_rank))
-            if ranks[name] > (most := highest_rank(name, sizes[name], experts)):
+            if ranks[name] > highest_rank(name, sizes[name], experts):
+                one = [size // target.experts for size in sizes[name]]
                 raise AdarankError(
-                    f"rank={rank} exceeds min(in, out) of {name} ({most}); lower it or leave the "
+                    f"rank={rank} exceeds min(in, out) of {name} {one}; lower it or leave the "
                     "module out"
                 )
         return cls(ranks=ranks, sizes=sizes, settings=settings)
@@ -198,7 +199,7 @@ class RankPlan:
             )
         flat: dict[str, object] = {**options}
         budget = gather(Budget, budget, flat)
-        refuse_unknown("allocate", flat, Budget)
+        refuse_unknown(self.allocate, flat, Budget)
         means = {name: score.mean for name, score in self.scores.items()}
         ranks = allocate_ranks(means, budget, self.sizes, self.experts)
         return RankPlan(ranks, self.sizes, self.scores, {**self.settings, **budget.options})
@@ -245,6 +246,9 @@ class RankPlan:
         Raises:
             AdarankError: all ranks are 0, unknown scaling, or an argument the plan itself decides.
         """
+        from peft import LoraConfig
+
+        refuse_unknown(self.to_lora_config, lora_config_kwargs, LoraConfig)
         prefix = self.settings.get("base_model_prefix", "")
         of_model = bool(self.settings.get("expert_parameters"))
         return lora_config(
@@ -314,10 +318,11 @@ class RankPlan:
         return data_frame(rows)
 
     def table(self) -> str:
-        """The plan as fixed-width text, one line per module, without colours.
+        """The plan as text of at most 80 columns, without colours: a line for each module.
 
         "may change" is the chance that another seed gives another rank (see `chance_of_change`).
-        Of experts, "8 of 64 x 32" says that the rank is each of 8 experts'.
+        Where there is no room, sizes are left out and names go on in a second line. Of experts,
+        "8 of 64 x 32" says that the rank is each of 8 experts'.
         """
         return plan_table(self)
 

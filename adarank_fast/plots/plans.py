@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.plan.rank_plan import RankPlan, Score
+from adarank_fast.plan.table import UNITS
 from adarank_fast.plots.style import clean, label, line_style, new_figure, write
 
 if TYPE_CHECKING:
@@ -22,14 +23,6 @@ if TYPE_CHECKING:
 CELL = 0.34  # inches: a heat map cell with a three-digit number
 LAYER = re.compile("[0-9]{1,9}")  # a part of a name that numbers a layer
 UNSURE = 0.5  # chance of another rank that is worth a mark
-
-UNITS = {  # of a disagreement by its metric
-    "l1": "mean |change of an output|",
-    "tv": "total variation distance",
-    "kl": "KL divergence, nats",
-    "js": "Jensen-Shannon divergence, nats",
-    "argmax": "share of changed predictions",
-}
 
 Position = tuple[int | None, str]  # layer, label of the module type
 

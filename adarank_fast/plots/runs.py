@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from adarank_fast.errors import AdarankError
-from adarank_fast.plots.style import clean, label, line_style, new_figure, write
+from adarank_fast.plots.style import MARKED, clean, label, line_style, new_figure, write
 
 
 def plot_training(
@@ -34,8 +34,15 @@ def plot_training(
     axes = figure.subplots()
     order = order or list(curves)
     for name, points in curves.items():
-        style = line_style(order.index(name), marker=len(points) <= 40)
-        axes.plot([x for x, _ in points], [y for _, y in points], label=label(name), **style)
+        place = order.index(name)
+        step = -(-len(points) // MARKED)
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            label=label(name),
+            markevery=(place * step // len(order), step),  # not where another line has its own
+            **line_style(place),
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     clean(axes)
     if ticks is not None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*<>"
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+MARKED = 12  # markers on a line, at most about
 DPI = 130
 MOST_PIXELS = 2**16 - 1  # of matplotlib, each way
 LONGEST = 80  # of a name in a picture
@@ -23,20 +25,24 @@ class LineStyle(TypedDict):
     """Keyword arguments of `Axes.plot`."""
 
     color: str
-    linestyle: str
-    marker: str | None
+    linestyle: str | tuple[float, tuple[float, ...]]
+    marker: str
     markersize: float
     linewidth: float
 
 
-def line_style(index: int, marker: bool = True) -> LineStyle:
-    """A line's look; 30 different ones before they repeat."""
+def line_style(index: int) -> LineStyle:
+    """A line's look; 40 different ones before they repeat.
+
+    Lines that lie on each other are told apart: a dashed one shows the one beneath in its gaps,
+    and each that comes later is thinner.
+    """
     return {
         "color": f"C{index % 10}",
-        "linestyle": ("-", "--", ":")[index // 10 % 3],
-        "marker": MARKERS[index % len(MARKERS)] if marker else None,
+        "linestyle": DASHES[(index + index // 20) % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
         "markersize": 4,
-        "linewidth": 1.5,
+        "linewidth": max(2.2 - 0.3 * (index % 5), 1.2),
     }
 
 

@@ -96,7 +96,7 @@ def predict_ranks(
     flat: dict[str, object] = {**options}
     budget, probe = gather(Budget, budget, flat), gather(Probe, probe, flat)
     limits = gather(Limits, limits, flat)
-    refuse_unknown("predict_ranks", flat, Budget, Probe, Limits)
+    refuse_unknown(predict_ranks, flat, Budget, Probe, Limits)
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
     return _predict(model, batches, budget, target_modules, probe, limits, progress)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.json_values import said
+from adarank_fast.models.batches import Batch
 
 PADDING = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "position_ids": 0}
 
@@ -32,7 +32,7 @@ class BucketCollator:
 
     def __init__(
         self,
-        collator: Callable[[Sequence[Any]], dict[str, Any]],
+        collator: Callable[[Sequence[object]], Batch],
         lengths: Iterable[int],
         pad_token_id: int,
     ) -> None:
@@ -41,7 +41,7 @@ class BucketCollator:
             raise AdarankError(f"lengths must be positive integers, got {said(given)}")
         self.collator, self.lengths, self.pad_token_id = collator, sorted(given), pad_token_id
 
-    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[object]) -> Batch:
         """The collator's batch, padded.
 
         Raises:

@@ -144,8 +144,9 @@ def check_task(name: str, task: str) -> None:
         return
     if kind == "AutoModel":
         raise AdarankError(
-            f"MODEL {name!r} ({made}) has no language-model head, and the data have no labels; "
-            "name the column of labels (--label-column), or choose a language model"
+            f"MODEL {name!r} ({made}) has no language-model head, which causal-lm (the task of "
+            "texts without labels) needs; for classification name the column of labels "
+            "(--label-column), or take a language model"
         )
     raise AdarankError(
         f"MODEL {name!r} ({made}) is not a decoder-only model; train it with its own "

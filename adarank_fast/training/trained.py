@@ -15,6 +15,7 @@ from torch import nn
 from adarank_fast.adapters.accelerate import accelerate
 from adarank_fast.adapters.patterns import keys_of_experts
 from adarank_fast.errors import AdarankError
+from adarank_fast.models.deprecations import without_deprecations
 from adarank_fast.models.quantization import keep_unpacked
 from adarank_fast.models.remote_code import is_trusted
 from adarank_fast.models.text import first_line, list_names, loading
@@ -108,7 +109,7 @@ def load_trained(
         network = kind.from_pretrained(model, trust_remote_code=is_trusted(), **options)
     if adapter is not None:
         try:
-            with keys_of_experts():
+            with keys_of_experts(), without_deprecations():
                 network = PeftModel.from_pretrained(network, adapter)
         except Exception as error:  # sizes, names, damaged files
             raise AdarankError(

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,8 @@ class Watch(TrainerCallback, ExportableState):
         after an early stop, train on to the next evaluation.
         """
         assert model is not None  # Trainer's own
-        stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        saved = cast("dict[str, dict[str, Any]]", state.stateful_callbacks or {})  # as from a file
+        stopped = saved.get("TrainerControl", {}).get("args", {})
         self.over = state.global_step > 0 and (
             state.global_step >= state.max_steps or stopped.get("should_training_stop", False)
         )
@@ -230,12 +231,11 @@ class Watched:
         watch_of(cast(Trainer, self)).batch(loss, inputs)
         return loss
 
-    def get_batch_samples(self, *args: object, **kwargs: object) -> tuple[list[object], object]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own batches of a step; none if the run was over when it was resumed."""
         if watch_of(cast(Trainer, self)).over:
             return [], None
-        found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        return cast("tuple[list[object], object]", found)
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
 
 def watch_of(trainer: Trainer) -> Watch:

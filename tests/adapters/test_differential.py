@@ -21,6 +21,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import adarank_fast as ada
+from adarank_fast.adapters import graphs
+from adarank_fast.adapters.graph_blocks import graph_with
+from tests.adapters.graph_stand_in import StandIn
 from tests.adapters.steps import STEPS, Steps, randomise
 from tests.tiny_models import batch, tiny
 
@@ -186,9 +189,16 @@ def assert_near(found, wanted, dtype, kind, where):
         assert error <= bound, f"{where}: {error:.2e} > {bound:.2e}"
 
 
-def check(number):
+def check(number, backend=None):
     case = Case(number)
     plain, fused = case.pair()
+    if backend and case.kind == "mlp":  # it has no blocks
+        return
+    if backend:
+        for module in fused.modules():
+            if hasattr(getattr(module, "config", None), "use_cache"):
+                module.config.use_cache = False
+        graph_with(fused, backend)
     steps = Steps(case)
     done = []
     for place, step in enumerate(["train", *case.steps]):
@@ -222,6 +232,18 @@ def test_orders_of_operations(first):
         warnings.simplefilter("ignore")
         for number in range(first, min(first + CASES_IN_A_TEST, CASES)):
             check(number)
+
+
+@pytest.mark.parametrize("first", range(0, CASES // 25, CASES_IN_A_TEST))
+def test_orders_of_operations_with_graphs(first, monkeypatch):
+    """Captured in the second call, so that every step meets graphs."""
+    monkeypatch.setattr(graphs, "WARM_UP", 1)
+    backend = StandIn()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(first, min(first + CASES_IN_A_TEST, CASES // 25)):
+            check(number, backend)
+    assert backend.replays > 2 * CASES_IN_A_TEST
 
 
 def check_dropout(number):

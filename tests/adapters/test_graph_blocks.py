@@ -294,7 +294,8 @@ def test_under_hooks_for_saved_tensors():
         with torch.autograd.graph.save_on_cpu():
             return step(m, tokens(2, 8, i))
 
-    assert graph_report(both(llama(), run)).graphed_calls == 4
+    reasons = graph_report(both(llama(), run)).reasons
+    assert reasons == {"hooks for saved tensors, not of this block's checkpointing alone": 8}
 
 
 def test_generation_and_caches_are_eager():

@@ -208,7 +208,13 @@ def test_nothing_is_left_in_an_unloaded_model(kind, undo):
 def test_words_are_pefts(kind):
     plain = mixed(kind)
     fused = ada.accelerate(copy.deepcopy(plain))
-    assert str(ada.fusion_report(fused)).splitlines()[0].endswith("no forward yet")
+    report = ada.fusion_report(fused)
+    assert str(report).splitlines()[0].endswith("no forward yet")
+    assert repr(report) == f"FusionReport({str(report).splitlines()[0]}); .to_frame()"
+    assert report._repr_html_() == f"<pre>{report}</pre>"
+    pytest.importorskip("pandas")
+    frame = report.to_frame()
+    assert list(frame.index) == list(report) and frame["fused"].all()
     assert repr(fused) == repr(plain)
     assert fused.get_layer_status() == plain.get_layer_status()
     assert fused.get_model_status() == plain.get_model_status()

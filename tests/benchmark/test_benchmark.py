@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import adarank_fast as ada
 from adarank_fast.benchmarking import arms
 from adarank_fast.benchmarking import benchmark as room
+from adarank_fast.benchmarking.figures import figures
 from adarank_fast.benchmarking.measure import bootstrap, overhead_ratio, timed
 from adarank_fast.cli.main import app
 from tests.tiny_models import tiny
@@ -96,6 +97,41 @@ def test_compiled_failures_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "compiled", fails)
     report = ada.benchmark(tiny("llama"), rank=4, **{**FAST, "compile": True})
     assert report["ours, compiled"]["why"] == "cannot be compiled: no compiler"
+
+
+def test_graphed_steps_are_over_the_graphed_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a card: a graph is the step itself, and one kind of model cannot be captured."""
+
+    def stand_in(model: torch.nn.Module, batch: Any) -> Any:
+        return arms.step_of(model, batch)
+
+    ids = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    frozen = arms.frozen_copy(tiny("llama"))
+    made = arms.make_arms(frozen, mixed_plan(frozen), None, torch.float32, ids)
+    steps: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {name: {"adapter_parameters": 1} for name in made}
+    monkeypatch.setattr(room, "graphed", stand_in)
+    room._add_graphed(made, ids, steps, rows)
+    assert list(steps) == ["frozen, graphed", "PEFT, graphed", "ours, graphed"]
+    own = [{p.data_ptr() for p in arms.trainable(made[n])} for n in ("PEFT", "ours")]
+    before = [p.clone() for p in arms.trainable(made["ours"])]
+    for step in steps.values():
+        step()
+    assert all(map(torch.equal, before, arms.trainable(made["ours"]))) and own[0] != own[1]
+
+    seconds = {name: [1.0] * 3 for name in made} | {"ours": [3.0] * 3, "PEFT": [5.0] * 3}
+    seconds |= {"frozen, graphed": [0.5] * 3, "PEFT, graphed": [0.8] * 3}
+    found = figures("ours, graphed", seconds | {"ours, graphed": [0.6] * 3}, 8)
+    assert found["overhead"]["value"] == pytest.approx(0.2)
+    assert found["overhead_over_peft"]["value"] == pytest.approx(1 / 3)
+    assert "overhead" not in figures("frozen, graphed", seconds, 8)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(room, "graphed", fails)
+    room._add_graphed(made, ids, {}, rows)
+    assert rows["ours, graphed"]["why"].startswith("cannot be captured: operation not permitted")
 
 
 def test_the_command(tmp_path: Path) -> None:

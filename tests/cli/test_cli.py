@@ -51,6 +51,18 @@ def test_version(adarank):
 
 
 @pytest.mark.parametrize(
+    "typed, completed", [("adarank pre", "predict"), ("adarank bench --max-s", "--max-seconds")]
+)
+def test_the_shell_completes(typed, completed):
+    code = "import sys; sys.argv = ['adarank']; from adarank_fast.cli.main import main; main()"
+    asked = {"_ADARANK_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+    asked |= {"COMP_CWORD": str(len(typed.split()) - 1), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, [completed]), done.stderr
+
+
+@pytest.mark.parametrize(
     "kind, output", [("bert", "mean_pooled_hidden_state"), ("llama", "logits"), ("t5", "logits")]
 )
 def test_predict(adarank, folders, kind, output):
@@ -58,7 +70,7 @@ def test_predict(adarank, folders, kind, output):
         *("predict", folders[kind], "--data", folders["texts"], "--average-rank", 3),
         *("--trials", 2, "--batch-size", 7, "-o", "mine.json"),
     )
-    assert (status, err.splitlines()[-1]) == (0, "wrote mine.json")
+    assert (status, err.splitlines()[-2]) == (0, "wrote mine.json")
     assert "texts.csv: 20 rows; text is column question, label is column label" in err
     plan = ada.RankPlan.load("mine.json")
     assert sum(plan.ranks.values()) == 3 * len(plan.ranks)
@@ -155,6 +167,7 @@ def test_dry_run(adarank, folders):
         "name": "encoder.block.0.layer.0.SelfAttention.q",
         "in_features": 32,
         "out_features": 32,
+        "experts": 1,
         "block": "encoder.block.0",
         "route": "folded",
     }
@@ -167,7 +180,8 @@ def test_dry_run(adarank, folders):
 def test_plot(adarank, folders):
     adarank("predict", folders["bert"], "--data", folders["texts"], "--trials", 2)
     status, out, err = adarank("plot", "plan.json", "-o", "a.png")
-    assert (status, out, err) == (0, "", "wrote a.png\n")
+    then = "Next: adarank train MODEL --data FILE --plan plan.json"
+    assert (status, out, err) == (0, "", f"wrote a.png\n{then}\n")
     with open("a.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
 
@@ -176,6 +190,8 @@ def test_plot(adarank, folders):
     "text, parsed",
     [
         ("attention", "attention"),
+        ("auto", "auto"),
+        ("all-linear, experts", ["all-linear", "experts"]),
         ("all-linear", "all-linear"),
         ("q_proj", ["q_proj"]),
         ("q_proj, self.v_proj", ["q_proj", "self.v_proj"]),

@@ -31,7 +31,7 @@ def test_train(adarank, folder, kind, texts):
     arguments = ("train", folder / kind, "--data", folder / texts, "--max-length", 16)
     arguments += ("--plan", folder / f"{kind}.json", "--epochs", 1, "--batch-size", 8)
     status, out, err = adarank(*arguments)
-    assert status == 0 and err.endswith("wrote adapter\n")
+    assert status == 0 and "wrote adapter\nNext: adarank evaluate " in err
     assert "adapter parameters" in out and "before" in out
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     assert set(config["rank_pattern"].values()) == {2}
@@ -45,16 +45,18 @@ def test_compare(adarank, folder):
     arguments += ("--learning-rates", "1e-2", "--batch-size", 8)
     status, out, err = adarank(*arguments)
     assert status == 0
-    assert "Difference of eva from uniform: " in out and "Held-out accuracy" in out
-    assert err.endswith("wrote report/report.html\n") and err.count("run-") == 4
+    assert "eva minus uniform: " in " ".join(out.split()) and "Held-out accuracy" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "wrote report/report.html\nNext: open it" in err and err.count("run-") == 4
     assert Path("report/report.html").exists()
     status, again, err = adarank(*arguments)
-    assert (status, again) == (0, out) and err.endswith("wrote report/report.html\n")
+    assert (status, again) == (0, out) and "wrote report/report.html\nNext: open it" in err
     status, out, err = adarank(*arguments, "--json")
     assert (status, "wrote" in err) == (0, False)
     found = json.loads(out)
     assert found["baseline"] == "uniform" and found["understood"]["classes"] == {"a": 30, "b": 30}
     status, out, _ = adarank(*arguments, "--seeds", 1)
+    out = " ".join(out.split())
     assert status == 0 and "More seeds are needed to tell eva from uniform" in out
     assert "One seed gives no interval over seeds and no test; run at least 2." in out
 

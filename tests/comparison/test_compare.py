@@ -241,6 +241,7 @@ BAD = {
     "scaling": (dict(scaling="big"), "scaling"),
     "dtype": (dict(dtype="int8"), "dtype='int8' is unknown"),
     "misspelt": (dict(epoch=1), "no argument 'epoch'; did you mean 'epochs'"),
+    "misspelt argument": (dict(work_dri=1), "no argument 'work_dri'; did you mean 'work_dir'"),
     "both": (dict(design=ada.Design(), epochs=1), "given beside a Design"),
     "metric": (dict(metric=lambda p, y: None), "returned None, not a finite number"),
 }

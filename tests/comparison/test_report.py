@@ -79,14 +79,14 @@ def span(mean, low, high, count=3, p_value=0.01):
 )
 def test_reading_is_honest(seeds, items, words):
     claim, figures = findings.verdicts(results_of(seeds, items))[0]
-    assert claim == words and figures.startswith("Difference of adarank from uniform: ")
+    assert claim == words and figures.startswith("adarank minus uniform: ")
     assert findings.reading(results_of(seeds, items))[0] == f"{claim} {figures}"
 
 
 def test_figures_behind_a_claim():
     results = results_of(span(0.004, -0.01, 0.018), span(0.004, -0.01, 0.02, 900))
     assert findings.verdicts(results)[0][1] == (
-        "Difference of adarank from uniform: +0.40 points, "
+        "adarank minus uniform: +0.40 points, "
         "95% interval -1.00 to +1.80 points over 3 seeds "
         "(paired t test, p = 0.01); -1.00 to +2.00 points over 900 held-out items."
     )
@@ -138,10 +138,11 @@ def test_files(finished):
     for arm in ARMS:
         assert RankPlan.load(folder / "plans" / f"{arm}.json").ranks == made.plans[arm].ranks
         assert f"| {arm} |" in text and f"<td>{arm}</td>" in page and arm in made.table()
+    unwrapped = " ".join(made.table().split())
     for line in findings.remarks(made.results):
-        assert f"- {line}" in text and line in made.table()
+        assert f"- {line}" in text and line in unwrapped
     for claim, figures in findings.verdicts(made.results):
-        assert f"**{claim}** {figures}" in text and f"{claim} {figures}" in made.table()
+        assert f"**{claim}** {figures}" in text and f"{claim} {figures}" in unwrapped
 
 
 def test_any_name_and_a_narrow_terminal(finished, tmp_path, capsys):
@@ -159,8 +160,29 @@ def test_any_name_and_a_narrow_terminal(finished, tmp_path, capsys):
     console = Console(width=80, color_system=None)
     for table in report.rich_tables(odd.results):
         console.print(table)
-    shown = capsys.readouterr().out
+    shown = f"{capsys.readouterr().out}\n{odd}"
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_comparison_in_a_notebook(finished):
+    _, made = finished
+    assert repr(made).startswith("Comparison('encoder, classification': adarank, uniform, reversed")
+    assert made._repr_html_() == f"<pre>{html.escape(made.table())}</pre>"
+    pytest.importorskip("pandas")
+    frame = made.to_frame()
+    assert list(frame.index) == list(ARMS) and set(frame["parameters"]) == {1024}
+    assert frame["minus_uniform"].notna().to_dict() == {arm: arm != "uniform" for arm in ARMS}
+    arm = made.results["arms"]["adarank"]["value"]
+    assert frame.loc["adarank", ["accuracy", "parameters"]].tolist() == [arm["mean"], 1024]
+
+
+def test_a_page_for_narrow_screens(finished):
+    """What is wider than a phone scrolls inside of its own box, so that the page does not."""
+    page = (finished[0] / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert ".wide { overflow-x: auto }" in page and "img { display: block; max-width: 100%" in page
+    parts = re.findall(r'(<div class="wide">)?<(table|img)[^>]*?(min-width)?[^>]*>', page)
+    assert parts and all(box for box, kind, least in parts if kind == "table" or least)
 
 
 def test_claims_come_first(finished):

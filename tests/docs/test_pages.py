@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,17 @@ def test_every_block_runs(name, adarank, readers_folder):
     document = parse(ROOT / name, run_bash)
     for example in document.examples():
         example.evaluate()
+
+
+def test_readme_runs_where_warnings_are_errors(tmp_path):
+    """What libraries tell each other, as PEFT calling what transformers deprecates, stays there."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "error", "-c", "\n".join(blocks)]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "adapter"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -35,7 +35,9 @@ def randn(*size: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "K", "R"), [(150, 200, 48), (1, 64, 16), (130, 72, 144)])
+@pytest.mark.parametrize(
+    ("N", "K", "R"), [(150, 200, 48), (1, 64, 16), (130, 72, 144), (3, 256, 7)]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_shrink(dtype: torch.dtype, N: int, K: int, R: int, dropout: float) -> None:
     X, A = guarded(randn(N, K), dtype), guarded(randn(R, K, scale=K**-0.5), dtype)
@@ -59,6 +61,8 @@ def test_expand(dtype: torch.dtype, adapters: torch.dtype | None, N: int) -> Non
         offsets.append(total)
         total += launch.padded(rank)
     S = guarded(randn(N, total), dtype)
+    for (rank, _), offset in zip(used, offsets, strict=True):
+        S[:, offset + rank : offset + launch.padded(rank)] = torch.nan  # padding is not read
     Bs = [randn(out, rank, scale=rank**-0.5).to(adapters or dtype) for rank, out in used]
     Ys = [randn(N, out).to(dtype) for _, out in used]
     scalings = [0.5, 1.0, 2.0, 1.5, 0.75]

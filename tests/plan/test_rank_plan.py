@@ -166,12 +166,31 @@ def test_table():
     text = plan.table()
     assert "\x1b" not in text
     rows = [line.split() for line in text.splitlines()]
-    assert "layers.2.q 64 x 32 0.1235 ± 0.012 2 3 288".split() in rows
-    assert "layers.10.q 64 x 32 1.5 ± 0.25 2 12 1,152".split() in rows
+    assert "layers.2.q 64 x 32 0.1235 ± 10% 2 3 288".split() in rows
+    assert "layers.10.q 64 x 32 1.5 ± 17% 2 12 1,152".split() in rows
     assert "layers.2.v 64 x 1000 0.25 1 0 0".split() in rows
-    assert rows[-1] == "3 modules 5 15 1,440".split()
+    assert "3 modules 5 15 1,440".split() in rows
     assert "disagreement" in rows[0]
+    assert text.endswith("±\nstandard deviation of the trials.")
     assert "disagreement" not in RankPlan(plan.ranks, plan.sizes).table()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shown"),
+    [
+        ("layers.0.self_attn.q_proj", (576, 1536), "576 x 1536"),
+        ("encoder.layer.0.attention.self.query", (384, 384), "self.query "),  # without its size
+        ("encoder.block.10.layer.0.other.SelfAttention.q", (768, 768), "\n   SelfAttention.q"),
+        ("a" * 200, (8, 8), "a" * 30),
+    ],
+)
+def test_a_table_fits_80_columns(name, size, shown):
+    scores = {name: Score.from_trials([0.001234, 0.001345])}
+    plan = RankPlan({name: 8}, {name: size}, scores, {"metric": "l1", "allocation": "exact"})
+    text = plan.allocate(average_rank=4).table()
+    assert shown in text and max(map(len, text.splitlines())) <= 80
+    assert "(mean\n|change of an output|), mean ± standard deviation of 2 trials." in text
+    assert "May change" in text
 
 
 @pytest.mark.parametrize(
@@ -252,3 +271,17 @@ def test_lora_config_refuses_what_the_plan_decides(kwargs, message):
 def test_lora_config_of_an_empty_plan():
     with pytest.raises(ValueError, match="every rank of the plan is 0"):
         RankPlan({"q": 0}, {"q": (8, 8)}).to_lora_config()
+
+
+@pytest.mark.parametrize(("experts", "fine"), [(["layers.0.w"], True), ([3], False), ("w", False)])
+def test_a_file_names_its_expert_parameters(tmp_path, experts, fine):
+    plan = RankPlan({"a": 1}, {"a": (4, 4)}, settings={"expert_parameters": ["x"]})
+    plan.save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["settings"]["expert_parameters"] = experts
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    if fine:
+        assert RankPlan.load(tmp_path / "plan.json").settings["expert_parameters"] == experts
+    else:
+        with pytest.raises(ValueError, match="expert_parameters"):
+            RankPlan.load(tmp_path / "plan.json")

@@ -8,6 +8,7 @@ import pytest
 from adarank_fast.plan.rank_plan import RankPlan, Score
 from adarank_fast.plots.plans import arrange, plot_disagreement, plot_plan, plot_ranks
 from adarank_fast.plots.runs import plot_training
+from adarank_fast.plots.style import line_style
 
 BERT = [
     f"encoder.layer.{i}.attention.{part}"
@@ -97,6 +98,14 @@ def test_training_curves(tmp_path):
     assert "#ff7f0e" in text and "#1f77b4" not in text  # the second colour, as of all arms
     with pytest.raises(ValueError, match="curves is empty"):
         plot_training({}, tmp_path / "loss.svg", "loss")
+
+
+def test_lines_that_lie_on_each_other_are_told_apart():
+    styles = [line_style(index) for index in range(40)]
+    assert len({(one["color"], one["linestyle"]) for one in styles}) == 40
+    for first, second in zip(styles[:4], styles[1:4], strict=False):
+        assert first["linestyle"] != second["linestyle"] != "-"  # the one beneath shows in the gaps
+        assert first["linewidth"] > second["linewidth"]
 
 
 def test_bad_paths(tmp_path):

@@ -67,7 +67,7 @@ def test_the_chance_of_another_rank_is_what_other_seeds_show():
     seen = [sum(a.ranks[n] != b.ranks[n] for n in a.ranks) / len(a.ranks) for a, b in pairs]
     assert sum(said) / len(said) == pytest.approx(sum(seen) / len(seen), abs=0.1)
     assert predict(trials=1).chance_of_change() is None
-    assert "may change" in plans[0].table() and "may change" not in predict(trials=1).table()
+    assert "May change" in plans[0].table() and "May change" not in predict(trials=1).table()
 
 
 def test_max_seconds(monkeypatch):

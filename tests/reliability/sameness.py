@@ -33,12 +33,14 @@ class Setting:
         threads: of torch.
         order: seed of the order of the batches; 0: as they are.
         processes: that predict together.
+        kinds: of models.
     """
 
     seed: int = 0
     threads: int = 1
     order: int = 0
     processes: int = 1
+    kinds: tuple[str, ...] = KINDS
 
 
 def work(setting: Setting) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def work(setting: Setting) -> dict[str, Any]:
     if setting.processes > 1:
         torch.distributed.init_process_group("gloo")
     found: dict[str, Any] = {"scores": {}, "ranks": {}, "bits": {}}
-    for kind in KINDS:
+    for kind in setting.kinds:
         lengths = ((9, 7, 9, 4), (5, 3), (12, 1, 2))
         batches = [batch(kind, one, seed=i, width=12) for i, one in enumerate(lengths)]
         if setting.order:
@@ -161,7 +163,8 @@ def soak(seconds: float, seed: int = 0, most: float = float("inf")) -> dict[str,
 
 
 if __name__ == "__main__":
-    made = work(Setting(**json.loads(sys.argv[1])))
+    asked = json.loads(sys.argv[1])
+    made = work(Setting(**asked | {"kinds": tuple(asked["kinds"])}))
     sys.stdout.write(json.dumps(made) + "\n")
     sys.stdout.flush()
     os._exit(0)

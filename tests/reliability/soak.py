@@ -33,7 +33,7 @@ from bench.results_file import read_results, write_results
 
 ROOT = Path(__file__).parents[2]
 HOURS = 4.0  # of an arm, if no time is given
-GRACE = 300.0  # seconds beyond its time after which an arm is taken to hang
+GRACE = 600.0  # seconds beyond its time after which an arm is taken to hang
 SHOWN = 5  # faults that are kept in words
 LONG = 2000  # characters of one
 

@@ -27,6 +27,7 @@ TASKS = ("classification", "causal-lm")
         ("lr_scheduler_kwargs={num_cycles: 2}", {"num_cycles": 2}),
         ("max-length=12", 12),
         ("optim_args=a=1,b=2", "a=1,b=2"),
+        ("trackio_static_space_id=false", False),  # text or exactly False
     ],
 )
 def test_values_have_the_type_of_their_field(task, pair, value):
@@ -61,6 +62,8 @@ def test_the_file_then_flags_then_pairs(tmp_path, suffix):
         ("packing: true", "ClassificationConfig has no such field"),
         ("bf16: maybe", "bf16 takes true or false, got 'maybe'"),
         ("seed: 1.5", "seed takes an integer"),
+        ("save_total_limit: some", "save_total_limit takes an integer, got 'some'"),
+        ("trackio_static_space_id: true", "takes text or False"),
         ("output_dir: x", "cannot be set"),
     ],
 )

@@ -20,6 +20,7 @@ import adarank_fast as ada
 import adarank_fast.prediction.predict as predict
 from adarank_fast.training import run as running
 from adarank_fast.training import trainer as training
+from adarank_fast.training.data import as_data
 from tests.tiny_texts import EXAMPLES, WORDS, save_tiny, tokenizer
 
 
@@ -265,13 +266,43 @@ def test_evaluate_changes_nothing_of_a_model_in_memory(folder, task):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": "here"}, "adapter= is for a model that is a name"),
+        ({"max_length": 0}, "max_length must be a positive integer, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({}, "the data have no labels to compare with"),
+    ],
+)
+def test_evaluate_refuses(folder, options, message):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "bert")
+    texts = as_data(["word1 word2", "word3"])
+    with pytest.raises(ada.AdarankError, match=message):
+        ada.evaluate(model, texts, tokenizer=tokenizer(padding=False), **options)
+
+
+@pytest.mark.parametrize(
     "kind, message",
-    [("bert", "no language-model head, and the data have"), ("t5", "not a decoder-only")],
+    [
+        ("bert", "(BertModel) has no language-model head, which causal-lm"),
+        ("classifier", "(BertForSequenceClassification) has no language-model head"),
+        ("t5", "not a decoder-only"),
+    ],
 )
 def test_models_that_are_no_language_model(adarank, folder, tmp_path_factory, kind, message):
-    model = save_tiny(kind, tmp_path_factory.mktemp("other") / kind)
-    status, _, err = adarank("train", model, "--data", folder / "completion.jsonl", "--rank", 2)
-    assert status == 2 and message in err and not list(Path().iterdir())
+    model = save_tiny("t5" if kind == "t5" else "bert", tmp_path_factory.mktemp("other") / kind)
+    if kind == "classifier":
+        config = json.loads((model / "config.json").read_text())
+        config["architectures"] = ["BertForSequenceClassification"]
+        (model / "config.json").write_text(json.dumps(config))
+    said = set()
+    for command in (["train", model, "--rank", 2], ["compare", model, "--average-rank", 2]):
+        status, _, err = adarank(*command, "--data", folder / "completion.jsonl")
+        assert status == 2 and message in err and not list(Path().iterdir())
+        said.add(err.splitlines()[-1])
+    with pytest.raises(ada.AdarankError) as refused:
+        ada.compare(model, folder / "completion.jsonl", task="causal-lm")
+    assert said == {f"adarank: error: {refused.value}"}
 
 
 def test_a_label_that_is_not_called_one_is_a_question(adarank, folder):
