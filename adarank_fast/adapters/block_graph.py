@@ -10,7 +10,7 @@ later is copied where it leaves: gradients always, outputs where the caller may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -31,11 +31,13 @@ class Session:
         graphs: in the order of their capture; what their forwards keep is held until `end`.
         sealed: a backward pass has begun, so nothing more is captured in it.
         statics: of inputs, which several blocks may share.
+        arriving: of outputs' gradients, which each backward reads at once.
     """
 
     def __init__(self) -> None:
         self.graphs: list[BlockGraph] = []
         self.statics: list[Static] = []
+        self.arriving: dict[Hashable, Tensor] = {}
         self.sealed = False
 
     def end(self) -> None:
@@ -52,12 +54,21 @@ class Flights:
         self.under_way: dict[int, BlockGraph] = {}  # ticket -> graph
         self.tickets = 0
 
-    def may_begin(self, graph: BlockGraph) -> bool:
+    def may_begin(self, graph: BlockGraph, tensors: Sequence[Tensor]) -> bool:
         """Whether its memory is free, and all that is under way was captured before it."""
         if not self.under_way:
             return True
         last = self.under_way[next(reversed(self.under_way))]
-        return last.session is graph.session and last.position < graph.position
+        if last.session is not graph.session or last.position >= graph.position:
+            return False
+        written = [
+            static.buffer.data_ptr()
+            for static, tensor in zip(graph.statics, tensors, strict=True)
+            if not static.has(tensor)
+        ]
+        return not written or not any(
+            [address in other.addresses for other in self.under_way.values() for address in written]
+        )
 
 
 class Ticket:
@@ -122,6 +133,8 @@ class BlockGraph:
             self.outputs, self.replay_forward = backend.capture(self._forward)
             self._prepare_backward()
             self._gradients, self.replay_backward = backend.capture(self._backward)
+        held = [*self.outputs, *[static.buffer for static in self.statics]]
+        self.addresses = {tensor.data_ptr() for tensor in held}
         self.position = len(session.graphs)
         session.graphs.append(self)
 
@@ -160,10 +173,14 @@ class BlockGraph:
             self.differentiable = [output.requires_grad for output in self._live]
         else:  # which of them depend on something that is trained is not known yet
             self.differentiable = [output.is_floating_point() for output in self._live]
-        self.arriving = [
-            torch.zeros_like(output) if wanted else None
-            for output, wanted in zip(self.outputs, self.differentiable, strict=True)
-        ]
+        self.arriving: list[Tensor | None] = []
+        for place, output in enumerate(self.outputs):
+            key = place, output.shape, output.stride(), output.dtype
+            if self.differentiable[place]:
+                buffers = self.session.arriving
+                self.arriving.append(buffers.setdefault(key, torch.zeros_like(output)))
+            else:
+                self.arriving.append(None)
         self.leaving = [
             torch.zeros_like(static.buffer) if needs else None
             for static, needs in zip(self.statics, self._needs_grad, strict=True)

@@ -16,7 +16,15 @@ import torch
 from torch import nn
 
 from adarank_fast.adapters.graph_backends import Backend, CudaGraphs
-from adarank_fast.adapters.graphs import NEW_SHAPE, TOO_MANY, Graphs, Place, Shape
+from adarank_fast.adapters.graphs import (
+    FIRST_CALLS,
+    NEW_SHAPE,
+    TOO_MANY,
+    WARM_UP,
+    Graphs,
+    Place,
+    Shape,
+)
 from adarank_fast.adapters.swapped import Swapped
 from adarank_fast.adapters.terms import is_plain
 from adarank_fast.adapters.torch_private import is_compiled
@@ -70,7 +78,8 @@ class GraphReport:
         shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.shapes) or "none yet"
         lines = [f"{self.blocks} blocks, {share}; shapes: {shapes}"]
         lines += [f"  {count} eager calls: {why}" for why, count in self.reasons.items()]
-        if self.reasons.keys() & {NEW_SHAPE, TOO_MANY}:
+        never_again = self.reasons.get(FIRST_CALLS, 0) > 4 * WARM_UP * self.blocks
+        if never_again or self.reasons.keys() & {NEW_SHAPE, TOO_MANY}:
             lines.append(
                 "  pad batches to few lengths: pad_to_multiple_of of the collator, or "
                 "adarank_fast.BucketCollator; and drop or fill the last batch"

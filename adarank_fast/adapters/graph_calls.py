@@ -113,9 +113,13 @@ class Static:
         source = self.source
         return source is not None and source() is tensor and self.version == tensor._version
 
+    def has(self, tensor: Tensor) -> bool:
+        """Whether nothing need be copied: it is the buffer, or its copy."""
+        return tensor.data_ptr() == self.buffer.data_ptr() or self.holds(tensor)
+
     def fill(self, tensor: Tensor) -> None:
         """Copy the tensor, unless it is there."""
-        if tensor.data_ptr() == self.buffer.data_ptr() or self.holds(tensor):
+        if self.has(tensor):
             return
         self.buffer.copy_(tensor.detach())
         self.source, self.version = ref(tensor), tensor._version

@@ -26,9 +26,12 @@ from adarank_fast.models.text import first_line
 
 WARM_UP = 2  # eager calls of a kind before its capture: groups are found, kernels compiled
 MOST_SHAPES = 8  # without `shapes`: each holds its own inputs and outputs
+MOST_KINDS = 4096  # of calls that came, over all blocks
+MOST_CHANGES = 8  # of parameters, after which nothing more is captured
 Shape = tuple[int, ...]
 NEW_SHAPE = "a shape that was not captured"
 TOO_MANY = f"more than {MOST_SHAPES} shapes"
+FIRST_CALLS = "the first calls, before the capture"
 
 
 class Block(Protocol):
@@ -73,6 +76,7 @@ class Graphs:
         self.kinds: dict[tuple[int, Hashable], Kind] = {}  # block's position, call
         self.foundations: dict[int, Foundation] = {}
         self.captured_shapes: Counter[Shape] = Counter()
+        self.changes = 0  # after which all was captured anew
         self.graphed = 0
         self.eager: Counter[str] = Counter()
         self.thread: int | None = None  # of the first call
@@ -91,6 +95,7 @@ class Graphs:
         self.kinds.clear()
         self.foundations.clear()
         self.captured_shapes.clear()
+        self.changes += 1
 
     def call(
         self, block: Any, place: Place, args: Sequence[object], kwargs: Mapping[str, object]
@@ -119,19 +124,24 @@ class Graphs:
             if not keeps and not (block.training and getattr(block, "gradient_checkpointing", 0)):
                 raise UnfitError("hooks for saved tensors, not of this block's checkpointing alone")
             whole = key, foundation.flags(), autocast, keeps
-            kind = self.kinds.setdefault((place.position, whole), Kind())
+            kind = self._kind(place.position, whole)
             if kind.graph is None:
                 self._check_ready(kind, keeps)
                 kind.graph = self._capture(
                     block, foundation, template, tensors, keeps, autocast, kind
                 )
                 self.captured_shapes[shape] += 1
-            if not self.flights.may_begin(kind.graph):
+            if not self.flights.may_begin(kind.graph, tensors):
                 raise UnfitError("an earlier forward still waits for its backward pass")
         except UnfitError as reason:
             return self._eager(block, args, kwargs, str(reason), kind)
         self.graphed += 1
         return kind.graph.call(tensors, clone=place.last or self._is_kept(block))
+
+    def _kind(self, position: int, key: Hashable) -> Kind:
+        if len(self.kinds) >= MOST_KINDS:  # shapes that never repeat
+            self.kinds = {key: kind for key, kind in self.kinds.items() if kind.graph is not None}
+        return self.kinds.setdefault((position, key), Kind())
 
     def _is_kept(self, block: nn.Module) -> bool:
         """Whether the caller may keep the output of a block that is not the last."""
@@ -183,8 +193,10 @@ class Graphs:
         kind.calls += 1
         if kind.failed:
             raise UnfitError(kind.failed)
+        if self.changes > MOST_CHANGES:
+            raise UnfitError("parameters or modules change again and again")
         if kind.calls <= WARM_UP:
-            raise UnfitError("the first calls, before the capture")
+            raise UnfitError(FIRST_CALLS)
         if kind.draws and not keeps:
             raise UnfitError("dropout under checkpointing, whose masks would be drawn anew")
         if self.flights.under_way and self.session.sealed:
@@ -202,18 +214,15 @@ class Graphs:
     ) -> BlockGraph:
         if not self.flights.under_way:
             self._begin_session()
-        statics, chained = [], []
-        with torch.no_grad():
-            for tensor in tensors:
-                static, of_a_graph = self._static(tensor)
-                static.fill(tensor)
-                statics.append(static)
-                chained.append(of_a_graph)
-        needs_grad = [tensor.requires_grad for tensor in tensors]
         try:
+            with torch.no_grad():
+                found = [self._static(tensor) for tensor in tensors]
+                for (static, _), tensor in zip(found, tensors, strict=True):
+                    static.fill(tensor)
             return BlockGraph(
-                self.backend, self.session, self.flights, block.plain_forward, template, statics,
-                needs_grad, chained, foundation.parameters, keeps, autocast,
+                self.backend, self.session, self.flights, block.plain_forward, template,
+                [static for static, _ in found], [tensor.requires_grad for tensor in tensors],
+                [of_a_graph for _, of_a_graph in found], foundation.parameters, keeps, autocast,
             )  # fmt: skip
         except UnfitError as reason:
             kind.failed = str(reason)
@@ -234,9 +243,9 @@ class Graphs:
         """A buffer for an input, and whether it is another graph's output."""
         for graph in reversed(self.session.graphs):
             for output in graph.outputs:
-                if output is not None and output.data_ptr() == tensor.data_ptr():
-                    if (output.shape, output.stride()) == (tensor.shape, tensor.stride()):
-                        return Static(output), True
+                same = (output.shape, output.stride()) == (tensor.shape, tensor.stride())
+                if same and output.data_ptr() == tensor.data_ptr():
+                    return Static(output), True
         for static in self.session.statics:
             same = static.buffer.shape == tensor.shape and static.buffer.dtype == tensor.dtype
             if same and static.holds(tensor):

@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +71,8 @@ def imported(module: str, entered: tuple[str, ...] = ()) -> ModuleType:
     """
     package = module.partition(".")[0]
     before = set(sys.modules)
+    # Unsloth writes code that it has compiled into the working folder otherwise
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", f"{tempfile.gettempdir()}/unsloth_compiled")
     try:
         enter(entered)
         return importlib.import_module(module)

@@ -184,6 +184,52 @@ def test_tensors_that_are_kept_keep_their_values():
     assert all(bool(h.isfinite().all()) for values in kept for h in values)
 
 
+def test_outputs_that_the_caller_sees_are_its_own():
+    """The last block's, and those that a hook on the block itself gets."""
+    torch.manual_seed(0)
+    model = graph_with(Skip(), StandIn())
+    seen = []
+    model.blocks[1].register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    x, scale = torch.randn(3, 6, requires_grad=True), torch.ones(6)
+    for i in range(4):
+        last, _ = model.blocks[3](x * i, scale, {"twice": True})
+        output, kept = model(x * i, scale)
+        values = [t.detach().clone() for t in (last, seen[-1], kept[3])]
+        (output.sum() + last.sum()).backward()
+        for _ in range(2):
+            model(x, scale)[0].sum().backward()
+        assert_close([t.detach() for t in (last, seen[-3], kept[3])], values)
+    assert graph_report(model).graphed_calls > 20
+
+
+class Orders(nn.Module):
+    """Blocks whose backward needs their outputs, called in one order or the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x, order):
+        for i in order:
+            x = self.blocks[i](x)
+        return x
+
+
+def test_blocks_in_another_order_than_that_of_their_capture():
+    torch.manual_seed(0)
+    plain = Orders()
+    model = graph_with(copy.deepcopy(plain), StandIn())
+    for order in [(0, 1, 2)] * 4 + [(2, 1, 0), (0, 2, 1), (0, 0, 1), (0, 1, 2)]:
+        found = []
+        for each in (model, plain):
+            x = torch.linspace(-1, 1, 18).view(3, 6).requires_grad_()
+            each.zero_grad()
+            each(x, order).sin().sum().backward()
+            found.append([x.grad, *(block[0].weight.grad for block in each.blocks)])
+        assert_close(*found)
+    assert graph_report(model).graphed_calls >= 3 * 3 + 3
+
+
 class Skip(nn.Module):
     """Blocks that hand tensors over, around each other, and back to the caller."""
 
@@ -375,3 +421,58 @@ def test_refusals():
     model.get_submodule("base_model.model.lm_head").weight.ds_id = 1
     with pytest.raises(ada.AdarankError, match="partitioned by DeepSpeed ZeRO-3"):
         graph_with(model, StandIn())
+
+
+class Detour(nn.Module):
+    """Two blocks; between them sometimes something else, with or without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Two() for _ in range(2))
+
+    def forward(self, x, scale, detour):
+        hidden, _ = self.blocks[0](x, scale, options={"twice": False})
+        if detour:
+            hidden = hidden.cos()
+        return self.blocks[1](hidden.tanh() if detour else hidden, scale, {"twice": True})[0]
+
+
+def test_what_lies_between_blocks_may_change_and_shared_inputs_may_part():
+    """A graph's output, or an input that another graph under way reads, is not written over."""
+    torch.manual_seed(0)
+    plain = Detour()
+    model = graph_with(copy.deepcopy(plain), StandIn())
+    for i in range(8):
+        results = []
+        for each in (model, plain):
+            torch.manual_seed(i)
+            x = torch.randn(3, 6, requires_grad=True)
+            each.zero_grad()
+            y = each(x, torch.randn(6), i >= 5)
+            if i == 7:  # two forwards, of which only the masks' contents differ
+                y = y + each(x, torch.randn(6), True)
+            y.sin().sum().backward()
+            results.append([x.grad, *(block.linear.weight.grad for block in each.blocks)])
+        assert_close(*results)
+
+
+def test_shapes_that_never_repeat_are_said_and_not_remembered(monkeypatch):
+    monkeypatch.setattr(graphs_module, "MOST_KINDS", 10)
+    model = graphed(llama())
+    for length in range(3, 13):
+        step(model, tokens(1, length))
+    report = graph_report(model)
+    assert report.graphed_calls == 0 and "pad batches to few lengths" in str(report)
+    place = model.get_submodule("base_model.model.model.layers.0")._adarank_graphs
+    assert len(place.graphs.kinds) <= 10
+
+
+def test_parameters_that_move_in_every_step_are_not_captured_for_ever():
+    model = graphed(llama())
+    for i in range(20):
+        for _ in range(4):
+            model(**tokens(2, 8, i)).loss.backward()
+        for p in trained(model):
+            p.data = p.data.clone()
+    report = graph_report(model)
+    assert report.reasons["parameters or modules change again and again"] > 8
