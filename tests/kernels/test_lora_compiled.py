@@ -51,7 +51,7 @@ def test_compiled_gradients_whatever_the_dimensions(shape: tuple[int, ...]) -> N
     parameters = [x, *block.As, *block.Bs]
     expected = torch.autograd.grad(block(x).square().sum(), parameters)
     found = torch.autograd.grad(torch.compile(block, backend="eager")(x).square().sum(), parameters)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)  # sums in another order
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -71,7 +71,7 @@ def test_compiles_to_one_graph_without_recompiling(backend: str, dropout: float)
     if not dropout:
         ours = torch.autograd.grad(compiled(x).square().sum(), [x, *block.As, *block.Bs])
         refs = torch.autograd.grad(block(x).square().sum(), [x, *block.As, *block.Bs])
-        torch.testing.assert_close(ours, refs)
+        torch.testing.assert_close(ours, refs, atol=1e-4, rtol=1e-5)
     optimiser = torch.optim.SGD([*block.As, *block.Bs], 1e-3)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):

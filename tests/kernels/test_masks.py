@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,8 +85,8 @@ def test_every_way_draws_the_same_mask(
     total = sum((Y * torch.arange(Y.numel()).view(Y.shape) / 64).sum() for Y in wanted)
     wanted += torch.autograd.grad(total, exact)
     found = step()
-    for ours, ref in zip(found, wanted, strict=True):
-        assert ((ours.double() - ref).norm() / ref.norm()).item() < 3e-3
+    for ours, right in zip(found, wanted, strict=True):
+        assert ((ours.double() - right).norm() / right.norm()).item() < 3e-3
     for ours, again in zip(found, step(), strict=True):
         assert torch.equal(ours, again)
 
@@ -94,3 +97,24 @@ def test_where_a_mask_would_take_too_much_a_seed_is_drawn(on_a_gpu: pytest.Monke
     assert group.draw(x).dtype == torch.float16
     on_a_gpu.setattr(groups, "HOST_BOUND", x.numel() // 16 * sum(OUTS) - 1)
     assert group.draw(x).dtype == torch.int64
+
+
+def test_a_group_in_cpp_keeps_no_parameter_and_goes_with_its_group() -> None:
+    if native.operators() is None:
+        pytest.skip("no C++ compiler")
+    x, A, B = torch.randn(2, 16), torch.randn(3, 16), torch.randn(5, 3)
+    group = groups.Group(x, [torch.randn(5, 16)], [None], [A], [B], [1.0], 0.0)
+    assert group.make_whole(x) and group.compute is not None
+    number, compute = group.number, group.compute
+    assert len(compute(x, number, None, (), 0, 1 << 30)) == 1
+    assert compute(x.double(), number, None, (), 0, 1 << 30) == []  # it does not fit
+    B.data = torch.randn(5, 4)
+    assert compute(x, number, None, (), 0, 1 << 30) == []
+    gone = ref(A)
+    del group, A
+    gc.collect()
+    assert gone() is None
+    x, W = torch.randn(2, 16), torch.randn(5, 16)
+    assert groups.Group(x, [W], [None], [None], [None], [1.0], 0.0).make_whole(x)
+    with pytest.raises(RuntimeError, match=f"no group {number}"):
+        compute(x, number, None, (), 0, 1 << 30)

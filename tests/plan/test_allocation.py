@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from adarank_fast.plan.allocation import allocate_ranks
+from adarank_fast.plan.allocation import _amount, allocate_ranks
+from adarank_fast.plan.budget import Budget
 
 # Printed in the AdaRank authors' public notebook (average rank 8, twelve layers).
 PUBLISHED_SCORES = {
@@ -67,6 +68,14 @@ def test_largest_remainder_by_hand():
         "b": 3,
         "c": 6,
     }
+
+
+@pytest.mark.parametrize(
+    ("average", "modules", "total"),
+    [(0.3, 10, 3), (4 / 3, 3, 4), (0.999999, 10**6, 999_999), (8, 7, 56), (7.5, 3, 22)],
+)
+def test_an_average_is_the_fraction_that_was_meant(average, modules, total):
+    assert _amount(Budget(average_rank=average), modules)[0] == total
 
 
 def test_ties_go_by_name():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -22,17 +25,28 @@ HOST_BOUND = 1 << 23  # numbers of a group's outputs; a choice by host time, whi
 PADDING = 16  # of the ranks where Triton adds the low-rank products
 
 
+_making = threading.Lock()
+_gone: deque[int] = deque()  # numbers of groups in C++ that nobody has any more
+
+
 class _Number:
-    """Of a group in C++, as long as the group lives."""
+    """Of a group in C++, as long as the group lives.
+
+    Freeing waits until another group is made: modes that are active now would see the call.
+    """
 
     __slots__ = ("value",)
 
     def __init__(self, group: Group, x: Tensor) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                torch.ops.adarank.free_group(_gone.popleft())
         make = torch.ops.adarank.make_group
         self.value: int = make(x, group.parts, group.scalings, group.dropout, PADDING)
 
-    def __del__(self, free: Callable[[int], None] = native.free_group) -> None:
-        free(self.value)
+    def __del__(self, gone: deque[int] = _gone) -> None:
+        if hasattr(self, "value"):
+            gone.append(self.value)
 
 
 class Group:
@@ -51,7 +65,7 @@ class Group:
         whole: each pass may be one C++ call: dtypes that it knows, base weights frozen.
         trains_bias: some base bias wants a gradient.
         flat: without C++, few inputs may go through `flat.py`.
-        number, compute: of the group in C++, if `whole`, and the operator.
+        number, compute: of the group in C++, and the operator, once `whole` has made them.
         owned: bits of the base products computed elsewhere that may be written into.
     """
 
@@ -83,7 +97,8 @@ class Group:
         self.ranks = tuple([0 if A is None else A.shape[0] for A in lora_As])
         self.adapted = tuple([m for m, rank in enumerate(self.ranks) if rank])
         self.lora_As = tuple([A for A in lora_As if A is not None and A.shape[0]])
-        self.lora_Bs = tuple([B for m in self.adapted if (B := lora_Bs[m]) is not None])
+        ranked = zip(lora_Bs, self.ranks, strict=True)
+        self.lora_Bs = tuple([B for B, rank in ranked if B is not None and rank])
         self.scalings_of_adapted = tuple([self.scalings[m] for m in self.adapted])
         self.dtypes_of_B = tuple([None if B is None else B.dtype for B in lora_Bs])
         self.inputs = (*self.lora_As, *self.lora_Bs)
@@ -104,10 +119,6 @@ class Group:
         self.compute: Callable[..., Sequence[Tensor]] | None = None
         self.whole = frozen and len(zipped) < 64 and self._whole_backend(x)
         self.flat = not (self.whole or self.backend is cpu or INTERPRETED)
-        if self.whole:
-            self._number = _Number(self, x)
-            self.number = self._number.value
-            self.compute = torch.ops.adarank.group_linear.default._op  # without a Python frame
 
     def _whole_backend(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or INTERPRETED:
@@ -141,6 +152,15 @@ class Group:
     def takes(self, seed: Tensor) -> bool:
         """Whether a mask, drawn for another group, may be this one's; a seed always is."""
         return seed.dtype is torch.int64 or (seed.dtype is self.dtype and self.backend is not cpu)
+
+    def make_whole(self, x: Tensor) -> bool:
+        """Make the group in C++, where nobody watches operators; False if it does not fit x."""
+        with _making:
+            if self.compute is None and self.fits(x):
+                self._number = _Number(self, x)
+                self.number = self._number.value
+                self.compute = torch.ops.adarank.group_linear.default._op  # no Python frame
+        return self.compute is not None
 
     def fits(self, x: Tensor) -> bool:
         """Whether a call with x finds what this was made for: shapes, dtypes, devices."""

@@ -50,6 +50,8 @@ def whole(
             bound = -1
         if seed is not None and not is_mask(seed):
             return _dropped(group, x, seed, bases)
+    if group.compute is None and not group.make_whole(x):
+        return ()
     assert group.compute is not None
     outputs = group.compute(x, group.number, seed, bases, group.owned, bound)
     if len(outputs) == len(group.scalings):

@@ -10,7 +10,6 @@ one warning, and torch's products stand in.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -75,12 +74,6 @@ def operators() -> Any:
             if _loaded is None:
                 _loaded = _load()
     return torch.ops.adarank if _loaded else None
-
-
-def free_group(number: int) -> None:
-    """Forget a group that `make_group` made; silent while the process ends."""
-    with contextlib.suppress(AttributeError, TypeError):  # torch may be half gone
-        torch.ops.adarank.free_group(number)
 
 
 def is_loaded() -> bool:
