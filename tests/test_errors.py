@@ -25,7 +25,7 @@ USUAL = {
 }
 # for nobody but our own code: caught where they are raised, or asked for by Python itself
 INTERNAL = {
-    "ArithmeticError": ("registry.py", "philox.py", "triton_launch.py"),
+    "ArithmeticError": ("graphs.py", "registry.py", "philox.py", "triton_launch.py"),
     "AttributeError": ("__init__.py", "outputs.py"),
     "FileNotFoundError": ("native.py",),
     "IndexError": ("lookups.py",),

@@ -116,7 +116,9 @@ def test_the_wheel_has_both_packages_and_nothing_else(wheel):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"adarank_fast", "adarank_kernels"}
     for kind in ("css", "html.jinja", "md.jinja"):
         assert f"adarank_fast/comparison/report.{kind}" in names
-    cpp = {f"adarank_kernels/runtime/cpp/{name}" for name in ("adarank.cpp", "products.h")}
+    cpp = {
+        f"adarank_kernels/runtime/cpp/{name}" for name in ("adarank.cpp", "group.h", "products.h")
+    }
     assert {name for name in names if "/cpp/" in name} == cpp
     modules = {
         str(path.relative_to(folder.parent))
@@ -150,7 +152,8 @@ def test_an_older_python_is_told_which_one_is_needed(tmp_path):
     older.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$2"\n')
     older.chmod(0o755)
     command = ["make", f"PYTHON={older}", f"VENV={tmp_path / 'venv'}", "demo"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=outside)
     line = result.stderr.splitlines()[0]
     assert result.returncode and result.stdout == "" and not (tmp_path / "venv").exists()
     assert line.startswith("adarank-fast needs Python 3.11 or newer") and "is 3.10" in line

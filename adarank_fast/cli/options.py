@@ -76,7 +76,8 @@ def flat(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]
             for name, cls in names.items():
                 values = {}
                 for one in fields(cls):
-                    value, parse = given.pop(_called(one)), one.metadata["parse"]
+                    value = given.pop(_called(one), one.metadata["typed"])
+                    parse = one.metadata["parse"]
                     values[one.name] = value if parse is None or value is None else parse(value)
                 try:
                     given[name] = cls(**values)

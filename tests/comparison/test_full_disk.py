@@ -47,7 +47,13 @@ def adapted():
 
 def train(made, path):
     with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):  # pytest's are files
-        train_command(str(made["model"]), made["texts"], output_folder=path, rank=2, max_steps=1)
+        train_command(
+            model=str(made["model"]),
+            data=made["texts"],
+            output_folder=path,
+            rank=2,
+            max_steps=1,
+        )
 
 
 FILES = {

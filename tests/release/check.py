@@ -37,7 +37,7 @@ assert ada.fusion_report(peft_model).fused_share == 1.0
 native.operators()  # built of the C++ source that came along, where there is a compiler
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, adarank-fast {ada.__version__}")
 """
-SOURCES = ("runtime/cpp/adarank.cpp", "runtime/cpp/products.h", "py.typed")
+SOURCES = ("runtime/cpp/adarank.cpp", "runtime/cpp/group.h", "runtime/cpp/products.h", "py.typed")
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ def test_nothing_grows():
     assert counts["training steps"] == 48 and counts["predictions"] == 16
 
 
+LEAK = 1 << 18  # bytes of a step
+
+
 class Leaking:
     """Keeps a hook and a tensor of every step."""
 
@@ -35,7 +39,9 @@ class Leaking:
 
     def step(self):
         self.everything.register_forward_hook(lambda *_: None)
-        self.kept.append(torch.ones(1 << 16))
+        self.kept.append(torch.ones(1))
+        self.kept.append(mmap.mmap(-1, LEAK))  # no memory that the process has to spare
+        self.kept[-1].write(b"x" * LEAK)
 
 
 def test_growth_is_found():

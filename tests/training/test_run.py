@@ -328,7 +328,7 @@ def test_evaluate_says_no(adarank, folder):
 
 
 BAD = {
-    "two sources": (["--rank", 2, "--average-rank", 4], "--rank and --average-rank each say the"),
+    "two sources": (["--rank", 2, "--average-rank", 4], "--average-rank and --rank each set the"),
     "no plan": (["--plan", "no.json"], "there is no plan file"),
     "set": (["--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
     "type": (["--set", "num_train_epochs=many"], "num_train_epochs takes a number, got 'many'"),
