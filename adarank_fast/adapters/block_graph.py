@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,8 @@ class BlockGraph:
             if self._autocast is not None:  # what its cache holds would not be made again
                 kind, dtype = self._autocast
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
-            output = self._block(**put_together(self._arguments, iter(self._leaves)))
+            arguments = put_together(self._arguments, iter(self._leaves))
+            output = self._block(**cast("dict[str, object]", arguments))
         outputs: list[Tensor] = []
         self.output_template, _ = taken_apart(output, outputs)
         return outputs
@@ -253,11 +254,23 @@ class BlockGraph:
         return found
 
 
+class _Context(Protocol):
+    """What a replay uses of torch's context, and what it keeps there."""
+
+    graph: BlockGraph
+    ticket: Ticket
+
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class _Replay(torch.autograd.Function):
     """A replay of the forward; its backward is one of the backward."""
 
     @staticmethod
-    def forward(ctx: Any, graph: BlockGraph, clone: bool, *given: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: _Context, graph: BlockGraph, clone: bool, *given: Tensor
+    ) -> tuple[Tensor, ...]:
         for static, tensor in zip(graph.statics, given, strict=False):
             static.fill(tensor)
         ctx.graph, ctx.ticket = graph, Ticket(graph.flights, graph)
@@ -270,8 +283,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        graph: BlockGraph = ctx.graph
+    def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        graph = ctx.graph
         ctx.ticket.land()
         graph.session.sealed = True
         for buffer, grad in zip(graph.arriving, grads, strict=True):

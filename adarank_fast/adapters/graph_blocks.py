@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -128,7 +128,7 @@ def graph_with(
     last = {path.rpartition(".")[0]: path for path in paths}
     with undone_on_error(lambda: restore_blocks(peft_model)):
         for position, path in enumerate(paths):
-            block: Any = inner.get_submodule(path)
+            block = inner.get_submodule(path)
             plain = type(block)
             swapped = next((cls for cls, old in _GraphedBlock.PLAIN.items() if old is plain), None)
             if swapped is None:
@@ -136,7 +136,7 @@ def graph_with(
                 _GraphedBlock.PLAIN[swapped] = plain
             names = _argument_names(plain)
             is_last = last[path.rpartition(".")[0]] == path
-            block._adarank_graphs = Place(graphs, position, names, is_last)
+            block.__dict__["_adarank_graphs"] = Place(graphs, position, names, is_last)
             block.__class__ = swapped
     return peft_model
 

@@ -63,7 +63,7 @@ def taken_apart(value: object, tensors: list[Tensor]) -> tuple[object, Hashable]
     raise UnfitError(f"an argument is a {kind.__name__}")
 
 
-def put_together(template: object, tensors: Iterator[Tensor]) -> Any:
+def put_together(template: object, tensors: Iterator[Tensor]) -> object:
     """The template with the next of the tensors in each slot."""
     if template is SLOT:
         return next(tensors)
