@@ -261,8 +261,8 @@ def note_settings(folder: Path, settings: Mapping[str, object], holds: str, reme
         write_text(path, json.dumps(settings, indent=1) + "\n")
         return str(settings["date"])
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        before = _read_settings(path)
+    except ValueError:
         raise AdarankError(f"{str(path)!r} is damaged; {remedy}") from None
     for key, value in settings.items():
         if key != "date" and before.get(key) != value:
@@ -271,6 +271,26 @@ def note_settings(folder: Path, settings: Mapping[str, object], holds: str, reme
                 f"{remedy}"
             )
     return str(before.get("date", ""))
+
+
+def noted_settings_are(folder: Path, settings: Mapping[str, object]) -> bool:
+    """Whether `note_settings` noted just these in `folder`, the date aside."""
+    try:
+        before = _read_settings(folder / "settings.json")
+    except (FileNotFoundError, ValueError):
+        return False
+    now: Mapping[str, object] = json.loads(json.dumps(settings))
+    return {k: v for k, v in before.items() if k != "date"} == {
+        k: v for k, v in now.items() if k != "date"
+    }
+
+
+def _read_settings(path: Path) -> dict[str, object]:
+    """Raises ValueError for what is no JSON object."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except TypeError as error:
+        raise ValueError(error) from error
 
 
 @contextmanager

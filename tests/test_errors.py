@@ -31,7 +31,7 @@ INTERNAL = {
     "IndexError": ("lookups.py",),
     "RuntimeError": ("native.py", "gated_mlp.py"),  # torch's own words
     "TimeoutError": ("native.py",),
-    "ValueError": ("checkpoint.py", "grid.py", "json_values.py"),
+    "ValueError": ("checkpoint.py", "files.py", "grid.py", "json_values.py"),
 }
 
 

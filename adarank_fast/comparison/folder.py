@@ -20,7 +20,7 @@ from adarank_fast.comparison.allocators import (
     load_plan,
 )
 from adarank_fast.errors import AdarankError
-from adarank_fast.files import note_settings
+from adarank_fast.files import note_settings, noted_settings_are
 
 if TYPE_CHECKING:
     from adarank_fast.plan.rank_plan import RankPlan
@@ -33,15 +33,15 @@ REMEDY = "name another folder or delete that one"
 def claim(folder: Path, settings: Mapping[str, object]) -> str:
     """Note what is compared, or check that it is the same; see `note_settings`.
 
-    If no cell is finished yet, the old settings and plans are replaced. Arms and seeds are not
-    among the settings: they can be added.
+    While no cell is finished, other settings replace the old ones and the plans. Arms and seeds are
+    not among the settings: they can be added.
 
     Args:
         folder: opened with `own_folder`.
         settings: what the cells depend on; and "date", if it is known.
     """
     cells = folder / CELLS
-    if not any(cells.glob("*.json")):
+    if not any(cells.glob("*.json")) and not noted_settings_are(folder, settings):
         (folder / "settings.json").unlink(missing_ok=True)
         for plan in (cells / "plans").glob("*.json"):
             plan.unlink()

@@ -45,6 +45,22 @@ def test_before_a_cell_is_finished_the_settings_may_change(tmp_path, monkeypatch
     assert (tmp_path / "cells" / "notes").read_text() == "mine"
 
 
+def test_before_a_cell_is_finished_the_same_call_keeps_the_plans(tmp_path, monkeypatch):
+    """A prediction may have taken minutes when the run is killed."""
+
+    def fit(*arguments, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "fit", fit)
+        with pytest.raises(Killed):
+            run(work_dir=tmp_path, **QUICK)
+    plan = tmp_path / "cells" / "plans" / "uniform.json"
+    before = plan.read_bytes()
+    run(work_dir=tmp_path, **QUICK)
+    assert plan.read_bytes() == before
+
+
 def test_an_input_in_the_folder_is_left_alone(tmp_path):
     made = run(work_dir=tmp_path / "report", **QUICK)
     made.save(tmp_path / "report")

@@ -37,6 +37,7 @@ def test_scripts(name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks(name):
+    pytest.importorskip("IPython")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     names: dict[str, object] = {}
     for cell in notebook.cells:

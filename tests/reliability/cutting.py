@@ -240,6 +240,8 @@ def kills(
             if odd := here.harmed(name, before, listing(folder)):
                 faults.append(f"{name}: killed after {after:.3f} s: harmed {odd[:5]}")
             kept |= here.kept(name, folder)
+            if result(listing(folder)) == here.whole[name]:
+                break  # killed when it was done; a second `export` would refuse its folder
         faults += here.finish(name, folder, kept)
         counts["resumed"] += 1
         shutil.rmtree(folder)
