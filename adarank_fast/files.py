@@ -296,18 +296,21 @@ def _read_settings(path: Path) -> dict[str, object]:
 @contextmanager
 def _temporary(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """A new file or folder beside `target`, locked, and removed at the end if it is still there."""
-    with alone_in(target.parent) as alone:
-        if alone:
-            _sweep(target)
-        temporary = _beside(target, ".tmp")
-        make(temporary)
-        opened = os.open(temporary, os.O_RDONLY)
-        lock(opened)
+    temporary, made, opened = _beside(target, ".tmp"), False, None
     try:
+        with alone_in(target.parent) as alone:
+            if alone:
+                _sweep(target)
+            make(temporary)
+            made = True
+            opened = os.open(temporary, os.O_RDONLY)
+            lock(opened)
         yield temporary
     finally:
-        os.close(opened)
-        _remove(temporary)
+        if opened is not None:
+            os.close(opened)
+        if made:
+            _remove(temporary)
 
 
 def _sweep(target: Path) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from adarank_fast import files
 from adarank_fast.errors import AdarankError
 from adarank_fast.files import (
     MARK,
@@ -296,3 +297,21 @@ def test_many_writers_at_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(work, range(4))) < 80
     assert names(tmp_path) == ["file", "new", "own"] and names(tmp_path / "new") == [MARK, "a"]
+
+
+def test_an_exception_between_making_and_locking_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(opened):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "lock", interrupted)
+        for write in (lambda path: files.write_text(path, "x"), named_folder):
+            with pytest.raises(KeyboardInterrupt):
+                write(tmp_path / "out")
+            assert os.listdir(tmp_path) == []
+    files.write_text(tmp_path / "out", "x")
+
+
+def named_folder(path):
+    with files.new_folder(path) as folder:
+        (folder / "x").write_text("x")
