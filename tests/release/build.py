@@ -63,9 +63,10 @@ def build(folder: Path, time: int) -> list[Path]:
     with tempfile.TemporaryDirectory() as name:
         source, unpacked = Path(name, "source"), Path(name, "unpacked")
         for file in git("ls-files", "-z").strip("\0").split("\0"):
-            if (ROOT / file).is_file():  # not one that was removed and is not yet committed
+            # not one that was removed and is not yet committed; src/ holds links
+            if (ROOT / file).is_file() or (ROOT / file).is_symlink():
                 (source / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / file, source / file)
+                shutil.copy(ROOT / file, source / file, follow_symlinks=False)
         sdist = python_build("sdist", source, folder)
         repack(sdist, time)
         with tarfile.open(sdist) as archive:
