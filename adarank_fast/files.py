@@ -24,11 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adarank_fast.errors import (
-    AdarankError,
-    AdarankFileNotFoundError,
-    AdarankPermissionError,
-)
+from adarank_fast.errors import AdarankError, AdarankFileNotFoundError, AdarankPermissionError
 from adarank_fast.file_system import alone_in, is_named, lock
 from adarank_fast.file_system import writing as writing
 
@@ -279,18 +275,15 @@ def noted_settings_are(folder: Path, settings: Mapping[str, object]) -> bool:
         before = _read_settings(folder / "settings.json")
     except (FileNotFoundError, ValueError):
         return False
-    now: Mapping[str, object] = json.loads(json.dumps(settings))
-    return {k: v for k, v in before.items() if k != "date"} == {
-        k: v for k, v in now.items() if k != "date"
-    }
+    return before | {"date": None} == json.loads(json.dumps(settings)) | {"date": None}
 
 
 def _read_settings(path: Path) -> dict[str, object]:
     """Raises ValueError for what is no JSON object."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except TypeError as error:
-        raise ValueError(error) from error
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(path)
+    return found
 
 
 @contextmanager

@@ -31,14 +31,18 @@ def test_a_folder_of_others_is_left_alone(finished, tmp_path, content):
     assert files[0].read_text() == "mine"
 
 
-def test_before_a_cell_is_finished_the_settings_may_change(tmp_path, monkeypatch):
+def killed_in_the_first_run(folder, monkeypatch):
     def fit(*arguments, **options):
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(grid, "fit", fit)
         with pytest.raises(Killed):
-            run(work_dir=tmp_path, **QUICK)
+            run(work_dir=folder, **QUICK)
+
+
+def test_before_a_cell_is_finished_the_settings_may_change(tmp_path, monkeypatch):
+    killed_in_the_first_run(tmp_path, monkeypatch)
     (tmp_path / "cells" / "notes").write_text("mine")
     made = run(work_dir=tmp_path, **QUICK | dict(average_rank=1))
     assert set(made.plans["uniform"].ranks.values()) == {1}
@@ -47,14 +51,7 @@ def test_before_a_cell_is_finished_the_settings_may_change(tmp_path, monkeypatch
 
 def test_before_a_cell_is_finished_the_same_call_keeps_the_plans(tmp_path, monkeypatch):
     """A prediction may have taken minutes when the run is killed."""
-
-    def fit(*arguments, **options):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(grid, "fit", fit)
-        with pytest.raises(Killed):
-            run(work_dir=tmp_path, **QUICK)
+    killed_in_the_first_run(tmp_path, monkeypatch)
     plan = tmp_path / "cells" / "plans" / "uniform.json"
     before = plan.read_bytes()
     run(work_dir=tmp_path, **QUICK)
