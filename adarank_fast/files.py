@@ -275,7 +275,8 @@ def noted_settings_are(folder: Path, settings: Mapping[str, object]) -> bool:
         before = _read_settings(folder / "settings.json")
     except (FileNotFoundError, ValueError):
         return False
-    return before | {"date": None} == json.loads(json.dumps(settings)) | {"date": None}
+    now: dict[str, object] = json.loads(json.dumps(settings))
+    return before | {"date": None} == now | {"date": None}
 
 
 def _read_settings(path: Path) -> dict[str, object]:
