@@ -143,7 +143,7 @@ def _wait_for(lock: IO[str]) -> None:
 
 def _build(compiler: str, path: Path) -> None:
     print(
-        "adarank-fast: building its C++ products, once (about half a minute) ...",
+        "adarank-fast: building its C++ products, once (about 20 s) ...",
         file=sys.stderr,
         flush=True,
     )
