@@ -159,13 +159,14 @@ template <typename T>
 INLINE void add_features(const element *x, const T *F, int64_t stride, int64_t rank, int64_t features,
                          float *__restrict out)
 {
+    constexpr int STEP = 4 * TOGETHER;
     int64_t first = 0;
-    for (; first + TOGETHER <= features; first += TOGETHER)
+    for (; first + STEP <= features; first += STEP)
         for (int64_t j = 0; j < rank; j++) {
-            float sum = 0;
-            for (int i = 0; i < TOGETHER; i++)
-                sum += widened(x[first + i]) * widened(F[(first + i) * stride + j]);
-            out[j] += sum;
+            float sums[TOGETHER] = {0};
+            for (int i = 0; i < STEP; i++)
+                sums[i % TOGETHER] += widened(x[first + i]) * widened(F[(first + i) * stride + j]);
+            out[j] += ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
         }
     for (; first < features; first++)
         for (int64_t j = 0; j < rank; j++)
