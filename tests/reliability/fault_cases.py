@@ -78,6 +78,10 @@ def graphed():
     return graph_blocks(fused())
 
 
+def recomputing():
+    return accelerate_mlps(fused())
+
+
 class Encoder(nn.Module):
     """Passes by its layers' modules while torch's fast path is on."""
 
@@ -106,6 +110,11 @@ def classes(model):
     return [type(layer) for layer in model.modules()]
 
 
+def class_names(model):
+    """Not whether MLPs recompute: an error while one is looked at says that it does not."""
+    return [type(layer).__name__ for layer in model.modules()]
+
+
 def compiled(model):
     blocks = model.base_model.model.model.layers
     return [block._compiled_call_impl is not None for block in blocks]
@@ -113,6 +122,10 @@ def compiled(model):
 
 def accelerate(model):
     return ada.accelerate(model, INPUTS["llama"])
+
+
+def accelerate_mlps(model):
+    return ada.accelerate(model, recompute_mlp=True)
 
 
 def inject(model):
@@ -146,7 +159,8 @@ def evaluate(model):
 
 
 def benchmark(model):
-    return ada.benchmark(model, rank=2, repetitions=1, batch_size=1, max_length=8)
+    options = dict(target_modules="attention", repetitions=1, batch_size=1, max_length=8)
+    return ada.benchmark(model, rank=2, **options)
 
 
 def predict_encoder(model):
@@ -237,8 +251,9 @@ def fresh(model):
     return lambda: copy.deepcopy(model).train()
 
 
+LONG = ("predict_ranks", "model_disagreement")  # their cases have most call sites in common
 CASES = {
-    name: Case(make, call, found, use, same)
+    name: Case(make, call, found, use, same, name.split()[0] if name.startswith(LONG) else name)
     for name, (make, call, found) in {
         "predict_ranks": (fresh(tiny("bert", 2)), predict("bert", output=first_token), trials),
         "predict_ranks of logits": (fresh(LLAMA), predict("llama", trials=2), trials),
@@ -265,7 +280,10 @@ CASES = {
         "accelerate again": (fused, accelerate, fused_layers),
         "fusion_report": (fused, ada.fusion_report, list),
         "restore": (fused, ada.restore, classes),
+        "accelerate of MLPs": (fused, accelerate_mlps, class_names),
+        "restore of MLPs": (recomputing, ada.restore, classes),
         "graph_blocks": (fused, graph_blocks, classes),
+        "graph_blocks again": (graphed, graph_blocks, classes),
         "graph_report": (graphed, ada.graph_report, lambda report: report.blocks),
         "restore of graphed blocks": (graphed, ada.restore, classes),
         "compile_blocks": (fused, compile_blocks, compiled),
@@ -273,7 +291,11 @@ CASES = {
         "export_uniform of fused layers": (fused, export, lambda tensors: list(tensors.values())),
         "merge_adapter": (fresh(LLAMA), merge, lambda tensors: list(tensors.values())),
         "evaluate": (fresh(CLASSIFIER), evaluate, lambda metrics: list(metrics.values())),
-        "benchmark": (fresh(LLAMA), benchmark, lambda report: list(report.results["arms"])),
+        "benchmark": (
+            fresh(tiny("llama", 1, 16)),
+            benchmark,
+            lambda report: list(report.results["arms"]),
+        ),
         "model_disagreement": (fresh(LLAMA), models, torch.Tensor.tolist),
         "model_disagreement of adapters": (fresh(TWO), adapters, torch.Tensor.tolist),
     }.items()

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -149,6 +149,7 @@ class Case:
         found: what there is to compare in its result.
         use: a forward of the model.
         same: whether two values of `found`, or of `use`, agree.
+        function: a whole run fails once at a call site of all cases of the same function.
     """
 
     make: Callable[[], nn.Module]
@@ -156,6 +157,7 @@ class Case:
     found: Callable[[Any], Any]
     use: Callable[[nn.Module], Any]
     same: Callable[[Any, Any], bool]
+    function: str
 
 
 class Undisturbed:
@@ -212,11 +214,14 @@ def check(case: Case, error: type[BaseException]) -> tuple[int, int]:
 Trial = tuple[int, type[BaseException]]  # a call, what is raised at it
 
 
-def of_sites(sites: Sequence[Site], random: Random) -> tuple[list[int], list[int]]:
-    """The first call of each site; its last one, and one in between at random."""
+def of_sites(
+    sites: Sequence[Site], random: Random, seen: Set[Site] = frozenset()
+) -> tuple[list[int], list[int]]:
+    """The first call of each site but those `seen`; its last one, and one in between at random."""
     calls: dict[Site, list[int]] = {}
     for number, site in enumerate(sites, start=1):
-        calls.setdefault(site, []).append(number)
+        if site not in seen:
+            calls.setdefault(site, []).append(number)
     more = [some[-1] for some in calls.values() if len(some) > 1]
     more += [random.choice(some[1:-1]) for some in calls.values() if len(some) > 2]
     return [some[0] for some in calls.values()], more
@@ -225,9 +230,10 @@ def of_sites(sites: Sequence[Site], random: Random) -> tuple[list[int], list[int
 class Left:
     """What is still to be tried of a case: at the sites, then elsewhere, each part shuffled."""
 
-    def __init__(self, case: Case, random: Random) -> None:
+    def __init__(self, case: Case, random: Random, seen: set[Site]) -> None:
         self.undisturbed = Undisturbed(case)
-        self.first, more = of_sites(self.undisturbed.sites, random)
+        self.first, more = of_sites(self.undisturbed.sites, random, seen)
+        seen.update(self.undisturbed.sites)
         others = {*range(1, self.undisturbed.calls + 1)} - {*self.first, *more}
         parts = [[(n, error) for n in part for error in ERRORS] for part in (self.first, more)]
         self.of_sites = sum(map(len, parts))
@@ -247,11 +253,13 @@ def soak(
 ) -> dict[str, Any]:
     """Fail at calls of each case in turn: at every call site, and then elsewhere.
 
-    At a site every error is raised at the first call, at the last, and at one in between. After
-    that it goes on with other calls until `most` were raised, if there is time.
+    At a site every error is raised at the first call, at the last, and at one in between, in the
+    first case of a function that comes by. After that it goes on with other calls until `most` were
+    raised, if there is time.
     """
     random, deadline = Random(seed), time.monotonic() + seconds
-    every_case = {name: Left(case, random) for name, case in cases.items()}
+    seen = {case.function: set[Site]() for case in cases.values()}
+    every_case = {name: Left(case, random, seen[case.function]) for name, case in cases.items()}
     ended, faults = 0, list[str]()
     turns = deque(every_case.items())
     while turns and time.monotonic() < deadline:
