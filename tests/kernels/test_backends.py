@@ -69,8 +69,10 @@ def test_expand(backend: ModuleType, in_place: bool, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("M", [1, 3])
-def test_gradients_of_S_and_B(backend: ModuleType, M: int) -> None:
+def test_gradients_of_S_and_B(backend: ModuleType, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dYs, S = [randn(N, OUT, seed=m) for m in range(M)], randn(N, RANK_SUM)
+    if M == 1:
+        monkeypatch.setattr(torch, "cat", None)  # a lone module's is not copied
     dS = backend.grad_S(dYs, Bs[:M], SCALINGS[:M], FIRST[:M], sum(RANKS[:M]))
     assert dS.shape == (N, sum(RANKS[:M]))
     for m, dY in enumerate(dYs):
@@ -88,6 +90,16 @@ def test_gradient_of_the_input(backend: ModuleType, seed: Tensor | None, there: 
     right = dS @ torch.cat(As) * mask_of(seed) + (dX if there else 0)
     ours = backend.grad_X(dX.clone() if there else None, dS, As, FIRST, None, seed, DROPOUT)
     torch.testing.assert_close(ours, right)
+    alone = backend.grad_X(None, dS[:, :3], As[:1], (0,), None, seed, DROPOUT)
+    torch.testing.assert_close(alone, dS[:, :3] @ As[0] * mask_of(seed))
+
+
+def test_gradient_of_the_input_with_padded_ranks() -> None:
+    dS, first = torch.zeros(2, 24), (0, 8, 12)
+    for start, rank in zip(first, RANKS, strict=True):
+        dS[:, start : start + rank] = randn(2, rank)
+    right = sum(dS[:, start : start + len(A)] @ A for start, A in zip(first, As, strict=True))
+    torch.testing.assert_close(aten.grad_X(None, dS, As, first, None, None, 0.0), right)
 
 
 @pytest.mark.parametrize("seed", [None, SEED])
@@ -189,13 +201,32 @@ def test_masks_that_drop_hardly_anything_or_all(p: float, kept: int) -> None:
     assert int(mask.sum()) == kept
 
 
-def test_a_mask_on_the_cpu_is_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[tuple[int, int]] = []
-    right = dropout._keep_rows
-    monkeypatch.setattr(native, "_loaded", False)
-    monkeypatch.setattr(dropout, "_keep_rows", lambda *a: rows.append((a[1], a[2])) or right(*a))
-    keep_mask(SEED, 515, 9, 0.3)
-    assert rows == [(0, 256), (256, 512), (512, 515)]
+@pytest.mark.parametrize("columns", [8, 9])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_mask_on_the_cpu_is_made_in_chunks(
+    columns: int, loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One counter to eight columns, no more."""
+    made: list[tuple[int, int, int]] = []
+    words, of_chunk = dropout.philox_words, torch.ops.adarank.philox if loaded else None
+
+    def in_torch(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, ...]:
+        made.append((int(c1[0]), len(c1), len(c0)))
+        return words(seed, c0, c1)
+
+    def in_cpp(key: int, first: int, row: int, rows: int, columns: int) -> Tensor:
+        made.append((row, rows, columns))
+        return of_chunk(key, first, row, rows, columns)
+
+    monkeypatch.setattr(dropout, "is_loaded", lambda: loaded)
+    monkeypatch.setattr(dropout, "philox_words", in_torch)
+    if loaded:
+        if native.operators() is None:
+            pytest.skip("no C++ compiler")
+        monkeypatch.setattr(torch.ops.adarank, "philox", in_cpp)
+    keep_mask(SEED, 515, columns, 0.3)
+    groups = -(-columns // 8)
+    assert made == [(0, 256, groups), (256, 256, groups), (512, 3, groups)]
 
 
 class Watched(Tensor):
