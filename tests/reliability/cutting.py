@@ -276,6 +276,7 @@ def full_disk(
         left.append((name, Fault(largest=int(here.largest[name] * random.random() ** 3))))
     random.shuffle(left)
     counts: Counts = {"disk faults": 0} | {f"failed in {name}": 0 for name in names}
+    counts["all disk faults"] = len(left)
     counts["writes"] = sum(here.calls.values())
     faults: list[str] = []
     while left and counts["disk faults"] < most and time.monotonic() < deadline:
