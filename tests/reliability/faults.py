@@ -97,8 +97,8 @@ class Calls:
 
 
 def every(count: int, shift: int) -> Iterator[int]:
-    """Calls to fail at: all, or FAULTS of them (5 by default), evenly spread over `count`."""
-    wanted = os.environ.get("FAULTS", "5")
+    """Calls to fail at: all, or FAULTS of them (3 by default), evenly spread over `count`."""
+    wanted = os.environ.get("FAULTS", "3")
     number = count if wanted == "all" else min(int(wanted), count)
     for index in range(number):
         yield 1 + (index * count + shift * count // 3) // number % count

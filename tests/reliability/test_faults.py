@@ -25,8 +25,8 @@ def test_calls_of_every_site():
 
 
 def test_a_whole_run_fails_at_every_site_and_ends():
-    counts = faults.soak({"restore": CASES["restore"]}, 60, most=0)
+    counts = faults.soak({"graph_report": CASES["graph_report"]}, 60, most=0)
     assert not counts["faults"], counts["faults"]
     sites = counts["all call sites"]
     assert 0 < sites == counts["call sites"] <= counts["raised"] / 2 <= counts["calls"]
-    assert faults.soak({"restore": CASES["restore"]}, 0)["raised"] == 0
+    assert faults.soak({"graph_report": CASES["graph_report"]}, 0)["raised"] == 0
