@@ -130,10 +130,10 @@ def restore(peft_model: nn.Module) -> nn.Module:
     layers = list(fused_layers(peft_model))
     thread.clear()
     before = [(layer, type(layer), {"_adarank": layer._adarank}) for _, layer in layers]
+    restore_blocks(peft_model)  # a block may itself be a fused layer or a gated MLP
     with undone_on_error(partial(_put_back, before)):
         for _, layer in layers:
             layer.__class__ = layer.plain_class()
             del layer._adarank
         restore_gated_mlps(peft_model)
-        restore_blocks(peft_model)
     return peft_model
