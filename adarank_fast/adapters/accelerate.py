@@ -123,9 +123,9 @@ def restore(peft_model: nn.Module) -> nn.Module:
             )
     thread.clear()
     with undone_on_error(_as_now(peft_model)):
+        restore_blocks(peft_model)  # a block may itself be a fused layer or a gated MLP
         for _, layer in list(fused_layers(peft_model)):
             layer.__class__ = layer.plain_class()
             del layer._adarank
         restore_gated_mlps(peft_model)
-        restore_blocks(peft_model)
     return peft_model

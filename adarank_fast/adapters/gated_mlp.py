@@ -282,7 +282,7 @@ def recompute_gated_mlps(model: nn.Module) -> int:
     Modules are run a few times on four random rows; torch's generators are left as they were.
     """
     for module in list(model.modules()):
-        if isinstance(module, _GatedMLP) or sum(map(_is_linear, module.children())) != 3:
+        if isinstance(module, Swapped) or sum(map(_is_linear, module.children())) != 3:
             continue
         training = {m: m.training for m in module.modules()}
         devices = {p.device for p in module.parameters() if p.device.type == "cuda"}

@@ -8,7 +8,7 @@ in every call that its graphs do not cover; such calls are counted, with the rea
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -115,12 +115,15 @@ def graph_blocks(peft_model: nn.Module, shapes: Iterable[Shape] | None = None) -
 
 
 def graph_with(
-    peft_model: nn.Module, backend: Backend, shapes: frozenset[Shape] | None = None
+    peft_model: nn.Module,
+    backend: Backend,
+    shapes: frozenset[Shape] | None = None,
+    paths: Sequence[str] | None = None,
 ) -> nn.Module:
-    """The same with another backend, wherever the model is."""
+    """The same with another backend, wherever the model is; `paths`: of other modules as blocks."""
     _check_model(peft_model)
     inner = unwrap(peft_model)
-    paths = find_blocks(inner)
+    paths = find_blocks(inner) if paths is None else paths
     if not paths:
         raise AdarankError(f"{type(inner).__name__} has no ModuleList of blocks to capture")
     graphs = Graphs(backend, shapes, getattr(inner, "config", None))
@@ -134,7 +137,7 @@ def graph_with(
             if swapped is None:
                 swapped = type(plain.__name__, (_GraphedBlock, plain), {"__module__": __name__})
                 _GraphedBlock.PLAIN[swapped] = plain
-            names = _argument_names(plain)
+            names = _argument_names(plain.plain_class() if issubclass(plain, Swapped) else plain)
             is_last = last[path.rpartition(".")[0]] == path
             block.__dict__["_adarank_graphs"] = Place(graphs, position, names, is_last)
             block.__class__ = swapped

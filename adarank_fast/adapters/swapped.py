@@ -25,8 +25,11 @@ class Swapped:
 
     @classmethod
     def plain_class(cls) -> type:
-        """The class before the swap, or what something else (`fully_shard`) made of the swapped."""
-        return cls.PLAIN.get(cls, cls)
+        """The class before all swaps, or what something else (`fully_shard`) made of it."""
+        plain: type = cls
+        while plain in getattr(plain, "PLAIN", {}):
+            plain = plain.PLAIN[plain]  # type: ignore[attr-defined]
+        return plain
 
     def _get_name(self) -> str:
         return self.plain_class().__name__
@@ -39,7 +42,8 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Pickle as the plain class, so that loading does not need this package."""
-        state = {key: value for key, value in self.__dict__.items() if key != self.HIDDEN}
+        hidden = {vars(cls).get("HIDDEN") for cls in type(self).__mro__}  # a block may be fused too
+        state = {key: value for key, value in self.__dict__.items() if key not in hidden}
         return _reconstructor, (self.plain_class(), object, None), state
 
 

@@ -14,6 +14,7 @@ from adarank_kernels.lora import triton_launch as launch
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.backends import triton
 from adarank_kernels.lora.dropout import keep_mask
+from adarank_kernels.random.words import philox_words
 
 SEED, DROPOUT = torch.tensor([2**62 + 99]), 0.3
 AROUND = 32  # numbers before and after
@@ -71,10 +72,11 @@ def test_shrink(N: int, K: int, R: int, seed: Tensor | None) -> None:
 RANKS, OUTS = (3, 40, 16, 1, 24), (20, 32, 7, 16, 33)
 
 
-@pytest.mark.parametrize("M", [1, 2, 4, 5])
-@pytest.mark.parametrize("N", [1, 8, 19])
-def test_expand(M: int, N: int) -> None:
-    ranks, outs, scalings = RANKS[:M], OUTS[:M], [0.5 + 0.25 * m for m in range(M)]
+@pytest.mark.parametrize(
+    ("M", "N", "outs"), [(1, 1, OUTS), (2, 8, (48, 16)), (4, 8, OUTS), (5, 19, OUTS), (2, 19, OUTS)]
+)
+def test_expand(M: int, N: int, outs: tuple[int, ...]) -> None:
+    ranks, outs, scalings = RANKS[:M], outs[:M], [0.5 + 0.25 * m for m in range(M)]
     first = [sum(map(launch.padded, ranks[:m])) for m in range(M)]
     S = guarded(torch.full((N, sum(map(launch.padded, ranks))), torch.nan))
     for rank, start in zip(ranks, first, strict=True):  # padding is not read
@@ -92,7 +94,7 @@ def test_expand(M: int, N: int) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.3, 0.5])
-@pytest.mark.parametrize(("N", "K"), [(11, 40), (4, 32), (1, 7)])
+@pytest.mark.parametrize(("N", "K"), [(11, 40), (4, 32), (2, 90), (1, 7)])
 def test_drop(N: int, K: int, dropout: float) -> None:
     X, into = guarded(randn(N, K), K + 9), guarded(randn(N, K, seed=1))
     expected = X * keep_mask(SEED, N, K, dropout)
@@ -102,15 +104,14 @@ def test_drop(N: int, K: int, dropout: float) -> None:
     assert torch.equal(into, added) and untouched(into)
 
 
-def test_a_half_word_at_the_threshold_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(launch.DROP, "BLOCK_M", 64)
-    monkeypatch.setitem(launch.DROP, "BLOCK_K", 1024)
-    X, at_threshold = torch.ones(64, 1024), 0
-    for numerator in (1, 2, 32768):
-        masks = [keep_mask(SEED, 64, 1024, n / 65536) for n in (numerator, numerator + 1)]
-        at_threshold += int((masks[0] != masks[1]).sum())
-        assert torch.equal(launch.drop(X, SEED, numerator / 65536), X * masks[0])
-    assert at_threshold
+def test_a_half_word_at_the_threshold_is_kept() -> None:
+    X = torch.ones(1, 8)
+    words = philox_words(SEED, torch.tensor([0]), torch.tensor([0]))
+    halves = [int(word) >> shift & 0xFFFF for word in words for shift in (0, 16)]
+    assert {half % 2 for half in halves} == {0, 1}
+    for column, half in enumerate(halves):
+        assert launch.drop(X, SEED, half / 65536)[0, column] == 1
+        assert launch.drop(X, SEED, (half + 1) / 65536)[0, column] == 0
 
 
 # Which kernel computes which product: torch's products are right, whoever is chosen

@@ -201,6 +201,21 @@ def test_masks_that_drop_hardly_anything_or_all(p: float, kept: int) -> None:
     assert int(mask.sum()) == kept
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_half_word_at_the_threshold_is_kept(
+    loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if loaded and native.operators() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(dropout, "is_loaded", lambda: loaded)
+    words = dropout.philox_words(SEED, torch.tensor([0]), torch.tensor([0]))
+    halves = [int(word) >> shift & 0xFFFF for word in words for shift in (0, 16)]
+    assert {half % 2 for half in halves} == {0, 1}
+    for column, half in enumerate(halves):
+        assert keep_mask(SEED, 1, 8, half / 65536)[0, column]
+        assert not keep_mask(SEED, 1, 8, (half + 1) / 65536)[0, column]
+
+
 @pytest.mark.parametrize("columns", [8, 9])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_mask_on_the_cpu_is_made_in_chunks(
