@@ -143,11 +143,10 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-@contextmanager
-def lock_file(path: Name) -> Iterator[int]:
+def lock_file(path: Name) -> int:
     """The descriptor of a file to read and to append to, for one run at a time; made if need be.
 
-    Whether its content is ours is for the caller to judge before it writes.
+    The caller closes it. Whether its content is ours is for the caller to judge before it writes.
 
     Raises:
         AdarankError: see `check_file` and `writing`; or another run is using the file.
@@ -160,9 +159,10 @@ def lock_file(path: Name) -> Iterator[int]:
             raise AdarankError(
                 f"{str(path)!r} is in use by another run; wait for it or name another"
             )
-        yield opened
-    finally:
+    except BaseException:
         os.close(opened)
+        raise
+    return opened
 
 
 def check_file(path: Name, inputs: Iterable[Name] = ()) -> Path:

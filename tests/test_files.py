@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -83,9 +84,7 @@ def test_a_link_to_nothing_makes_its_target(tmp_path):
         ("x" * 300, OSError, "File name too long"),
     ],
 )
-@pytest.mark.parametrize(
-    "write", [lambda path: write_text(path, "x"), lambda p: enter(lock_file(p))]
-)
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "x"), lock_file])
 def test_what_is_refused(tmp_path, monkeypatch, path, error, message, write):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
@@ -214,8 +213,15 @@ def test_a_folder_of_others_is_refused(tmp_path, content):
     assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == content
 
 
+@contextlib.contextmanager
+def locked(path):
+    opened = lock_file(path)
+    yield opened
+    os.close(opened)
+
+
 def test_one_run_at_a_time(tmp_path):
-    for take in (lambda: own_folder(tmp_path / "folder", "x"), lambda: lock_file(tmp_path / "c")):
+    for take in (lambda: own_folder(tmp_path / "folder", "x"), lambda: locked(tmp_path / "c")):
         with take():
             with pytest.raises(ValueError, match="is in use by another run; wait for it or name"):
                 enter(take())

@@ -194,14 +194,17 @@ class _Trace(TorchDispatchMode):
 
             return hook
 
-        handles = [m.register_forward_pre_hook(before) for m in self.linears.values()]
-        handles += [m.register_forward_hook(after(name)) for name, m in self.linears.items()]
-        try:
+        def undo() -> None:
+            for linear in self.linears.values():  # which have no hooks of others
+                linear._forward_pre_hooks.clear()
+                linear._forward_hooks.clear()
+
+        with undone(undo):
+            for name, linear in self.linears.items():
+                linear.register_forward_pre_hook(before)
+                linear.register_forward_hook(after(name))
             with self, torch.no_grad():
                 return self.module(x)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def matches(self, x: Tensor, output: object) -> bool:
         """Whether it was exactly down(act(gate(x)) * up(x)), each result passed on unchanged."""

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -15,6 +14,7 @@ from adarank_fast.errors import AdarankError
 from adarank_fast.files import lock_file, writing
 from adarank_fast.json_values import Value, parse
 from adarank_fast.models.identity import Fingerprint, same_output
+from adarank_fast.undo import undone_on_error
 
 FORMAT = "adarank-fast checkpoint"
 START = json.dumps({"format": FORMAT})[:-1]
@@ -51,14 +51,14 @@ class Checkpoint:
             )
         self.found: Found = {}
         own = self._path.with_name(f"{self._path.name}.{process}") if process else self._path
-        with ExitStack() as stack:
-            self._file = stack.enter_context(lock_file(own))
+        self._file = -1
+        with undone_on_error(self.close):
+            self._file = lock_file(own)
             for file in [self._path, *sorted(self._path.parent.glob(f"{self._path.name}.*"))]:
                 suffix = file.name[len(self._path.name) + 1 :]
                 if file.exists() and (not suffix or suffix.isdigit()):
                     self._read(file)
             self._begin(own)
-            self._opened = stack.pop_all()
 
     def add(self, found: Mapping[tuple[str, int], float]) -> None:
         """Write finished probes; they are on the disk when this returns. NaN is no result.
@@ -70,6 +70,12 @@ class Checkpoint:
         lines = (json.dumps([name, trial, value]) for (name, trial), value in finite.items())
         self._write("".join(f"{line}\n" for line in lines))
 
+    def close(self) -> None:
+        """Nothing can be added any more; the next run may have the file."""
+        opened, self._file = self._file, -1
+        if opened >= 0:
+            os.close(opened)
+
     def __enter__(self) -> Checkpoint:
         return self
 
@@ -79,7 +85,7 @@ class Checkpoint:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._opened.close()
+        self.close()
 
     def _read(self, file: Path) -> None:
         lines = _whole_lines(file)

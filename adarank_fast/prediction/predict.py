@@ -14,7 +14,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Unpack
@@ -50,6 +49,7 @@ from adarank_fast.prediction.probe import Limits, Probe, ProbeOptions
 from adarank_fast.prediction.prober import Prober
 from adarank_fast.prediction.recording import CleanPasses, record_clean_passes
 from adarank_fast.prediction.replay import Replay
+from adarank_fast.undo import undone
 
 
 class PredictOptions(BudgetOptions, ProbeOptions, total=False):
@@ -159,9 +159,16 @@ def _predict(
         prober = Prober(probed, replay, probe.seed, probe.metric, stds, memory)
         sampling = _Sampling(targets, probe.trials, shared, processes, deadline)
         identity[OUTPUT] = fingerprint(clean.outputs[0])
-        file = limits.checkpoint and Checkpoint(limits.checkpoint, identity, processes.rank)
-        with file or nullcontext() as journal:
-            values = sampling.run(prober, journal, progress)
+        journals: list[Checkpoint] = []
+
+        def close() -> None:
+            for journal in journals:
+                journal.close()
+
+        with undone(close):
+            if limits.checkpoint:
+                journals.append(Checkpoint(limits.checkpoint, identity, processes.rank))
+            values = sampling.run(prober, next(iter(journals), None), progress)
     _check_trials(values, probe.trials, max_seconds)
     scores = {name: Score.from_trials(done) for name, done in values.items()}
     _warn_of_unreached(clean, scores)

@@ -327,3 +327,19 @@ def test_what_something_else_made_of_a_gated_mlp_is_not_restored() -> None:
         ada.restore(model)
     assert type(mlp) is made and "FusedLinear" in type(mlp.up_proj).__name__
     assert mlp._get_name() == "Sharded"
+
+
+def test_no_hooks_are_left_when_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, register, calls = adapted(), nn.Module.register_forward_hook, []
+
+    def interrupted(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        calls.append(register(self, *arguments, **options))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(nn.Module, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ada.accelerate(model, recompute_mlp=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(gated_mlps(model))

@@ -142,6 +142,22 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_prediction_that_is_ended_frees_the_file(tmp_path, monkeypatch):
+    close, calls = Checkpoint.close, []
+
+    def interrupted(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        close(self)
+
+    monkeypatch.setattr(Checkpoint, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        predict(checkpoint=tmp_path / "c")
+    assert_same(predict(), predict(checkpoint=tmp_path / "c"))
+    assert raised.tb  # and with it all that the first one held
+
+
 def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch, call):
     with Checkpoint(tmp_path / "c", {}) as file:
         file.add({("a", 0): 0.5})
