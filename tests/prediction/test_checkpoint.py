@@ -141,7 +141,6 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_prediction_that_is_ended_frees_the_file(tmp_path, monkeypatch):
     close, calls = Checkpoint.close, []
 
@@ -158,6 +157,7 @@ def test_a_prediction_that_is_ended_frees_the_file(tmp_path, monkeypatch):
     assert raised.tb  # and with it all that the first one held
 
 
+@pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch, call):
     with Checkpoint(tmp_path / "c", {}) as file:
         file.add({("a", 0): 0.5})
