@@ -6,8 +6,8 @@ What the host of a card runs: `predict_ranks` of models with the layers and head
 so narrow and short that the arithmetic takes next to nothing, one thread. What depends on sizes is
 decided by those of the real models in bfloat16 on the card named below: how many variants fold into
 a forward, whose noise is held together, in how many chunks outputs are compared. What a forward
-holds is measured with one real layer. Where a card has Triton kernels (comparing outputs, drawing noise)
-one call of aten stands for them. Each measurement is a process of its own; both trees alternate.
+holds is measured with one real layer. Where a card has Triton kernels (comparing outputs, drawing
+noise) one call of aten stands for them. Each measurement is a process of its own; both alternate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 CARD = {"name": "H200", "bytes": 139 << 30, "multiprocessors": 132}
-ROUNDS, REPETITIONS = 3, 3
+ROUNDS, REPETITIONS = 2, 3
 ENCODED, WRITTEN = (64, 16), (8, 256)  # items, tokens of the real batches
 SHORT = {ENCODED: (64, 2), WRITTEN: (8, 16)}  # those that run
 WIDE = {  # real sizes by model; layers and heads are the same when it is narrow

@@ -108,10 +108,10 @@ def gradients_of(N: int, dtype: torch.dtype) -> list[Tensor]:
 
 USED = [(r, out) for r, out in zip(RANKS, (48, 16, 144, 336, 640, 208), strict=True) if r]
 SCALINGS = [0.5, 1.0, 2.0, 1.5, 0.75]
+ADAPTERS = [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, torch.float32)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("adapters", [None, torch.float32])
+@pytest.mark.parametrize(("dtype", "adapters"), ADAPTERS)
 @pytest.mark.parametrize("N", [1, 300])
 def test_grad_s(dtype: torch.dtype, adapters: torch.dtype | None, N: int) -> None:
     offsets, S = low_rank(N, USED, dtype)
@@ -127,8 +127,7 @@ def test_grad_s(dtype: torch.dtype, adapters: torch.dtype | None, N: int) -> Non
         assert not dS[:, end : offset + launch.padded(B.shape[1])].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("adapters", [None, torch.float32])
+@pytest.mark.parametrize(("dtype", "adapters"), ADAPTERS)
 @pytest.mark.parametrize("N", [1, 900])
 def test_grad_b(dtype: torch.dtype, adapters: torch.dtype | None, N: int) -> None:
     offsets, S = low_rank(N, USED, dtype)
@@ -288,9 +287,12 @@ def many(monkeypatch: pytest.MonkeyPatch, bound: int = 0) -> None:
         monkeypatch.setattr(module, "HOST_BOUND", bound)
 
 
-@pytest.mark.parametrize("bound", [0, groups.HOST_BOUND], ids=["many", "few"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("bound", "dropout"),
+    [(0, 0.0), (0, 0.3), (groups.HOST_BOUND, 0.0)],
+    ids=["many", "dropout", "few"],
+)
 @pytest.mark.parametrize("shape", [(40,), (2, 3, 7), (0,)])
 def test_whole_passes_as_on_a_gpu(
     on_a_gpu: pytest.MonkeyPatch,
