@@ -245,8 +245,9 @@ def _from_folder(name: str, path: Path) -> Table:
             f"{name} is a folder, and none that datasets' save_to_disk made; name a file in it "
             f"({', '.join(SUFFIXES)})"
         )
+    library = _datasets()
     try:
-        return _from_dataset(name, _datasets().load_from_disk(str(path)))
+        return _from_dataset(name, library.load_from_disk(str(path)))
     except (OSError, ValueError, TypeError, KeyError) as error:
         said = str(error).strip().split("\n")[0]
         raise AdarankError(f"{name} is a damaged datasets folder: {said}") from None
