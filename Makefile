@@ -156,11 +156,11 @@ kernels-report: $(VENV)/.installed  ## compile the Triton kernels for cards that
 compatibility: $(VENV)/.installed  ## every architecture through every step
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m tests.conformance.compatibility
 
-# PEFT's own tests, plain and accelerated; its source is fetched, or PEFT_TESTS names a folder. The
-# tests' other packages go into an environment of their own, on top of $(VENV). Options:
-# make peft-suite ARGS="--only mixed -n 2"
+# PEFT's own tests, plain, accelerated, graphed and graphed by recorded operators; its source is
+# fetched, or PEFT_TESTS names a folder. The tests' other packages go into an environment of their
+# own, on top of $(VENV). Options: make peft-suite ARGS="--only mixed --how graphed -n 2"
 .PHONY: peft-suite
-peft-suite: $(VENV)-peft-suite/.installed  ## PEFT's own tests, plain and accelerated
+peft-suite: $(VENV)-peft-suite/.installed  ## PEFT's own tests, plain, accelerated and graphed
 	$(VENV)-peft-suite/bin/python -m tests.peft_suite.run $(if $(PEFT_TESTS),--tests $(PEFT_TESTS)) $(ARGS)
 
 $(VENV)-peft-suite/.installed: $(VENV)/.installed
@@ -170,6 +170,14 @@ $(VENV)-peft-suite/.installed: $(VENV)/.installed
 	$(VENV)-peft-suite/bin/python -m pip install --quiet attrs diffusers parameterized protobuf \
 		scikit-learn sentencepiece
 	touch $@
+
+# The random cases of tests/adapters/test_differential.py in every way: CASES of each; some minutes
+# on two cores.
+.PHONY: differential
+differential: CASES ?= 500
+differential: $(VENV)/.installed  ## random models and orders of steps beside PEFT, in every way
+	ADARANK_DIFFERENTIAL=$(CASES) $(BIN)/python -m pytest -n 2 --dist worksteal \
+		tests/adapters/test_differential.py
 
 # DeepSpeed's ZeRO-2 and ZeRO-3 with two CPU processes, beside plain PEFT, in an environment of its
 # own: on demand.

@@ -11,6 +11,8 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2Model,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -53,6 +55,18 @@ def tiny(kind: str, layers: int = 3, width: int = 32) -> PreTrainedModel:
         model = LlamaForCausalLM(
             LlamaConfig(
                 hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=2 * width,
+                **common,
+            )
+        )
+    elif kind == "gemma":
+        model = GemmaForCausalLM(
+            GemmaConfig(
+                hidden_size=width,
+                head_dim=width // 4,
                 num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,

@@ -8,7 +8,7 @@ in every call that its graphs do not cover; such calls are counted, with the rea
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from adarank_fast.adapters.graphs import (
     Place,
     Shape,
 )
-from adarank_fast.adapters.swapped import Swapped
+from adarank_fast.adapters.swapped import Swapped, put_back
 from adarank_fast.adapters.terms import is_plain
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
@@ -115,18 +115,21 @@ def graph_blocks(peft_model: nn.Module, shapes: Iterable[Shape] | None = None) -
 
 
 def graph_with(
-    peft_model: nn.Module, backend: Backend, shapes: frozenset[Shape] | None = None
+    peft_model: nn.Module,
+    backend: Backend,
+    shapes: frozenset[Shape] | None = None,
+    paths: Sequence[str] | None = None,
 ) -> nn.Module:
-    """The same with another backend, wherever the model is."""
+    """The same with another backend, wherever the model is; `paths`: of other modules as blocks."""
     _check_model(peft_model)
     inner = unwrap(peft_model)
-    paths = find_blocks(inner)
+    paths = find_blocks(inner) if paths is None else paths
     if not paths:
         raise AdarankError(f"{type(inner).__name__} has no ModuleList of blocks to capture")
-    restore_blocks(peft_model)
     graphs = Graphs(backend, shapes, getattr(inner, "config", None))
     last = {path.rpartition(".")[0]: path for path in paths}
-    with undone_on_error(lambda: restore_blocks(peft_model)):
+    with undone_on_error(put_back(peft_model)):
+        restore_blocks(peft_model)
         for position, path in enumerate(paths):
             block = inner.get_submodule(path)
             plain = type(block)
@@ -134,7 +137,7 @@ def graph_with(
             if swapped is None:
                 swapped = type(plain.__name__, (_GraphedBlock, plain), {"__module__": __name__})
                 _GraphedBlock.PLAIN[swapped] = plain
-            names = _argument_names(plain)
+            names = _argument_names(plain.plain_class() if issubclass(plain, Swapped) else plain)
             is_last = last[path.rpartition(".")[0]] == path
             block.__dict__["_adarank_graphs"] = Place(graphs, position, names, is_last)
             block.__class__ = swapped

@@ -13,10 +13,13 @@ from typing import Any
 from weakref import ref
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from adarank_fast.adapters.peft_private import Attributes
+from adarank_fast.adapters.peft_private import (
+    Attributes,
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+)
 
 VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -147,7 +150,8 @@ class Foundation:
         ]
         self.parameters = [p for p in block.parameters() if p.requires_grad]
         self.hooks = [m.__dict__[name] for m in modules[1:] for name in HOOKS]
-        self.lora = [m.__dict__ for m in modules if isinstance(m, BaseTunerLayer)]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self.adapters = [m.__dict__ for m in modules if isinstance(m, kinds)]
         self.dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
 
     def why_not(self) -> str:
@@ -172,7 +176,15 @@ class Foundation:
         return (
             tuple([own["training"] for own, _, _ in self.modules]),
             tuple([dropout.p for dropout in self.dropouts]),
-            tuple([_adapter_flags(own) for own in self.lora]),
+            tuple([_adapter_flags(own) for own in self.adapters]),
+        )
+
+    def has_tensor_scaling(self) -> bool:
+        """Whether an adapter is scaled by a tensor: on the host, a graph would repeat its value."""
+        return any(
+            isinstance(scaling, Tensor)
+            for own in self.adapters
+            for scaling in own.get("scaling", {}).values()
         )
 
     def has_hooks(self) -> bool:
@@ -181,10 +193,11 @@ class Foundation:
 
 
 def _adapter_flags(own: Attributes) -> Hashable:
-    active = own["_active_adapter"]
+    """Of a layer with adapters, or of a module that is trained whole (`modules_to_save`)."""
+    active = own.get("_active_adapter", "default")  # the class has it until it is set
     return (
-        own["_disable_adapters"],
+        own.get("_disable_adapters", False),
         active if isinstance(active, str) else tuple(active),
-        tuple(own["merged_adapters"]),
+        tuple(own.get("merged_adapters", ())),
         tuple(own["scaling"].items()) if "scaling" in own else (),
     )

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from peft.import_utils import is_bnb_available
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 try:
@@ -48,6 +49,7 @@ Attributes = dict[str, Any]  # the `__dict__` of one
 
 __all__ = [
     "Attributes",
+    "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "DoraLinearLayer",
     "DoraLinearVariant",

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any, ClassVar, SupportsIndex
+
+from torch import nn
+
+HIDDEN = "_adarank"  # all such attributes begin so
 
 
 class Swapped:
@@ -20,8 +25,11 @@ class Swapped:
 
     @classmethod
     def plain_class(cls) -> type:
-        """The class before the swap, or what something else (`fully_shard`) made of the swapped."""
-        return cls.PLAIN.get(cls, cls)
+        """The class before all swaps, or what something else (`fully_shard`) made of it."""
+        plain: type = cls
+        while plain in getattr(plain, "PLAIN", {}):
+            plain = plain.PLAIN[plain]  # type: ignore[attr-defined]
+        return plain
 
     def _get_name(self) -> str:
         return self.plain_class().__name__
@@ -34,5 +42,25 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Pickle as the plain class, so that loading does not need this package."""
-        state = {key: value for key, value in self.__dict__.items() if key != self.HIDDEN}
+        hidden = {vars(cls).get("HIDDEN") for cls in type(self).__mro__}  # a block may be fused too
+        state = {key: value for key, value in self.__dict__.items() if key not in hidden}
         return _reconstructor, (self.plain_class(), object, None), state
+
+
+def put_back(model: nn.Module) -> Callable[[], None]:
+    """What gives every module its class of now again, and the attributes that came with it."""
+    before = [(module, type(module), _hidden(module)) for module in model.modules()]
+
+    def undo() -> None:
+        for module, kind, hidden in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            for name in _hidden(module).keys() - hidden.keys():
+                module.__dict__.pop(name, None)
+            module.__dict__.update(hidden)
+
+    return undo
+
+
+def _hidden(module: nn.Module) -> dict[str, object]:
+    return {key: value for key, value in vars(module).items() if key.startswith(HIDDEN)}

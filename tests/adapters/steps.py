@@ -19,9 +19,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import adarank_fast as ada
 from tests.tiny_models import VOCABULARY
 
+GENERATE = ("llama", "gemma", "gpt2", "t5")
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
@@ -66,7 +66,10 @@ class Steps:
             return model, [self.case.output(model, 4).clone()]
 
     def generate(self, model, rng):
-        if self.case.kind not in ("llama", "gpt2", "t5") or self.case.dtype == torch.bfloat16:
+        if (
+            self.case.kind not in ("llama", "gemma", "gpt2", "t5")
+            or self.case.dtype == torch.bfloat16
+        ):
             return model, []  # rounding decides between words
         prompt = {k: v for k, v in self.case.inputs(5).items() if "decoder" not in k}
         training = model.training
@@ -83,8 +86,8 @@ class Steps:
             model.add_adapter("other", self.case.config(targets=targets, r=3, rank_pattern={}))
             randomise(model, 5, "other")
             model.set_adapter("other")
-            if hasattr(model, "accelerated"):
-                ada.accelerate(model)
+            if hasattr(model, "prepared"):
+                self.case.prepare(model)
         return model, []
 
     def first_adapter(self, model, rng):
@@ -130,9 +133,9 @@ class Steps:
         for name, parameter in loaded.named_parameters():
             parameter.data = parameter.data.to(model.get_parameter(name).dtype)
             parameter.data.copy_(model.get_parameter(name).data)
-        if hasattr(model, "accelerated"):
-            loaded.accelerated = True
-            ada.accelerate(loaded)
+        if hasattr(model, "prepared"):
+            loaded = self.case.prepare(loaded)
+            loaded.prepared = True
         return loaded.train(model.training), []
 
     def deepcopy(self, model, rng):

@@ -1,7 +1,9 @@
 """Random models, settings and orders of operations: a fused model does what plain PEFT does.
 
 Every case is a function of its number: `pytest tests/adapters/test_differential.py -k "[17]"`.
-ADARANK_DIFFERENTIAL=5000 runs more of them.
+ADARANK_DIFFERENTIAL=5000 runs more of them, and then all of them in every way: with graphs whose
+stand-in runs Python anew or repeats recorded operators, with gated MLPs that compute again, and
+with both. Without it, a few of those.
 """
 
 from __future__ import annotations
@@ -23,16 +25,22 @@ from torch import nn
 import adarank_fast as ada
 from adarank_fast.adapters import graphs
 from adarank_fast.adapters.graph_blocks import graph_with
-from tests.adapters.graph_stand_in import StandIn
+from tests.adapters.graph_stand_in import StandIn, Tape
 from tests.adapters.steps import STEPS, Steps, randomise
 from tests.tiny_models import batch, tiny
 
 OLD_PEFT = Version(peft.__version__) < Version("0.19")  # it fails in some orders itself
 
 CASES = int(os.environ.get("ADARANK_DIFFERENTIAL", "500"))
+FEW = CASES if "ADARANK_DIFFERENTIAL" in os.environ else 20
 CASES_IN_A_TEST = 20
+KINDS = ["mlp", "mlp", "mlp", "llama", "bert", "gpt2", "t5"]
+GATED = ["gated", "gated", "llama", "gemma"]
+MLPS = ("mlp", "gated")
 TARGETS = {
     "mlp": ["a", "b", "c", "d"],
+    "gated": ["gate", "up", "down"],
+    "gemma": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "bert": ["query", "key", "value", "dense"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -72,12 +80,30 @@ class Mlp(nn.Module):
         return self.d(torch.tanh(self.c(torch.sin(self.a(x)) * self.b(x))))
 
 
-class Case:
-    """One model, its settings and its steps."""
+class GatedMlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up = nn.Linear(12, 10), nn.Linear(12, 10, bias=False)
+        self.down = nn.Linear(10, 7)
 
-    def __init__(self, number):
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Case:
+    """One model, its settings and its steps.
+
+    Args:
+        number: what all of it follows from.
+        backend: for graphs of its blocks, or of the model if it has none; None: no graphs.
+        recompute: gated MLPs, which then all models have.
+    """
+
+    def __init__(self, number, backend=None, recompute=False):
+        self.backend, self.recompute = backend, recompute
         rng = self.rng = random.Random(number)
-        self.kind = rng.choice(["mlp", "mlp", "mlp", "llama", "bert", "gpt2", "t5"])
+        self.kind = rng.choice(GATED if recompute else KINDS)
         names = TARGETS[self.kind]
         self.targets = rng.sample(names, rng.randint(2, len(names)))
         self.dtype, self.adapter_dtype = rng.choice(
@@ -109,7 +135,8 @@ class Case:
 
     def base(self):
         if self.kind not in BASES:
-            BASES[self.kind] = Mlp() if self.kind == "mlp" else tiny(self.kind, layers=1)
+            own = {"mlp": Mlp, "gated": GatedMlp}
+            BASES[self.kind] = own[self.kind]() if self.kind in own else tiny(self.kind, layers=1)
         return copy.deepcopy(BASES[self.kind]).to(self.dtype)
 
     def config(self, targets=None, **changes):
@@ -130,9 +157,19 @@ class Case:
             self.start_from_eva(plain)
         if self.init != "pissa" and self.trained_from_start:
             randomise(plain, 2)
-        fused = ada.accelerate(copy.deepcopy(plain))
-        fused.accelerated = True
+        fused = self.prepare(copy.deepcopy(plain))
+        fused.prepared = True
         return plain.train(), fused.train()
+
+    def prepare(self, model):
+        """Fuse what is new in it, and graph it."""
+        ada.accelerate(model, recompute_mlp=self.recompute)
+        if self.backend is None or hasattr(model, "prepared"):
+            return model
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "use_cache"):
+                module.config.use_cache = False
+        return graph_with(model, self.backend, paths=[""] if self.kind in MLPS else None)
 
     def start_from_eva(self, model):
         """As from EVA: A with orthonormal rows, another rank for every layer, 0 among them."""
@@ -145,7 +182,7 @@ class Case:
         initialize_lora_eva_weights(model, eva_state_dict=found)
 
     def inputs(self, seed):
-        if self.kind != "mlp":
+        if self.kind not in MLPS:
             return batch(self.kind, lengths=(6, 6) if seed == 5 else (6, 4), seed=seed)
         x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
         return {"x": x}
@@ -154,7 +191,7 @@ class Case:
         if reseed:
             torch.manual_seed(seed)  # dropout of the base model
         found = model(**self.inputs(seed))
-        if self.kind == "mlp":
+        if self.kind in MLPS:
             return found
         return found.logits if "logits" in found else found.last_hidden_state
 
@@ -189,16 +226,9 @@ def assert_near(found, wanted, dtype, kind, where):
         assert error <= bound, f"{where}: {error:.2e} > {bound:.2e}"
 
 
-def check(number, backend=None):
-    case = Case(number)
+def check(number, backend=None, recompute=False):
+    case = Case(number, backend, recompute)
     plain, fused = case.pair()
-    if backend and case.kind == "mlp":  # it has no blocks
-        return
-    if backend:
-        for module in fused.modules():
-            if hasattr(getattr(module, "config", None), "use_cache"):
-                module.config.use_cache = False
-        graph_with(fused, backend)
     steps = Steps(case)
     done = []
     for place, step in enumerate(["train", *case.steps]):
@@ -223,7 +253,9 @@ def check(number, backend=None):
     for i, tensors in enumerate(case.probe(fused)):  # its groups are known by now
         for first, second in zip(again[i], tensors, strict=True):
             assert torch.equal(first, second), f"{where}: differs when repeated"
-    assert sum(layer.fused_calls for layer in ada.fusion_report(fused).values())
+    report = ada.fusion_report(fused)
+    assert sum(layer.fused_calls for layer in report.values())
+    assert bool(report.recomputed_mlps) is recompute
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CASES_IN_A_TEST))
@@ -234,16 +266,29 @@ def test_orders_of_operations(first):
             check(number)
 
 
-@pytest.mark.parametrize("first", range(0, CASES // 25, CASES_IN_A_TEST))
-def test_orders_of_operations_with_graphs(first, monkeypatch):
-    """Captured in the second call, so that every step meets graphs."""
+WAYS = {
+    "graphs": (StandIn, False),
+    "recorded graphs": (Tape, False),
+    "gated MLPs": (None, True),
+    "graphs and gated MLPs": (StandIn, True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("first", range(0, FEW, CASES_IN_A_TEST))
+def test_orders_of_operations_in_other_ways(first, way, monkeypatch):
+    """Graphs are captured in the second call of a kind, so that every step meets them."""
     monkeypatch.setattr(graphs, "WARM_UP", 1)
-    backend = StandIn()
+    kind, recompute = WAYS[way]
+    numbers = range(first, min(first + CASES_IN_A_TEST, FEW))
+    replays = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for number in range(first, min(first + CASES_IN_A_TEST, CASES // 25)):
-            check(number, backend)
-    assert backend.replays > 2 * CASES_IN_A_TEST
+        for number in numbers:
+            backend = kind() if kind else None
+            check(number, backend, recompute)
+            replays += backend.replays if backend else 0
+    assert not kind or replays > 4 * len(numbers)
 
 
 def check_dropout(number):

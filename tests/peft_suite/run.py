@@ -1,11 +1,12 @@
-"""PEFT's own tests, plain and accelerated: what passes plain must pass with fused layers.
+"""PEFT's own tests: what passes plain must pass with fused layers, and with graphs.
 
     make peft-suite                              fetches the sdist of the installed PEFT
     make peft-suite PEFT_TESTS=folder            takes a folder with PEFT's tests instead
     make peft-suite ARGS="--only mixed -n 2"     some of the files; two processes
+    make peft-suite ARGS="--how graphed"         fused layers, gated MLPs and graphs, beside plain
 
-PEFT's code is fetched into a temporary folder and never kept. Offline, tests that need a model of
-the hub fail plain: they are listed, not counted.
+PEFT's code is fetched into a temporary folder and never kept. Models that it takes from the hub are
+random ones (`hub.py`); tests that need others fail plain offline: they are listed, not counted.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from tests.peft_suite.hub import fill
+
 HERE = Path(__file__).resolve().parent
+ADAPTERS = HERE.parent / "adapters"  # the stand-in for CUDA graphs
 ROOT = HERE.parent.parent
-FILES = ("custom_models", "initialization", "mixed", "lora_variants", "low_level_api")
+FILES = (
+    "custom_models", "initialization", "mixed", "lora_variants", "low_level_api",
+    "decoder_models", "encoder_decoder_models", "feature_extraction_models",
+)  # fmt: skip
+HOWS = ("accelerated", "graphed", "recorded")
 NOT_COUNTED = ("adapters disabled", "merged", "extra arguments")  # disabled, merged, per sample
 LEFT_TO_PEFT = ("a LoRA variant", "DoRA ", "several active", "base layer is a")
 
@@ -48,12 +56,12 @@ def fetch(folder: Path) -> Path:
     )
 
 
-def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> dict[str, dict]:
+def run(tests: Path, how: str, options: argparse.Namespace, work: Path) -> dict[str, dict]:
     """One session; what the plugin wrote, summed over processes."""
-    folder = results / how
+    folder = work / how
     folder.mkdir()
     files = [f"tests/test_{name}.py" for name in options.only]
-    command = [sys.executable, "-m", "pytest", "-p", "accelerated", "-q", "--tb=line"]
+    command = [sys.executable, "-m", "pytest", "-p", "prepared", "-q", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-p", "no:warnings", "-W", "ignore"]
     command += ["--import-mode=prepend", "-n", str(options.processes), *files]
     command += ["-k", options.expression] if options.expression else []
@@ -61,35 +69,53 @@ def run(tests: Path, how: str, options: argparse.Namespace, results: Path) -> di
         **os.environ,
         "PEFT_SUITE": how,
         "PEFT_SUITE_FOLDER": str(folder),
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE, ROOT, ROOT / "kernels"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, ADAPTERS, ROOT, ROOT / "kernels"))),
+        "HF_HUB_CACHE": str(work / "hub"),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    with (results / f"{how}.log").open("w", encoding="utf-8") as log:
+    logs = options.logs or work
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"{how}.log").open("w", encoding="utf-8") as log:
         subprocess.run(command, cwd=tests.parent, env=environment, stdout=log, stderr=log)
-    total: dict[str, dict] = {"counts": Counter(), "reasons": Counter(), "outcomes": {}}
+    total: dict[str, dict] = {
+        "counts": Counter(), "reasons": Counter(), "eager": Counter(), "outcomes": {},
+    }  # fmt: skip
     for file in folder.glob("*.json"):
         for key, found in json.loads(file.read_text(encoding="utf-8")).items():
             total[key].update(found)
     if not total["outcomes"]:
-        raise SystemExit((results / f"{how}.log").read_text(encoding="utf-8")[-3000:])
+        raise SystemExit((logs / f"{how}.log").read_text(encoding="utf-8")[-3000:])
     return total
 
 
-def report(plain: dict[str, dict], fused: dict[str, dict]) -> int:
-    """Print what was found; 1 if a test passes plain only, or if no layer was swapped."""
-    outcomes, accelerated = plain["outcomes"], fused["outcomes"]
+def report_plain(outcomes: dict[str, str]) -> None:
     failed = sorted(name for name in outcomes if outcomes[name] == "failed")
-    passed = sorted(name for name in outcomes if outcomes[name] == "passed")
-    broken = [name for name in passed if accelerated.get(name) != "passed"]
     if failed:
         print("Fail plain (not counted):", *failed, sep="\n  ")
     print(f"plain: {dict(Counter(outcomes.values()))}")
-    print(f"accelerated: {dict(Counter(accelerated.values()))}")
-    print(f"pass plain, fail accelerated: {len(broken)}", *broken, sep="\n  ")
-    calls, counted, covered = (fused["counts"].get("fused", 0),) * 3
-    for reason, count in fused["reasons"].most_common():
+
+
+def report(plain: dict[str, str], how: str, found: dict[str, dict]) -> bool:
+    """Print what was found; whether nothing passes plain only, and whether something was done."""
+    outcomes, counts = found["outcomes"], found["counts"]
+    passed = sorted(name for name in plain if plain[name] == "passed")
+    broken = [name for name in passed if outcomes.get(name) != "passed"]
+    print(f"\n{how}: {dict(Counter(outcomes.values()))}")
+    print(f"pass plain, fail {how}: {len(broken)}", *broken, sep="\n  ")
+    report_fused(counts, found["reasons"])
+    if how != "accelerated":
+        report_graphs(counts, found["eager"])
+    done = "swapped" if how == "accelerated" else "replays"
+    if not counts.get(done):
+        print(f"nothing was {how}")
+    return not broken and bool(counts.get(done))
+
+
+def report_fused(counts: dict[str, int], reasons: Counter[str]) -> None:
+    calls, counted, covered = (counts.get("fused", 0),) * 3
+    for reason, count in reasons.most_common():
         kind = "not counted"
         if not reason.startswith(NOT_COUNTED):
             counted += count
@@ -98,20 +124,25 @@ def report(plain: dict[str, dict], fused: dict[str, dict]) -> int:
                 covered += count
                 kind = "should be fused"
         print(f"  {count:6d} calls through PEFT: {reason} ({kind})")
-    swapped = fused["counts"].get("swapped", 0)
-    print(f"{swapped} layers swapped; fused calls: {calls}")
+    print(f"{counts.get('swapped', 0)} layers swapped; fused calls: {calls}")
     if counted:
         print(f"  {100 * calls / counted:.1f}% of those not disabled, merged or per sample")
         print(f"  {100 * calls / max(covered, 1):.1f}% of those of kinds that have a fused form")
-    if not swapped:
-        print("nothing was accelerated")
-    return int(bool(broken) or not swapped)
+
+
+def report_graphs(counts: dict[str, int], eager: Counter[str]) -> None:
+    for reason, count in eager.most_common():
+        print(f"  {count:6d} without graphs: {reason}")
+    names = ("models by blocks", "models as a whole", "captures", "replays", "owned MLPs")
+    print(", ".join(f"{counts.get(name, 0)} {name}" for name in names))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--tests", type=Path, help="a folder with PEFT's tests; default: fetched")
     parser.add_argument("--only", nargs="+", default=list(FILES), help="mixed: tests/test_mixed.py")
+    parser.add_argument("--how", nargs="+", choices=HOWS, default=list(HOWS), help="beside plain")
+    parser.add_argument("--logs", type=Path, help="a folder for what pytest prints")
     parser.add_argument("-n", type=int, default=0, dest="processes", help="of pytest-xdist")
     parser.add_argument("-k", dest="expression", help="as pytest's")
     options = parser.parse_args()
@@ -122,10 +153,11 @@ def main() -> int:
         shutil.copytree(given, tests)
         for name in ("__init__.py", "conftest.py"):  # an sdist leaves them out
             (tests / name).touch()
-        results = work / "results"
-        results.mkdir()
-        found = [run(tests, how, options, results) for how in ("plain", "accelerated")]
-    return report(*found)
+        fill(work / "hub")
+        plain = run(tests, "plain", options, work)["outcomes"]
+        found = {how: run(tests, how, options, work) for how in options.how}
+    report_plain(plain)
+    return int(not all([report(plain, how, each) for how, each in found.items()]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 FAULTS=all fails at every call, FAULTS=100 at a hundred of them, evenly spread.
 """
 
+from random import Random
+
 import pytest
 
 from tests.reliability import faults
@@ -15,3 +17,16 @@ def test_a_fault_at_any_call(case, error):
     calls, ended = faults.check(case, error)
     print(f"{calls} calls, {ended} ended")
     assert ended > 0
+
+
+def test_calls_of_every_site():
+    first, more = faults.of_sites(list("abcbcccc"), Random(0))
+    assert first == [1, 2, 3] and more[:2] == [4, 8] and 3 < more[2] < 8 and len(more) == 3
+
+
+def test_a_whole_run_fails_at_every_site_and_ends():
+    counts = faults.soak({"graph_report": CASES["graph_report"]}, 60, most=0)
+    assert not counts["faults"], counts["faults"]
+    sites = counts["all call sites"]
+    assert 0 < sites == counts["call sites"] <= counts["raised"] / 2 <= counts["calls"]
+    assert faults.soak({"graph_report": CASES["graph_report"]}, 0)["raised"] == 0
