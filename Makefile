@@ -35,7 +35,7 @@ coverage: $(VENV)/.installed  ## the tests, and the share of branches they take
 	$(BIN)/python -m tests.reliability.coverage build/coverage/coverage.json
 
 # Mutation tests of allocation, Philox and the ops; an hour. Some of them:
-# make mutants ARGS="--only allocation --minutes 5"
+# make mutants ARGS="--only allocation --minutes 5"; with --more it goes on where the last run ended
 .PHONY: mutants
 mutants: $(VENV)/.installed  ## change the code a little; which changes does no test notice?
 	$(BIN)/python -m tests.reliability.mutants $(ARGS)
