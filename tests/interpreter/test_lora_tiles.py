@@ -239,6 +239,6 @@ def test_gradients_of_the_factors(kind: str, chosen: set[str], launched: list[st
     assert {*launched} == ({"lora_drop"} & chosen if kind == "seed" else set())
     for (S_m, dS_m, A, B, start), dA in zip(parts, dAs, strict=True):
         torch.testing.assert_close(dA, dS_m.t() @ aten.drop(X, seed, DROPOUT))
-        dB = triton.grad_B(dY, S, start, B.shape[1], 0.5, torch.bfloat16)
+        (dB,) = triton.grad_B([dY], S, [start], [B.shape[1]], [0.5], [torch.bfloat16])
         torch.testing.assert_close(dB, (0.5 * dY.t() @ S_m).bfloat16())
         assert dA.shape == A.shape

@@ -77,9 +77,10 @@ def test_gradients_of_S_and_B(backend: ModuleType, M: int, monkeypatch: pytest.M
     assert dS.shape == (N, sum(RANKS[:M]))
     for m, dY in enumerate(dYs):
         torch.testing.assert_close(segment(dS, m), SCALINGS[m] * dY @ Bs[m])
-        right = SCALINGS[m] * dY.t() @ segment(S, m)
-        for dtype in (FP32, BF16) if backend is aten else (FP32,):
-            dB = backend.grad_B(dY, S, FIRST[m], RANKS[m], SCALINGS[m], dtype)
+    for dtype in (FP32, BF16) if backend is aten else (FP32,):
+        dBs = backend.grad_B(dYs, S, FIRST[:M], RANKS[:M], SCALINGS[:M], [dtype] * M)
+        for m, (dY, dB) in enumerate(zip(dYs, dBs, strict=True)):
+            right = SCALINGS[m] * dY.t() @ segment(S, m)
             torch.testing.assert_close(dB, right.to(dtype))
 
 
