@@ -19,11 +19,10 @@ products.
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, dtype  # not `import torch`: that name is a module's of this package
 
 Tensors = Sequence[Tensor]
 Integers = Sequence[int]
 Numbers = Sequence[float]
-Dtypes = Sequence[torch.dtype]
+Dtypes = Sequence[dtype]
 Seed = Tensor | None  # a seed, int64 [1], or a mask in X's dtype (dropout.py); None: no dropout
