@@ -220,7 +220,11 @@ SIZES = {"a": (32, 32), "b": (16, 64)}
         ),
         (None, {"budget_parameters": 100}, "budget_parameters needs sizes"),
         (None, {"sizes": {"a": (32, 32)}}, "sizes lacks b"),
-        (None, {"min_rank": 9}, r"average_rank=8 \(16 ranks .* too small for min_rank=9.* 18"),
+        (
+            None,
+            {"min_rank": 9},
+            r"average_rank=8 \(16 ranks .* too small for min_rank=9, which needs 18;",
+        ),
         (None, {"average_rank": 30, "sizes": SIZES}, r"average_rank=30 .* take .*\(48\)"),
         (None, {"max_rank": 4}, r"more than all modules can take .*\(8\)"),
         (None, {"min_rank": 5, "max_rank": 4}, "max_rank=4 is below min_rank=5"),

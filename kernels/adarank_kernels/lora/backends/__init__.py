@@ -19,7 +19,7 @@ products.
 
 from collections.abc import Sequence
 
-from torch import Tensor, dtype
+from torch import Tensor, dtype  # not `import torch`: that name is a module's of this package
 
 Tensors = Sequence[Tensor]
 Integers = Sequence[int]
