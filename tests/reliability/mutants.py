@@ -37,7 +37,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 WARM = ("torch", "numpy", "scipy.special", "transformers", "peft", "hypothesis", "pytest", "triton")
 MEMORY = 8 << 30  # bytes a mutant may take
-SELF_CHECKS = ("_check", "each_dtype", "_exact", "problem", "_RANKS", "register")
+SELF_CHECKS = ("_check", "each_dtype", "_exact", "problem", "_problem", "_RANKS", "register")
 SIZES = (
     *("SHRINK", "EXPAND", "DROP", "FILL", "PAIRS", "WORTH_BUILDING", "COUNTERS_PER_CHUNK"),
     *("COUNTERS_ELSEWHERE", "ROWS_PER_CHUNK", "LOGITS_BYTES", "CACHE_BYTES", "ROWS", "LARGE"),
