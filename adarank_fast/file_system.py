@@ -20,6 +20,7 @@ from filelock import lock_descriptor
 from adarank_fast.errors import AdarankError, AdarankOSError, AdarankPermissionError
 
 PATIENCE = 10  # seconds
+_being_made: set[str] = set()  # folders that this process keeps locked until they are whole
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG)
 
@@ -53,6 +54,9 @@ def alone_in(folder: Path) -> Iterator[bool]:
     Yields:
         False: somebody else keeps it locked, or it cannot be locked.
     """
+    if os.path.realpath(folder) in _being_made:
+        yield True
+        return
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:  # no right to read it, as opposed to write
@@ -75,6 +79,20 @@ def lock(opened: int, seconds: float = 0) -> bool | None:
     except OSError:
         return None
     return True
+
+
+@contextmanager
+def kept_locked(path: Path) -> Iterator[None]:
+    """Lock a new file or folder; in a folder this process goes on writing as `alone_in` it."""
+    name = os.path.realpath(path)
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        lock(opened)
+        _being_made.add(name)
+        yield
+    finally:
+        _being_made.discard(name)
+        os.close(opened)
 
 
 def is_named(path: Path, opened: int) -> bool:

@@ -21,11 +21,11 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from adarank_fast.errors import AdarankError, AdarankFileNotFoundError, AdarankPermissionError
-from adarank_fast.file_system import alone_in, is_named, lock
+from adarank_fast.file_system import alone_in, is_named, kept_locked, lock
 from adarank_fast.file_system import writing as writing
 
 Name = str | os.PathLike[str]
@@ -290,19 +290,17 @@ def _read_settings(path: Path) -> dict[str, object]:
 @contextmanager
 def _temporary(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """A new file or folder beside `target`, locked, and removed at the end if it is still there."""
-    temporary, made, opened = _beside(target, ".tmp"), False, None
+    temporary, made = _beside(target, ".tmp"), False
     try:
-        with alone_in(target.parent) as alone:
-            if alone:
-                _sweep(target)
-            make(temporary)
-            made = True
-            opened = os.open(temporary, os.O_RDONLY)
-            lock(opened)
-        yield temporary
+        with ExitStack() as stack:
+            with alone_in(target.parent) as alone:
+                if alone:
+                    _sweep(target)
+                make(temporary)
+                made = True
+                stack.enter_context(kept_locked(temporary))
+            yield temporary
     finally:
-        if opened is not None:
-            os.close(opened)
         if made:
             _remove(temporary)
 

@@ -134,5 +134,5 @@ def results(rows: dict[str, Row]) -> dict[str, Row]:
 
 
 if __name__ == "__main__":
-    options = arguments("Training steps of one transformer block.", repetitions=100).parse_args()
+    options = arguments("Training steps of one transformer block.", repetitions=40).parse_args()
     Slices("lora", __file__, options).finish(ROWS, steps_of_row, results)

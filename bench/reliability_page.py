@@ -14,10 +14,12 @@ from bench.pages import DOCS, NONE, machines, table, texts, wrapped, write_page
 from bench.results_file import Row, read_results
 
 PAGE = DOCS / "reliability.md"
-ARMS = {  # name: its title in the page's words, the count that says how much was tried, how many
+# Name: its title in the page's words, the count that says how much was tried, how much is enough.
+# Where a row has a count "all ...", too, that is how much there is.
+ARMS = {
     "kills": ("Kills", "kills", "200"),
     "disk": ("Full and read-only disks", "disk faults", "every write, twice"),
-    "exceptions": ("Exceptions", "raised", "every call, twice"),
+    "exceptions": ("Exceptions", "call sites", "every call site, twice"),
     "inputs": ("Files of strangers", "changed files", "1,000,000"),
     "growth": ("Growth", "training steps", "20,000"),
     "threads": ("Threads", "requests", "20,000"),
@@ -30,7 +32,9 @@ def line(name: str, row: Row | None) -> list[str]:
     title, key, goal = ARMS[name]
     if row is None:
         return [f"{title}: not run yet", NONE, goal, NONE, NONE, NONE]
-    tried = f"{row['counts'][key]:,} {key}" if key in row["counts"] else NONE
+    counts = row["counts"]
+    of = f" of {counts[f'all {key}']:,}" if f"all {key}" in counts else ""
+    tried = f"{counts[key]:,}{of} {key}" if key in counts else NONE
     found = f"**{row['faults']}**" if row["faults"] else "0"
     return [title, tried, goal, found, f"{row['minutes']:.1f}", row["machine"]["date"]]
 

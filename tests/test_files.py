@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adarank_fast import files
+from adarank_fast import file_system, files
 from adarank_fast.errors import AdarankError
+from adarank_fast.file_system import alone_in
 from adarank_fast.files import (
     MARK,
     check_file,
@@ -137,6 +138,16 @@ def test_new_folder(tmp_path):
         with new_folder(tmp_path / "file", "adapter"):
             pass
     assert names(tmp_path) == ["file", "folder"] and names(folder) == ["a"]
+
+
+def test_a_new_folder_is_written_without_waiting_for_its_own_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_system, "PATIENCE", 0)
+    with new_folder(tmp_path / "made") as folder:
+        with alone_in(folder) as alone:
+            assert alone
+        opened = os.open(folder, os.O_RDONLY)
+        assert file_system.lock(opened) is False  # as another process sees it
+        os.close(opened)
 
 
 def test_a_folder_of_ours_is_replaced_unless_something_was_added(tmp_path):
@@ -304,7 +315,7 @@ def test_an_exception_between_making_and_locking_leaves_nothing(tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "lock", interrupted)
+        patch.setattr(files, "kept_locked", interrupted)
         for write in (lambda path: files.write_text(path, "x"), named_folder):
             with pytest.raises(KeyboardInterrupt):
                 write(tmp_path / "out")

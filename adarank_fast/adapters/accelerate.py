@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from adarank_fast.adapters.fused_linear import fused_classes, fused_layers, thread
-from adarank_fast.adapters.gated_mlp import gated_mlps, recompute_gated_mlps, restore_gated_mlps
+from adarank_fast.adapters.gated_mlp import recompute_gated_mlps, restore_gated_mlps
 from adarank_fast.adapters.graph_blocks import restore_blocks
 from adarank_fast.adapters.groups import LayerState, Owner, form_group, owner_path
-from adarank_fast.adapters.peft_private import Layer, has_only_experts
-from adarank_fast.adapters.swapped import Swapped
+from adarank_fast.adapters.peft_private import has_only_experts
+from adarank_fast.adapters.swapped import Swapped, put_back
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
 from adarank_fast.undo import undone, undone_on_error
@@ -61,14 +60,7 @@ def accelerate(
             "adarank_fast.inject or peft.get_peft_model first"
         )
     owners: dict[str, Owner] = {}
-    mlps = set(gated_mlps(peft_model))
-
-    def undo() -> None:
-        restore_gated_mlps(peft_model, mlps)
-        _put_back([(layer, plain, {}) for layer, plain in classes_before.items()])
-
-    classes_before = {layer: type(layer) for layer in found.values()}
-    with undone_on_error(undo):
+    with undone_on_error(_as_now(peft_model)):
         for path, layer in found.items():
             owner = owners.setdefault(owner_path(peft_model, path), Owner())
             layer._adarank = LayerState(owner)
@@ -84,13 +76,15 @@ def accelerate(
     return peft_model
 
 
-def _put_back(layers: Sequence[tuple[Layer, type, Mapping[str, LayerState]]]) -> None:
-    """Restore each layer's class and `_adarank`, and drop outputs that wait in this thread."""
-    thread.waiting = thread.run = None
-    for layer, plain, state in layers:
-        layer.__class__ = plain
-        layer.__dict__.pop("_adarank", None)
-        layer.__dict__.update(state)
+def _as_now(model: nn.Module) -> Callable[[], None]:
+    """What puts classes and groups back, and drops outputs that wait in this thread."""
+    classes = put_back(model)
+
+    def undo() -> None:
+        thread.waiting = thread.run = None
+        classes()
+
+    return undo
 
 
 def _check_not_compiled(model: nn.Module) -> None:
@@ -127,12 +121,10 @@ def restore(peft_model: nn.Module) -> nn.Module:
             raise AdarankError(
                 f"{path} became a {type(module).__name__} after accelerate; restore before sharding"
             )
-    layers = list(fused_layers(peft_model))
     thread.clear()
-    before = [(layer, type(layer), {"_adarank": layer._adarank}) for _, layer in layers]
-    restore_blocks(peft_model)  # a block may itself be a fused layer or a gated MLP
-    with undone_on_error(partial(_put_back, before)):
-        for _, layer in layers:
+    with undone_on_error(_as_now(peft_model)):
+        restore_blocks(peft_model)  # a block may itself be a fused layer or a gated MLP
+        for _, layer in list(fused_layers(peft_model)):
             layer.__class__ = layer.plain_class()
             del layer._adarank
         restore_gated_mlps(peft_model)

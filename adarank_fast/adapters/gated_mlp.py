@@ -8,7 +8,7 @@ structure, and if outputs and gradients then agree with those of its own forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -306,12 +306,11 @@ def _set_modes(training: Mapping[nn.Module, bool]) -> None:
         module.training = mode
 
 
-def restore_gated_mlps(model: nn.Module, but: Set[nn.Module] = frozenset()) -> None:
+def restore_gated_mlps(model: nn.Module) -> None:
     """Their own classes again."""
     for module in gated_mlps(model):
-        if module not in but:
-            module.__class__ = _GatedMLP.PLAIN[type(module)]
-            module.__dict__.pop("_adarank_mlp", None)
+        module.__class__ = _GatedMLP.PLAIN[type(module)]
+        module.__dict__.pop("_adarank_mlp", None)
 
 
 def gated_mlps(model: nn.Module) -> Iterator[nn.Module]:

@@ -25,7 +25,7 @@ from adarank_fast.adapters.graphs import (
     Place,
     Shape,
 )
-from adarank_fast.adapters.swapped import Swapped
+from adarank_fast.adapters.swapped import Swapped, put_back
 from adarank_fast.adapters.terms import is_plain
 from adarank_fast.adapters.torch_private import is_compiled
 from adarank_fast.errors import AdarankError
@@ -126,10 +126,10 @@ def graph_with(
     paths = find_blocks(inner) if paths is None else paths
     if not paths:
         raise AdarankError(f"{type(inner).__name__} has no ModuleList of blocks to capture")
-    restore_blocks(peft_model)
     graphs = Graphs(backend, shapes, getattr(inner, "config", None))
     last = {path.rpartition(".")[0]: path for path in paths}
-    with undone_on_error(lambda: restore_blocks(peft_model)):
+    with undone_on_error(put_back(peft_model)):
+        restore_blocks(peft_model)
         for position, path in enumerate(paths):
             block = inner.get_submodule(path)
             plain = type(block)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import ClassVar, SupportsIndex
+
+from torch import nn
+
+HIDDEN = "_adarank"  # all such attributes begin so
 
 
 class Swapped:
@@ -56,3 +61,22 @@ class _Either:
 
     def __reduce__(self) -> tuple[object, ...]:
         return copy.copy, (self.pickled,)
+
+
+def put_back(model: nn.Module) -> Callable[[], None]:
+    """What gives every module its class of now again, and the attributes that came with it."""
+    before = [(module, type(module), _hidden(module)) for module in model.modules()]
+
+    def undo() -> None:
+        for module, kind, hidden in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            for name in _hidden(module).keys() - hidden.keys():
+                module.__dict__.pop(name, None)
+            module.__dict__.update(hidden)
+
+    return undo
+
+
+def _hidden(module: nn.Module) -> dict[str, object]:
+    return {key: value for key, value in vars(module).items() if key.startswith(HIDDEN)}

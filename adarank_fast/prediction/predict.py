@@ -140,10 +140,11 @@ def _predict(
             sample = small_sample(probed, prepared[0])
             chosen = choose_output(probed, probe.output, sample)
         settings["output"] = chosen.name
+        is_compared = limits.checkpoint is not None or processes.count > 1
         identity = {
             **settings,
             "output": qualified_name(probe.output) if callable(probe.output) else chosen.name,
-            "weights": digest_weights(inner),
+            "weights": digest_weights(inner) if is_compared else None,
             "targets": digest_data([sizes]),
         }
         processes.same("models or batches", identity)
@@ -304,11 +305,11 @@ def _warn_of_unreached(clean: CleanPasses, scores: Mapping[str, Score]) -> None:
 
 def _check_whole(model: nn.Module) -> None:
     """A sharded model would need every process in every forward."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements"):  # a DTensor
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if hasattr(tensor, "placements"):  # a DTensor
             raise AdarankError(
                 f"the model is sharded ({name} is a DTensor); predict before fully_shard, each "
                 "process with the whole model"
             )
-        if parameter.is_meta:
+        if tensor.is_meta:
             raise AdarankError(f"{name} is on the meta device; load the weights first")

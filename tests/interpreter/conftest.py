@@ -8,6 +8,7 @@ round to nearest, ties to even.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -83,19 +84,51 @@ def repair_bfloat16() -> None:
     builder.binary_op, builder.unary_op, builder.create_dot = binary_op, unary_op, create_dot
 
 
+def check_hints() -> None:
+    """Make `tl.multiple_of` raise where it is not so: a compiled kernel would read elsewhere."""
+    from triton.runtime import interpreter
+
+    handle = interpreter.TensorHandle
+    set_attr = handle.set_attr
+
+    def checked(self, key, value):
+        if key == "tt.divisibility":
+            for number in value:
+                if number & (number - 1) or (self.data % number).any():
+                    raise ValueError(f"{self.data}: no multiple of {number}, or no power of 2")
+        set_attr(self, key, value)
+
+    handle.set_attr = checked
+
+
 if INTERPRETED:
     repair_bfloat16()
+    check_hints()
+
+AROUND = 64  # elements before and after
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel should have written is NaN until it does."""
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that a kernel should have written is NaN until it does; around it NaN stays."""
     import torch
 
     empty, new_empty = torch.empty, torch.Tensor.new_empty
+    made: list[tuple[torch.Tensor, int]] = []
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point() or tensor.device.type != "cpu":
+            return tensor
+        if not tensor.is_contiguous() or tensor.requires_grad:
+            return tensor.fill_(float("nan"))
+        size = tensor.numel()
+        larger = empty(size + 2 * AROUND, dtype=tensor.dtype, device=tensor.device)
+        made.append((larger.fill_(float("nan")), size))
+        with torch.no_grad():
+            return tensor.set_(larger.untyped_storage(), AROUND, tensor.shape)  # no view
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    yield
+    for larger, size in made:
+        assert larger[:AROUND].isnan().all() and larger[AROUND + size :].isnan().all()

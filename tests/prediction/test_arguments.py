@@ -75,5 +75,8 @@ def test_weights_that_were_never_loaded(tmp_path):
 def test_a_sharded_or_unloaded_model_is_refused():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="0.weight is on the meta device"):
-        predict(model, [{"input": torch.ones(2, 4)}], target_modules="all-linear")
+    buffered = nn.Sequential(nn.Linear(4, 4))
+    buffered[0].register_buffer("scale", torch.ones(4, device="meta"))
+    for one, name in ((model, "0.weight"), (buffered, "0.scale")):
+        with pytest.raises(ValueError, match=f"{name} is on the meta device"):
+            predict(one, [{"input": torch.ones(2, 4)}], target_modules="all-linear")

@@ -113,6 +113,16 @@ def test_one_weight_of_all(tmp_path):
         predict(model=model, checkpoint=tmp_path / "c")
 
 
+def test_the_weights_are_read_for_a_checkpoint_only(tmp_path, monkeypatch):
+    def read(_):
+        raise RuntimeError("read")
+
+    monkeypatch.setattr("adarank_fast.prediction.predict.digest_weights", read)
+    predict()
+    with pytest.raises(RuntimeError, match="read"):
+        predict(checkpoint=tmp_path / "c")
+
+
 def test_the_same_weights_in_another_model(tmp_path):
     model = tiny("bert")
     predict(model=model, checkpoint=tmp_path / "c")

@@ -8,19 +8,27 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertForSequenceClassification
 
 import adarank_fast as ada
+from adarank_fast.adapters.graph_blocks import graph_with
 from adarank_fast.adapters.merge import merge_adapter
+from adarank_fast.training.data import as_data
+from tests.adapters.graph_stand_in import StandIn
 from tests.reliability.faults import Case
 from tests.tiny_models import batch, tiny
+from tests.tiny_texts import EXAMPLES, tokenizer
 
-INPUTS = {kind: batch(kind, lengths=(5, 3)) for kind in ("bert", "llama", "deberta")}
+KINDS = ("bert", "llama", "deberta", "mixtral")
+INPUTS = {kind: batch(kind, lengths=(5, 3)) for kind in KINDS}
 LLAMA = tiny("llama", layers=2, width=16)
+MIXTRAL = tiny("mixtral", layers=1, width=16)
 PLAN = ada.RankPlan.uniform(LLAMA, rank=2, target_modules="all-linear")
 
 
@@ -28,6 +36,17 @@ def predict(kind, **options):
     options = dict(target_modules="attention", trials=1, progress=False) | options
 
     return lambda model: ada.predict_ranks(model, [INPUTS[kind]], 2, **options)
+
+
+FOLDERS = WeakKeyDictionary()  # of models
+
+
+def resumed(model):
+    """A prediction with a checkpoint, which a second one goes on with."""
+    if model not in FOLDERS:
+        FOLDERS[model] = tempfile.TemporaryDirectory()
+    checkpoint = f"{FOLDERS[model].name}/probes"
+    return predict("bert", output=first_token, checkpoint=checkpoint)(model)
 
 
 def trials(plan):
@@ -53,6 +72,14 @@ PLAIN, TWO = adapted(), adapted(2)
 
 def fused():
     return ada.accelerate(copy.deepcopy(PLAIN), example=INPUTS["llama"])
+
+
+def graphed():
+    return graph_blocks(fused())
+
+
+def recomputing():
+    return accelerate_mlps(fused())
 
 
 class Encoder(nn.Module):
@@ -83,6 +110,11 @@ def classes(model):
     return [type(layer) for layer in model.modules()]
 
 
+def class_names(model):
+    """Not whether MLPs recompute: an error while one is looked at says that it does not."""
+    return [type(layer).__name__ for layer in model.modules()]
+
+
 def compiled(model):
     blocks = model.base_model.model.model.layers
     return [block._compiled_call_impl is not None for block in blocks]
@@ -92,12 +124,43 @@ def accelerate(model):
     return ada.accelerate(model, INPUTS["llama"])
 
 
+def accelerate_mlps(model):
+    return ada.accelerate(model, recompute_mlp=True)
+
+
 def inject(model):
     return ada.inject(model, PLAN, example=INPUTS["llama"])
 
 
 def compile_blocks(model):
     return ada.compile_blocks(model, backend="eager")
+
+
+def graph_blocks(model):
+    """With what stands in for CUDA's graphs; nothing is captured before a training step."""
+    return graph_with(model, StandIn())
+
+
+def uniform(model):
+    return ada.RankPlan.uniform(model, 2, "all-linear")
+
+
+def perturbation(model):
+    return ada.perturbation(model.model.layers[0].self_attn.q_proj, "q_proj", 0)
+
+
+CLASSIFIER = BertForSequenceClassification(tiny("bert", 1).config).eval()
+LABELLED = as_data(EXAMPLES[:4])
+CLASSIFIER.config.id2label = dict(enumerate(LABELLED.classes))
+
+
+def evaluate(model):
+    return ada.evaluate(model, LABELLED, tokenizer=tokenizer())
+
+
+def benchmark(model):
+    options = dict(target_modules="attention", repetitions=1, batch_size=1, max_length=8)
+    return ada.benchmark(model, rank=2, **options)
 
 
 def predict_encoder(model):
@@ -158,6 +221,7 @@ def run(model):
             return model(x=X).flatten().tolist()
         kind = "bert" if "Bert" in type(model).__name__ else "llama"
         kind = "deberta" if "Deberta" in type(model).__name__ else kind
+        kind = "mixtral" if "Mixtral" in type(model).__name__ else kind
         return model(**INPUTS[kind])[0].flatten().tolist()
 
 
@@ -187,22 +251,51 @@ def fresh(model):
     return lambda: copy.deepcopy(model).train()
 
 
+LONG = ("predict_ranks", "model_disagreement")  # their cases have most call sites in common
 CASES = {
-    name: Case(make, call, found, use, same)
+    name: Case(make, call, found, use, same, name.split()[0] if name.startswith(LONG) else name)
     for name, (make, call, found) in {
         "predict_ranks": (fresh(tiny("bert", 2)), predict("bert", output=first_token), trials),
         "predict_ranks of logits": (fresh(LLAMA), predict("llama", trials=2), trials),
         "predict_ranks one by one": (fresh(tiny("deberta", 1)), predict("deberta"), trials),
         "predict_ranks on a copy": (fresh(LLAMA), predict("llama", dtype="float32"), trials),
         "predict_ranks past the fast path": (fresh(ENCODER), predict_encoder, trials),
+        "predict_ranks of experts": (
+            fresh(MIXTRAL),
+            predict("mixtral", target_modules="experts"),
+            trials,
+        ),
+        "predict_ranks until they are sure": (
+            fresh(tiny("bert", 1)),
+            predict("bert", output=first_token, trials=ada.AdaptiveTrials(2, 3)),
+            trials,
+        ),
+        "predict_ranks with a checkpoint": (fresh(tiny("bert", 1)), resumed, trials),
+        "perturbation": (fresh(LLAMA), perturbation, lambda noise: noise[0].tolist()),
+        "find_targets": (fresh(LLAMA), ada.find_targets, lambda found: [t.name for t in found]),
+        "RankPlan.uniform": (fresh(LLAMA), uniform, lambda plan: list(plan.ranks.items())),
         "estimate_cost": (fresh(tiny("bert", 2)), cost, lambda cost: cost.flops),
         "inject": (fresh(LLAMA), inject, fused_layers),
         "accelerate": (fresh(PLAIN), accelerate, fused_layers),
+        "accelerate again": (fused, accelerate, fused_layers),
+        "fusion_report": (fused, ada.fusion_report, list),
         "restore": (fused, ada.restore, classes),
+        "accelerate of MLPs": (fused, accelerate_mlps, class_names),
+        "restore of MLPs": (recomputing, ada.restore, classes),
+        "graph_blocks": (fused, graph_blocks, classes),
+        "graph_blocks again": (graphed, graph_blocks, classes),
+        "graph_report": (graphed, ada.graph_report, lambda report: report.blocks),
+        "restore of graphed blocks": (graphed, ada.restore, classes),
         "compile_blocks": (fused, compile_blocks, compiled),
         "export_uniform": (fresh(PLAIN), export, lambda tensors: list(tensors.values())),
         "export_uniform of fused layers": (fused, export, lambda tensors: list(tensors.values())),
         "merge_adapter": (fresh(LLAMA), merge, lambda tensors: list(tensors.values())),
+        "evaluate": (fresh(CLASSIFIER), evaluate, lambda metrics: list(metrics.values())),
+        "benchmark": (
+            fresh(tiny("llama", 1, 16)),
+            benchmark,
+            lambda report: list(report.results["arms"]),
+        ),
         "model_disagreement": (fresh(LLAMA), models, torch.Tensor.tolist),
         "model_disagreement of adapters": (fresh(TWO), adapters, torch.Tensor.tolist),
     }.items()

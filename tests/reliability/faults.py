@@ -9,13 +9,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -52,16 +53,33 @@ def is_thrown(frame: FrameType) -> bool:
     )
 
 
-class Calls:
-    """Counts the calls of a function that runs in the context; raises `error` at call `at`."""
+class Site(NamedTuple):
+    """A place that calls, and what it calls."""
 
-    def __init__(self, at: int = 0, error: BaseException | None = None) -> None:
-        self.count, self.at, self.error = 0, at, error
+    file: str
+    line: int
+    callee: CodeType
+
+
+class Calls:
+    """Counts the calls of a function that runs in the context; raises `error` at call `at`.
+
+    Attributes:
+        sites: of the calls, in their order, if `note` is set.
+    """
+
+    def __init__(self, at: int = 0, error: BaseException | None = None, note: bool = False) -> None:
+        self.count, self.at, self.error, self.note = 0, at, error, note
+        self.sites: list[Site] = []
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
         if event == "call" and is_counted(code.co_filename, code.co_name) and not is_thrown(frame):
             self.count += 1
+            if self.note:
+                caller = frame.f_back
+                assert caller is not None
+                self.sites.append(Site(caller.f_code.co_filename, caller.f_lineno, code))
             if self.count == self.at and self.error is not None:
                 raise self.error
 
@@ -79,8 +97,8 @@ class Calls:
 
 
 def every(count: int, shift: int) -> Iterator[int]:
-    """Calls to fail at: all, or FAULTS of them (5 by default), evenly spread over `count`."""
-    wanted = os.environ.get("FAULTS", "5")
+    """Calls to fail at: all, or FAULTS of them (3 by default), evenly spread over `count`."""
+    wanted = os.environ.get("FAULTS", "3")
     number = count if wanted == "all" else min(int(wanted), count)
     for index in range(number):
         yield 1 + (index * count + shift * count // 3) // number % count
@@ -101,7 +119,7 @@ def state_of(model: nn.Module) -> list[tuple[str, Any]]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         kept = (tensor.requires_grad, tensor.data_ptr(), tensor.grad, sorted(vars(tensor)))
         found.append((f"{name}'s state", kept))
-        found.append((f"{name}'s value", tensor.detach().clone().view(torch.uint8).tolist()))
+        found.append((f"{name}'s value", tensor.detach().view(torch.uint8).numpy().tobytes()))
     dynamo = torch._dynamo.config
     found += [
         ("fast path", torch.backends.mha.get_fastpath_enabled()),
@@ -131,6 +149,7 @@ class Case:
         found: what there is to compare in its result.
         use: a forward of the model.
         same: whether two values of `found`, or of `use`, agree.
+        function: a whole run fails once at a call site of all cases of the same function.
     """
 
     make: Callable[[], nn.Module]
@@ -138,6 +157,7 @@ class Case:
     found: Callable[[Any], Any]
     use: Callable[[nn.Module], Any]
     same: Callable[[Any, Any], bool]
+    function: str
 
 
 class Undisturbed:
@@ -148,9 +168,9 @@ class Undisturbed:
         self.expected, self.working = case.found(case.call(case.make())), case.use(case.make())
         model = case.make()
         case.use(model)
-        with Calls() as calls:
+        with Calls(note=True) as calls:
             case.call(model)
-        self.calls = calls.count
+        self.calls, self.sites = calls.count, calls.sites
 
     def fail(self, at: int, error: type[BaseException]) -> bool:
         """Raise `error` at a call; whether that ended the function.
@@ -191,28 +211,77 @@ def check(case: Case, error: type[BaseException]) -> tuple[int, int]:
     return undisturbed.calls, sum(undisturbed.fail(one, error) for one in at)
 
 
+Trial = tuple[int, type[BaseException]]  # a call, what is raised at it
+
+
+def of_sites(
+    sites: Sequence[Site], random: Random, seen: Set[Site] = frozenset()
+) -> tuple[list[int], list[int]]:
+    """The first call of each site but those `seen`; its last one, and one in between at random."""
+    calls: dict[Site, list[int]] = {}
+    for number, site in enumerate(sites, start=1):
+        if site not in seen:
+            calls.setdefault(site, []).append(number)
+    more = [some[-1] for some in calls.values() if len(some) > 1]
+    more += [random.choice(some[1:-1]) for some in calls.values() if len(some) > 2]
+    return [some[0] for some in calls.values()], more
+
+
+class Left:
+    """What is still to be tried of a case: at the sites, then elsewhere, each part shuffled."""
+
+    def __init__(self, case: Case, random: Random, seen: set[Site]) -> None:
+        self.undisturbed = Undisturbed(case)
+        self.first, more = of_sites(self.undisturbed.sites, random, seen)
+        seen.update(self.undisturbed.sites)
+        others = {*range(1, self.undisturbed.calls + 1)} - {*self.first, *more}
+        parts = [[(n, error) for n in part for error in ERRORS] for part in (self.first, more)]
+        self.of_sites = sum(map(len, parts))
+        parts.append([(n, error) for n in sorted(others) for error in ERRORS])
+        for part in parts:
+            random.shuffle(part)
+        self.trials = deque(trial for part in parts for trial in part)
+        self.done: set[Trial] = set()
+
+    def sites(self) -> int:
+        """At how many sites every error was raised."""
+        return sum(all((n, error) in self.done for error in ERRORS) for n in self.first)
+
+
 def soak(
     cases: Mapping[str, Case], seconds: float, seed: int = 0, most: float = float("inf")
 ) -> dict[str, Any]:
-    """Fail at calls in random order, each case in turn; all of them, once, with time."""
+    """Fail at calls of each case in turn: at every call site, and then elsewhere.
+
+    At a site every error is raised at the first call, at the last, and at one in between, in the
+    first case of a function that comes by. After that it goes on with other calls until `most` were
+    raised, if there is time.
+    """
     random, deadline = Random(seed), time.monotonic() + seconds
-    counts: dict[str, Any] = {"raised": 0, "ended the call": 0, "calls": 0}
-    faults: list[str] = []
-    left: list[tuple[str, Undisturbed, list[tuple[int, type[BaseException]]]]] = []
-    for name, case in cases.items():
-        undisturbed = Undisturbed(case)
-        counts["calls"] += undisturbed.calls
-        at = [(one, error) for one in range(1, undisturbed.calls + 1) for error in ERRORS]
-        random.shuffle(at)
-        left.append((name, undisturbed, at))
-    while left and counts["raised"] < most and time.monotonic() < deadline:
-        name, undisturbed, at = left.pop(0)
-        call, error = at.pop()
-        if at:
-            left.append((name, undisturbed, at))
+    seen = {case.function: set[Site]() for case in cases.values()}
+    every_case = {name: Left(case, random, seen[case.function]) for name, case in cases.items()}
+    ended, faults = 0, list[str]()
+    turns = deque(every_case.items())
+    while turns and time.monotonic() < deadline:
+        name, left = turns.popleft()
+        raised = sum(len(one.done) for one in every_case.values())
+        if not left.trials or (len(left.done) >= left.of_sites and raised >= most):
+            continue
+        call, error = trial = left.trials.popleft()
+        turns.append((name, left))
         try:
-            counts["ended the call"] += undisturbed.fail(call, error)
+            ended += left.undisturbed.fail(call, error)
         except (Exception, error) as fault:
-            faults.append(f"{name}, {error.__name__} at call {call}: {fault!r}")
-        counts["raised"] += 1
-    return counts | {"faults": faults}
+            site = left.undisturbed.sites[call - 1]
+            where = f"{site.callee.co_qualname} from {site.file}:{site.line}"
+            faults.append(f"{name}, {error.__name__} at call {call}, {where}: {fault!r}")
+        left.done.add(trial)
+    found = every_case.values()
+    return {
+        "call sites": sum(left.sites() for left in found),
+        "all call sites": sum(len(left.first) for left in found),
+        "raised": sum(len(left.done) for left in found),
+        "ended the function": ended,
+        "calls": sum(left.undisturbed.calls for left in found),
+        "faults": faults,
+    }

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import gc
+import json
 import multiprocessing
 import os
+import py_compile
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -32,7 +36,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 WARM = ("torch", "numpy", "scipy.special", "transformers", "peft", "hypothesis", "pytest", "triton")
-SELF_CHECKS = ("_check", "_each_dtype", "_exact", "_problem", "_RANKS", "register")
+MEMORY = 8 << 30  # bytes a mutant may take
+SELF_CHECKS = ("_check", "each_dtype", "_exact", "problem", "_RANKS", "register")
 SIZES = (
     *("SHRINK", "EXPAND", "DROP", "FILL", "PAIRS", "WORTH_BUILDING", "COUNTERS_PER_CHUNK"),
     *("COUNTERS_ELSEWHERE", "ROWS_PER_CHUNK", "LOGITS_BYTES", "CACHE_BYTES", "ROWS", "LARGE"),
@@ -43,7 +48,10 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Part:
-    """Files that are mutated, the tests that should notice, and those for Triton's interpreter."""
+    """Files that are mutated, and arguments of pytest: quick tests that should notice.
+
+    `interpreted` are those for Triton's interpreter. Others may notice more.
+    """
 
     files: tuple[str, ...]
     tests: tuple[str, ...] = ()
@@ -66,25 +74,28 @@ PARTS = {
     ),
     "lora-triton": Part(
         kernels("lora", "triton_kernels", "triton_launch", "backends/triton"),
-        interpreted=("tests/interpreter/test_lora_kernels.py",),
+        ("tests/kernels/test_triton_launch.py",),
+        ("tests/interpreter/test_lora_tiles.py",),
     ),
     "lora-cpu": Part(
         kernels("lora", "dropout", "backends/cpu", "backends/torch"),
         (
-            "tests/kernels/test_grouped_lora.py",
-            "tests/kernels/test_product_schemas.py",
+            "tests/kernels/test_backends.py",
             "tests/kernels/test_philox.py",
+            "tests/kernels/test_product_schemas.py",
         ),
-        ("tests/interpreter/test_lora_kernels.py",),
     ),
     "disagreement-triton": Part(
         kernels("disagreement", "triton"),
-        interpreted=("tests/interpreter/test_disagreement_kernels.py",),
+        interpreted=("tests/interpreter/test_disagreement_tiles.py",),
     ),
     "disagreement": Part(
         kernels("disagreement", "op", "metrics"),
-        ("tests/kernels/test_disagreement.py",),
-        ("tests/interpreter/test_disagreement_kernels.py",),
+        ("tests/kernels/test_disagreement.py", "-k", "not shape2"),  # one large head
+        (
+            "tests/interpreter/test_disagreement_tiles.py::test_logits_relative_to_row_0",
+            "tests/interpreter/test_disagreement_tiles.py::test_sizes",
+        ),
     ),
 }
 
@@ -207,20 +218,21 @@ def mutants(file: str, root: Path = ROOT) -> list[Mutant]:
 def run_tests(tests: tuple[str, ...]) -> None:
     """In a process of its own: ends with pytest's status."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     import hypothesis
     import pytest
 
-    # a failure is enough: not its smallest example
+    # a failure is enough: not its smallest example, nor what the two sides of an assertion were
     hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate])
-    options = "-x -q -p no:cacheprovider -p _hypothesis_pytestplugin --hypothesis-profile=mutants"
-    os._exit(pytest.main([*options.split(), *tests]))
+    options = "-x -q --assert=plain -p no:cacheprovider -p _hypothesis_pytestplugin"
+    os._exit(pytest.main([*options.split(), "--hypothesis-profile=mutants", *tests]))
 
 
 def outcome(tests: tuple[str, ...], limit: float) -> str:
-    """ "survived", "killed" or "timed out": after `limit` seconds."""
+    """ "survived", "killed" or "timed out": after `limit` seconds. In a warm process."""
     process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tests,))
     process.start()
     process.join(limit)
@@ -231,64 +243,89 @@ def outcome(tests: tuple[str, ...], limit: float) -> str:
     return "killed" if process.exitcode else "survived"
 
 
-def try_mutants(
-    drawn: list[Mutant], tests: tuple[str, ...], interpreted: bool, minutes: float
-) -> tuple[list[str], float]:
-    """(outcomes, in order, of those that `minutes` sufficed for; seconds of the tests as they are).
-
-    In a process of its own, whose working folder is a copy of the repository.
-    """
+def warm(interpreted: bool) -> None:
+    """Import, once, what no mutant changes: the forks share it."""
     if interpreted:
         os.environ["TRITON_INTERPRET"] = "1"
     for module in WARM:
         __import__(module)
-    gc.freeze()  # the forks share what is imported
-    started = time.monotonic()
-    if (clean := outcome(tests, 900)) != "survived":
-        raise RuntimeError(f"{tests} do not pass unmutated: {clean}")
-    seconds = time.monotonic() - started
-    found: list[str] = []
-    for mutant in drawn:
-        if time.monotonic() - started - seconds > 60 * minutes:
-            break
-        path = Path(mutant.file)
-        text = path.read_bytes()
-        path.write_bytes(mutant.apply(text))
-        found.append(outcome(tests, 30 + 4 * seconds))
+    gc.freeze()
+
+
+class Judge:
+    """A warm process, whose working folder is the copy, and the tests that it runs in forks."""
+
+    def __init__(self, tests: tuple[str, ...], interpreted: bool) -> None:
+        fork = multiprocessing.get_context("fork")
+        self.tests = tests
+        self.pool = ProcessPoolExecutor(1, fork, warm, (interpreted,))
+        self.pool.submit(os.getpid).result()
+        started = time.monotonic()
+        if (clean := self.outcome(900)) != "survived":
+            raise RuntimeError(f"{tests} do not pass unmutated: {clean}")
+        self.seconds = time.monotonic() - started
+
+    def outcome(self, limit: float | None = None) -> str:
+        limit = 10 + 3 * self.seconds if limit is None else limit
+        return self.pool.submit(outcome, self.tests, limit).result()
+
+
+def judged(mutant: Mutant, judges: list[Judge]) -> str:
+    """What the first judge to notice it found, or "survived"."""
+    path = Path(mutant.file)
+    text = path.read_bytes()
+    path.write_bytes(mutant.apply(text))
+    try:
+        found = (judge.outcome() for judge in judges)
+        return next((what for what in found if what != "survived"), "survived")
+    finally:
         path.write_bytes(text)
-        print(".!t"[("killed", "survived", "timed out").index(found[-1])], end="", flush=True)
-    print(flush=True)
-    return found, seconds
 
 
-def try_part(part: Part, seed: int, minutes: float) -> dict[str, Any]:
-    """The part's mutants in random order: all the tests for each, the interpreted ones last."""
+def try_part(part: Part, seed: int, minutes: float, last: dict[str, Any]) -> dict[str, Any]:
+    """The part's mutants in random order: all the tests for each, the interpreted ones last.
+
+    After a `last` run, of the same files, its survivors come first; what it killed stays killed.
+    """
     everything = [m for file in part.files for m in mutants(file, Path())]
     drawn = random.Random(seed).sample(everything, len(everything))
-    fork = multiprocessing.get_context("fork")
-    tried, killed, late, duration = 0, 0, 0, 0.0
-    for stage, tests in enumerate((part.tests, part.interpreted)):
-        if not tests:
-            continue
-        with ProcessPoolExecutor(1, fork) as pool:
-            found, seconds = pool.submit(try_mutants, drawn, tests, stage == 1, minutes).result()
-        # a survivor of the first tests that the second had no time for was not tried
-        tried = killed + len(found)
-        killed += len(found) - found.count("survived")
-        late += found.count("timed out")
-        duration += seconds
-        drawn = [m for m, what in zip(drawn, found, strict=False) if what == "survived"]
+    texts = {file: Path(file).read_bytes() for file in part.files}
+    alive = [{key: s[key] for key in ("line", "before", "after")} for s in last["survivors"]]
+    done = last["tried"]
+    again = [m for m in drawn[:done] if m.shown(texts[m.file]) in alive]
+    if done and (len(again) != len(alive) or [last["mutants"], last["seed"]] != [len(drawn), seed]):
+        raise RuntimeError("the last run was of other files or another seed; leave --more out")
+    drawn = again + drawn[done:]
+    judges = [
+        Judge(tests, interpreted)
+        for tests, interpreted in ((part.tests, False), (part.interpreted, True))
+        if tests
+    ]
+    started = time.monotonic()
+    found: list[str] = []
+    for mutant in drawn:
+        if len(found) >= len(again) and time.monotonic() - started > 60 * minutes:
+            break
+        found.append(judged(mutant, judges))
+        print(".!t"[("killed", "survived", "timed out").index(found[-1])], end="", flush=True)
+    print(flush=True)
+    seconds = time.monotonic() - started
+    for judge in judges:
+        judge.pool.shutdown()
+    survivors = [m for m, what in zip(drawn, found, strict=False) if what == "survived"]
+    tried = done - len(again) + len(found)
     return {
         "files": part.files,
         "tests": part.tests + part.interpreted,
         "mutants": len(everything),
         "tried": tried,
-        "killed": killed,
-        "of which timed out": late,
+        "killed": tried - len(survivors),
+        "of which timed out": last["of which timed out"] + found.count("timed out"),
         "seed": seed,
-        "seconds_of_tests": round(duration, 1),
+        "seconds_of_tests": round(sum(judge.seconds for judge in judges), 1),
+        "seconds_a_mutant": round(seconds / max(len(found), 1), 1),
         "survivors": sorted(
-            [{"file": m.file, **m.shown(Path(m.file).read_bytes())} for m in drawn],
+            [{"file": m.file, **m.shown(texts[m.file])} for m in survivors],
             key=lambda survivor: (survivor["file"], survivor["line"]),
         ),
     }
@@ -310,16 +347,22 @@ def record(name: str, row: dict[str, Any]) -> None:
     write_results("mutants", {name: row})
 
 
-def one_part(name: str, seed: int, minutes: float) -> None:
+def one_part(name: str, seed: int, minutes: float, more: bool) -> None:
+    last: dict[str, Any] = {"tried": 0, "of which timed out": 0, "survivors": []}
+    if more:  # without an import: forks must import the mutated packages themselves
+        last = json.loads((ROOT / "bench/results/mutants.json").read_text()).get(name, last)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         leave = shutil.ignore_patterns("__pycache__", "results")
         for part in ("adarank_fast", "kernels", "tests", "bench"):
             shutil.copytree(ROOT / part, root / part, ignore=leave)
         shutil.copy(ROOT / "pyproject.toml", root)
+        # bytecode that is valid as long as the text is: of all but the file that is mutated
+        by_text = py_compile.PycInvalidationMode.CHECKED_HASH
+        compileall.compile_dir(root, quiet=2, invalidation_mode=by_text)
         os.chdir(root)
         sys.path[:0] = [folder, str(root / "kernels")]
-        row = try_part(PARTS[name], seed, minutes)
+        row = try_part(PARTS[name], seed, minutes, last)
     os.chdir(ROOT)
     share = row["killed"] / max(row["tried"], 1)
     print(
@@ -333,6 +376,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=PARTS, help="this part")
     parser.add_argument("--minutes", type=float, default=15.0, help="at most, for each part")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="go on, survivors first")
     parser.add_argument("--list", action="store_true", help="count the mutants, run nothing")
     options = parser.parse_args()
     sys.dont_write_bytecode = True
@@ -343,7 +387,7 @@ def main() -> None:
             print(name, {file: len(mutants(file)) for file in PARTS[name].files})
             continue
         process = multiprocessing.get_context("fork").Process(
-            target=one_part, args=(name, options.seed, options.minutes)
+            target=one_part, args=(name, options.seed, options.minutes, options.more)
         )
         process.start()
         process.join()

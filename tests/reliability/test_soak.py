@@ -95,6 +95,7 @@ def row(faults=0, **counts):
     ("old", "new", "kept"),
     [
         (None, row(kills=1), True),
+        (row(steps=9), row(kills=1), True),  # counted otherwise
         (row(kills=9), row(kills=8), False),
         (row(kills=9), row(kills=9), True),
         (row(kills=9), row(1, kills=1), True),
@@ -107,12 +108,14 @@ def test_the_largest_run_without_a_fault_is_kept(old, new, kept):
 
 def test_the_page(tmp_path):
     rows = {"kills": row(1, kills=1234, resumed=5), "growth": row(1)}
+    rows["disk"] = row(**{"disk faults": 7, "all disk faults": 1000})
     (tmp_path / "reliability.json").write_text(json.dumps(rows))
     text = page(tmp_path)
     assert cells(text, "Kills")[1:] == ["1,234 kills", "200", "**1**", "1.2", "2026-01-02"]
     assert "kills: 1,234; resumed: 5. Seed 7." in text and "fault 0" in text
     assert cells(text, "Growth")[1:4] == ["-", "20,000", "**1**"]
-    assert text.count("not run yet") == len(ARMS) - 2
+    assert cells(text, "Full and read-only disks")[1] == "7 of 1,000 disk faults"
+    assert text.count("not run yet") == len(ARMS) - 3
 
 
 def test_every_arm_has_its_words():

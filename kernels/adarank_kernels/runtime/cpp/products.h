@@ -21,6 +21,8 @@ typedef __m512 vec;
 typedef __m512i units;
 constexpr int PAIR = 2;
 
+INLINE float widened(float x) { return x; }
+
 INLINE float widened(element x)
 {
     uint32_t bits = (uint32_t)x << 16;
@@ -123,8 +125,10 @@ INLINE element entry(const Factor &f, int64_t rank, int64_t feature, float scali
     return rounded(number(f, rank, feature) * scaling);
 }
 
-// A few rows: the factors are read once and not packed. Sums run along the features, lane by lane.
-INLINE float dot(const element *x, const Factor &f, int64_t rank, int64_t features, float scaling)
+// A few rows: the factors are read once and not packed.
+
+// A row of X with one rank: along the features, lane by lane.
+INLINE float dot(const element *x, const Factor &f, int64_t rank, int64_t features)
 {
     constexpr int64_t STEP = 4 * LANES;
     float sum[LANES] = {0};
@@ -145,16 +149,79 @@ INLINE float dot(const element *x, const Factor &f, int64_t rank, int64_t featur
             sum[i] += sum[i + half];
     for (; k < features; k++)
         sum[0] += widened(x[k]) * number(f, rank, k);
-    return sum[0] * scaling;
+    return sum[0];
+}
+
+constexpr int TOGETHER = 8; // sums that do not wait for each other
+
+// out[j] += x . F[:, j] where the ranks of a feature lie side by side; short sums, since a long one rounds more.
+template <typename T>
+INLINE void add_features(const element *x, const T *F, int64_t stride, int64_t rank, int64_t features,
+                         float *__restrict out)
+{
+    constexpr int STEP = 4 * TOGETHER;
+    int64_t first = 0;
+    for (; first + STEP <= features; first += STEP)
+        for (int64_t j = 0; j < rank; j++) {
+            float sums[TOGETHER] = {0};
+            for (int i = 0; i < STEP; i++)
+                sums[i % TOGETHER] += widened(x[first + i]) * widened(F[(first + i) * stride + j]);
+            out[j] += ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+        }
+    for (; first < features; first++)
+        for (int64_t j = 0; j < rank; j++)
+            out[j] += widened(x[first]) * widened(F[first * stride + j]);
 }
 
 void shrink_few(const element *X, int64_t ldx, int64_t N, int64_t features, element *S, int64_t lds,
                 const std::vector<Factor> &factors, float scaling)
 {
+    std::vector<float> sums;
     for (const Factor &f : factors)
-        for (int64_t j = 0; j < f.rank; j++)
-            for (int64_t n = 0; n < N; n++)
-                S[n * lds + f.first + j] = rounded(dot(X + n * ldx, f, j, features, scaling));
+        for (int64_t n = 0; n < N; n++) {
+            const element *x = X + n * ldx;
+            sums.assign(f.rank, 0);
+            if (f.of_rank == 1 && f.is_float)
+                add_features(x, (const float *)f.data, f.of_feature, f.rank, features, sums.data());
+            else if (f.of_rank == 1)
+                add_features(x, (const element *)f.data, f.of_feature, f.rank, features, sums.data());
+            else
+                for (int64_t j = 0; j < f.rank; j++)
+                    sums[j] = dot(x, f, j, features);
+            for (int64_t j = 0; j < f.rank; j++)
+                S[n * lds + f.first + j] = rounded(sums[j] * scaling);
+        }
+}
+
+// out[k] += scaling s . F[k] where the ranks of a feature lie side by side: lora_B.
+template <typename T>
+INLINE void add_ranks(const element *s, const T *F, int64_t stride, int64_t rank, int64_t features, float scaling,
+                      float *__restrict out)
+{
+    int64_t first = 0;
+    for (; first + TOGETHER <= features; first += TOGETHER) {
+        float sums[TOGETHER] = {0};
+        const T *row = F + first * stride;
+        for (int64_t j = 0; j < rank; j++)
+            for (int i = 0; i < TOGETHER; i++)
+                sums[i] += widened(s[j]) * widened(row[i * stride + j]);
+        for (int i = 0; i < TOGETHER; i++)
+            out[first + i] += sums[i] * scaling;
+    }
+    for (; first < features; first++) {
+        float sum = 0;
+        for (int64_t j = 0; j < rank; j++)
+            sum += widened(s[j]) * widened(F[first * stride + j]);
+        out[first] += sum * scaling;
+    }
+}
+
+// out += factor F, numbers side by side.
+template <typename T>
+INLINE void add_row(float factor, const T *F, int64_t features, float *__restrict out)
+{
+    for (int64_t k = 0; k < features; k++)
+        out[k] += factor * widened(F[k]);
 }
 
 void expand_few(element *X, int64_t ldx, int64_t N, int64_t features, const element *S, int64_t lds,
@@ -162,31 +229,26 @@ void expand_few(element *X, int64_t ldx, int64_t N, int64_t features, const elem
 {
     std::vector<float> sums(features);
     for (int64_t n = 0; n < N; n++) {
-        for (int64_t k = 0; k < features; k++)
-            sums[k] = 0;
+        std::fill(sums.begin(), sums.end(), 0.0f);
         for (const Factor &f : factors) {
             const element *s = S + n * lds + f.first;
-            if (f.of_rank == 1) { // lora_B: a row of ranks for each feature
-                for (int64_t k = 0; k < features; k++) {
-                    float sum = 0;
-                    if (f.is_float) {
-                        const float *b = (const float *)f.data + k * f.of_feature;
-                        for (int64_t j = 0; j < f.rank; j++)
-                            sum += widened(s[j]) * b[j];
-                    } else {
-                        const element *b = (const element *)f.data + k * f.of_feature;
-                        for (int64_t j = 0; j < f.rank; j++)
-                            sum += widened(s[j]) * widened(b[j]);
-                    }
-                    sums[k] += sum * scaling;
-                }
-            } else {
+            auto low = (const element *)f.data;
+            auto high = (const float *)f.data;
+            if (f.of_rank == 1 && f.is_float)
+                add_ranks(s, high, f.of_feature, f.rank, features, scaling, sums.data());
+            else if (f.of_rank == 1)
+                add_ranks(s, low, f.of_feature, f.rank, features, scaling, sums.data());
+            else
                 for (int64_t j = 0; j < f.rank; j++) {
                     float factor = widened(s[j]) * scaling;
-                    for (int64_t k = 0; k < features; k++)
-                        sums[k] += factor * number(f, j, k);
+                    if (f.of_feature == 1 && f.is_float)
+                        add_row(factor, high + j * f.of_rank, features, sums.data());
+                    else if (f.of_feature == 1)
+                        add_row(factor, low + j * f.of_rank, features, sums.data());
+                    else
+                        for (int64_t k = 0; k < features; k++)
+                            sums[k] += factor * number(f, j, k);
                 }
-            }
         }
         for (int64_t k = 0; k < features; k++)
             X[n * ldx + k] = rounded(widened(X[n * ldx + k]) + (bias ? sums[k] + widened(bias[k]) : sums[k]));
