@@ -91,7 +91,11 @@ PARTS = {
     ),
     "disagreement": Part(
         kernels("disagreement", "op", "metrics"),
-        ("tests/kernels/test_disagreement.py", "-k", "not shape2"),  # one large head
+        (
+            "tests/kernels/test_disagreement_pieces.py",
+            "tests/kernels/test_disagreement.py",
+            *("-k", "not shape2"),  # one large head
+        ),
         (
             "tests/interpreter/test_disagreement_tiles.py::test_logits_relative_to_row_0",
             "tests/interpreter/test_disagreement_tiles.py::test_sizes",
