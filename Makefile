@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test suite test-oldest test-newest lint format kernels-report compatibility wheel clean
-.PHONY: bench bench-prediction bench-disagreement bench-lora bench-step bench-host bench-compare
+.PHONY: bench bench-prediction bench-prediction-host bench-disagreement bench-lora bench-step bench-host bench-compare
 .PHONY: benchmarks-page
 
 demo: $(VENV)/.installed  ## train MiniLM on TREC with mixed and uniform ranks; a report
@@ -35,7 +35,7 @@ coverage: $(VENV)/.installed  ## the tests, and the share of branches they take
 	$(BIN)/python -m tests.reliability.coverage build/coverage/coverage.json
 
 # Mutation tests of allocation, Philox and the ops; an hour. Some of them:
-# make mutants ARGS="--only allocation --minutes 5"
+# make mutants ARGS="--only allocation --minutes 5"; with --more it goes on where the last run ended
 .PHONY: mutants
 mutants: $(VENV)/.installed  ## change the code a little; which changes does no test notice?
 	$(BIN)/python -m tests.reliability.mutants $(ARGS)
@@ -97,6 +97,11 @@ bench: $(VENV)/.installed bench-lora bench-step bench-host bench-compare  ## eve
 
 bench-prediction: $(VENV)/.installed
 	$(BIN)/python -m pytest bench/bench_prediction.py -s
+	$(MAKE) benchmarks-page
+
+# Host time of a prediction's probe beside an earlier commit's; no card.
+bench-prediction-host: $(VENV)/.installed
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.prediction_host $(ARGS)
 	$(MAKE) benchmarks-page
 
 bench-disagreement: $(VENV)/.installed

@@ -183,6 +183,14 @@ HOST: Mapping[str, Cell] = {
     "Python / PEFT (at most 0.6)": ratio("python_over_peft", lambda _: Target(0.6)),
     "repetitions": REPETITIONS,
 }
+PREDICTION_HOST: Mapping[str, Cell] = {
+    "probes": value("now/probes", ".0f"),
+    "before, ms a probe": value("before/median_seconds", ".2f", 1e3),
+    "now": value("now/median_seconds", ".2f", 1e3),
+    "forwards before": value("before/forwards", ".0f"),
+    "forwards now": value("now/forwards", ".0f"),
+    "now / before (at most 0.5)": value("now_over_before", ".2f", target=Target(0.5)),
+}
 COMPARISON: Mapping[str, Cell] = {
     "all, minutes (at most 20)": value("seconds", ".1f", 1 / 60, Target(20.0)),
     "runs, minutes": value("run_seconds", ".1f", 1 / 60),
@@ -247,6 +255,10 @@ def lora(rows: Mapping[str, Row]) -> str:
 BENCHMARKS: Mapping[str, tuple[str, str, Callable[[Mapping[str, Row]], str]]] = {
     # title in the page's text: file of bench/results, what makes it, how its rows are told
     "Prediction": ("prediction", "make bench-prediction", prediction),
+    "Prediction, host time": (
+        *("prediction_host", "make bench-prediction-host"),
+        partial(one_table, PREDICTION_HOST),
+    ),
     "Disagreement": ("disagreement", "make bench-disagreement", partial(one_table, DISAGREEMENT)),
     "LoRA, one block": ("lora", "make bench-lora", lora),
     "LoRA, whole models": ("step", "make bench-step", partial(one_table, STEP)),

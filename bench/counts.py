@@ -82,6 +82,30 @@ def expand(tokens: int, rank: int, outs: tuple[int, ...], itemsize: int = 2) -> 
     return Cost(itemsize * moved, 2.0 * tokens * rank * sum(outs))
 
 
+def grad_s(tokens: int, rank: int, outs: tuple[int, ...], shares: int = 1) -> Cost:
+    """dS_m = s_m dY_m B_m in one launch, 16 bits: dY read once, float32 shares written and read."""
+    moved = sum(tokens * (out + rank) + out * rank for out in outs)
+    passed = tokens * rank * len(outs)
+    return Cost(2 * moved + _of_shares(passed, shares), 2.0 * tokens * rank * sum(outs))
+
+
+def grad_b(tokens: int, rank: int, outs: tuple[int, ...], shares: int = 1) -> Cost:
+    """dB_m = s_m dY_m^T S_m in one launch: as `grad_s`."""
+    same = grad_s(tokens, rank, outs)
+    return Cost(same.bytes + _of_shares(rank * sum(outs), shares), same.flops)
+
+
+def grad_a(tokens: int, width: int, ranks: int, shares: int = 1) -> Cost:
+    """DA = dS^T drop(X), the mask drawn inside: X read once."""
+    moved = product(ranks, width, tokens)
+    return Cost(moved.bytes + _of_shares(ranks * width, shares), moved.flops)
+
+
+def _of_shares(numbers: int, shares: int) -> int:
+    """Bytes of float32 sums that are written and read again."""
+    return 2 * 4 * numbers * shares if shares > 1 else 0
+
+
 def drop(rows: int, columns: int, itemsize: int = 2) -> Cost:
     """A masked copy."""
     return Cost(2 * itemsize * rows * columns)

@@ -11,9 +11,12 @@ import torch
 from triton.runtime.jit import MockTensor
 
 from adarank_kernels.disagreement import triton as disagreement
+from adarank_kernels.lora import triton_gradients
+from adarank_kernels.lora import triton_gradients_launch as gradients
 from adarank_kernels.lora import triton_kernels as lora
 from adarank_kernels.lora import triton_launch as launch
 from adarank_kernels.random import triton as philox
+from bench import counts
 
 TENSOR_CORE = {
     "sm_80": r"^HMMA",
@@ -47,6 +50,7 @@ def cases() -> Iterator[Case]:
     """Every kernel x configuration x dtype that the launchers can ask for."""
     for name, dtype in DTYPES.items():
         yield from lora_cases(name, MockTensor(dtype))
+        yield from gradient_cases(name, MockTensor(dtype))
     yield from disagreement_cases()
     for name, dtype in {"fp32": torch.float32, **DTYPES}.items():
         args = [MockTensor(dtype), INT64, 4096 * 4096]
@@ -75,6 +79,62 @@ def lora_cases(name: str, t: MockTensor) -> Iterator[Case]:
         args = [t, t, INT64, 8192, 4096, 4096, 6554]
         options = launch.DROP | {"ADD": add}
         yield Case("drop", "add" if add else "copy", name, lora.drop_kernel, args, options)
+
+
+def gradient_cases(name: str, t: MockTensor) -> Iterator[Case]:
+    """What waits for a verdict; of several shares unless said."""
+    M, K = gradients.GRAD_S["BLOCK_M"], gradients.GRAD_S["BLOCK_K"]
+    for R, how in itertools.product(gradients.BLOCKS_R, ("", " B fp32", " one share")):
+        b, out = FP32 if how == " B fp32" else t, t if how == " one share" else FP32
+        if b is FP32 and R > gradients.CAST_R:
+            continue
+        args = [out, *[t] * 4, *[b] * 4, FP32, INT32, 8192, 48, 1 if out is t else 7]
+        options = gradients.GRAD_S | PRECISION | {"BLOCK_R": R}
+        kernel, config = triton_gradients.grad_s_kernel, f"{M}x{K} R={R}{how}"
+        stores = out is FP32 or R > 16  # of fewer, a thread holds less than 16 bytes
+        yield Case("grad_s", config, name, kernel, args, options, 2 * M * K * R, stores)
+    for dropout, how in itertools.product((False, True), ("", " one share")):
+        made = gradients.DROPPED if dropout else gradients.OUTER
+        M, N = made["BLOCK_M"], made["BLOCK_N"]
+        for R in (*gradients.BLOCKS_R, *[gradients.WIDE] * dropout):
+            out = t if how == " one share" else FP32
+            shares = 1 if out is t else 7
+            args = [out, *[t] * 4, t, INT64, FP32, INT32, 8192, 48, 4096 * 48, shares, 6554]
+            options = made | PRECISION | {"BLOCK_R": R, "DROPOUT": dropout}
+            title = "grad_a" if dropout else "grad_b"
+            kernel, config = triton_gradients.outer_kernel, f"{M}x{N} R={R}{how}"
+            # ranks are not aligned; dA is stored along X's columns
+            stores = dropout and (out is FP32 or R > 16)
+            yield Case(title, config, name, kernel, args, options, 2 * M * N * R, stores)
+    args, kernel = [FP32, t, 4096 * 48, 7], triton_gradients.total_kernel
+    yield Case("total", "shares", name, kernel, args, gradients.TOTAL)
+
+
+def backward_bytes() -> Iterator[tuple[str, str, int, int, int]]:
+    """(group, product, bytes of the vendor's GEMMs, of our kernel, of these the shares').
+
+    Adapters of rank 16 in 16 bits, 4,096 tokens. The vendor's GEMMs, one for each module, read dY
+    once each, too; with dropout they meet a drop(X) that was written for them.
+    """
+    N, rank = 4096, 16
+    for kind, group in (
+        ("Qwen3-0.6B", "q/k/v"),
+        ("Llama-3-8B", "q/k/v"),
+        ("Llama-3-8B", "gate/up"),
+    ):
+        width, outs = counts.SHAPES[kind].groups()[group]
+        ranks = [rank] * len(outs)
+        for name, count, shares in (
+            ("grad_s", counts.grad_s, gradients.grad_s_shares(N, outs, ranks)),
+            ("grad_b", counts.grad_b, gradients.outer_shares(N, outs, ranks)),
+        ):
+            plain, ours = count(N, rank, outs).bytes, count(N, rank, outs, shares).bytes
+            yield f"{kind} {group}", name, int(plain), int(ours), int(ours - plain)
+        packed = sum(ranks)
+        shares = gradients.outer_shares(N, [width], [packed], drops=True)
+        plain = counts.drop(N, width).bytes + counts.grad_a(N, width, packed).bytes
+        ours, passed = (counts.grad_a(N, width, packed, s).bytes for s in (shares, 1))
+        yield f"{kind} {group}", "grad_a, dropout", int(plain), int(ours), int(ours - passed)
 
 
 def disagreement_cases() -> Iterator[Case]:

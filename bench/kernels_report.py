@@ -31,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from bench.counts import PASSES
-from bench.kernel_cases import Case, cases
+from bench.kernel_cases import Case, backward_bytes, cases
 from bench.pages import DOCS, table, template, write_page
 from bench.results_file import FOLDER
 
@@ -233,6 +233,16 @@ def passes() -> str:
     return table(header, lines)
 
 
+def backward() -> str:
+    """The table of bytes of the backward pass's products, in MiB."""
+    header = ("group", "product", "vendor's GEMMs", "one launch", "of these shares")
+    lines = [
+        (group, name, *(f"{count / 2**20:.1f}" for count in bytes_))
+        for group, name, *bytes_ in backward_bytes()
+    ]
+    return table(header, lines, left=2)
+
+
 def figures() -> list[dict[str, Any]]:
     """The rows of the last report."""
     with FIGURES.open(newline="") as file:
@@ -265,7 +275,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         sections.append(f"## {target} ({rules})\n\n{table(HEADER, lines, left=3)}")
     version = rows[0]["triton"]
     return template(PAGE.name).format(
-        version=version, targets="\n\n".join(sections), passes=passes()
+        version=version, targets="\n\n".join(sections), passes=passes(), backward=backward()
     )
 
 

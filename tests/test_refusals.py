@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,12 +16,16 @@ from adarank_fast.adapters import adapter_files
 from adarank_fast.adapters.export import check_rank
 from adarank_fast.adapters.graph_blocks import graph_blocks
 from adarank_fast.benchmarking.report import Benchmark
+from adarank_fast.benchmarking.report import _with_interval as with_interval
 from adarank_fast.cli.train_options import Ranks
 from adarank_fast.comparison.design import Design
 from adarank_fast.errors import AdarankError
+from adarank_fast.file_system import _error_number as error_number
 from adarank_fast.json_values import Value
 from adarank_fast.models.batches import prepare_batches
 from adarank_fast.models.lookups import _checked as checked_lookup
+from adarank_fast.models.text import first_line
+from adarank_fast.models.text import loading as loading_files
 from adarank_fast.plan.rank_plan import RankPlan
 from adarank_fast.plan.uncertainty import AdaptiveTrials
 from adarank_fast.plots.plans import plot_disagreement
@@ -281,3 +286,31 @@ def test_what_a_benchmark_says(ratio: Any, said: str) -> None:
     )
     with pytest.raises(AdarankError, match="'theirs' was not benchmarked; there are frozen base"):
         report["theirs"]
+
+
+def test_short_texts_of_errors_and_numbers() -> None:
+    assert first_line(ValueError("  ")) == "ValueError"
+    assert first_line(ValueError("\nOf a:\nb\nc")) == "Of a: b"
+    assert len(first_line(ValueError("a" * 700))) == 600
+    assert [error_number(error) for error in (
+        OSError(errno.EIO, "x"), RuntimeError("I/O (os error 28)"),
+        RuntimeError("PytorchStreamWriter failed"), ValueError("x"), OSError("x"),
+    )] == [errno.EIO, 28, errno.ENOSPC, 0, 0]  # fmt: skip
+    assert with_interval(interval(-200, 1000.4), 3) == "400 (-200 to 1,000)"  # type: ignore[arg-type]
+    assert with_interval(interval(1, 2), 2) == "1.50 (1.00-2.00)"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_files_that_cannot_be_loaded(code: bool, tmp_path) -> None:
+    said = "pass trust_remote_code=True" if code else "no weights"
+    wanted = "brings code of its own; read it" if code else "no weights"
+    for name, where in ((str(tmp_path), "folder"), ("org/name", "no such folder, so a hub name")):
+        with pytest.raises(AdarankError, match=wanted) as raised, loading_files("model", name):
+            raise ValueError(said)
+        assert where in str(raised.value)
+
+
+def test_empty_lines_of_a_table_and_plain_columns(tmp_path) -> None:
+    table = read_table(written(tmp_path, "a.csv", "text;label\n\na;b\n\n"))
+    assert table.rows == [{"text": "a", "label": "b"}] and "semicolons" in table.notes[0]
+    assert table.places == ["line 3"]

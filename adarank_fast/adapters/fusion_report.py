@@ -52,7 +52,8 @@ class FusionReport(dict[str, LayerReport]):
 
     Attributes:
         kernels: device of fused layers -> Triton kernel -> "passed" its check there, "failed: why",
-            "not checked yet" or "no Triton". The CPU uses none and is not listed.
+            "not checked yet", "no Triton", or "waits for a verdict" on its speed, and does not run.
+            The CPU uses none and is not listed.
         recomputed_mlps: gated MLPs that keep only gate(x) and up(x).
     """
 

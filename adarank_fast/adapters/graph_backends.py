@@ -42,6 +42,7 @@ class CudaGraphs:
 
     def capture(self, run: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         """As `Backend` has it; raises what `run` or the capture raises."""
+        drawn = torch.get_rng_state()
         outside = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(
@@ -55,4 +56,7 @@ class CudaGraphs:
             self.stream = torch.cuda.Stream(self.device)
             free_generator(self.device)
             raise
+        if not torch.equal(torch.get_rng_state(), drawn):  # such as LoHa's module dropout
+            torch.set_rng_state(drawn)
+            raise RuntimeError("random numbers drawn on the host, which a graph would repeat")
         return outputs, graph.replay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from copyreg import _reconstructor  # type: ignore[attr-defined]
-from typing import Any, ClassVar, SupportsIndex
+from typing import ClassVar, SupportsIndex
 
 from torch import nn
 
@@ -34,17 +34,33 @@ class Swapped:
     def _get_name(self) -> str:
         return self.plain_class().__name__
 
-    def __deepcopy__(self, memo: dict[int, object]) -> object:
-        new: Any = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+    def __copy__(self) -> object:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
         return new
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        """Pickle as the plain class, so that loading does not need this package."""
+        """Pickled as the plain class, so that loading does not need this package; copied as is.
+
+        `__deepcopy__` would not do: PEFT's wrappers hand it on as if it were their own.
+        """
         hidden = {vars(cls).get("HIDDEN") for cls in type(self).__mro__}  # a block may be fused too
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
-        return _reconstructor, (self.plain_class(), object, None), state
+        kind = _Either(type(self), self.plain_class())
+        return _reconstructor, (kind, object, None), _Either(self.__dict__, state)
+
+
+class _Either:
+    """One thing for `copy.deepcopy`, another for pickle."""
+
+    def __init__(self, copied: object, pickled: object) -> None:
+        self.copied, self.pickled = copied, pickled
+
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
+        return copy.deepcopy(self.copied, memo)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return copy.copy, (self.pickled,)
 
 
 def put_back(model: nn.Module) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from adarank_fast.errors import AdarankError, AdarankFileNotFoundError, AdarankImportError
 from adarank_fast.json_values import parse
@@ -159,11 +159,9 @@ def _json_lines(name: str, text: str) -> Iterator[tuple[int, Row]]:
 
 def _from_array(name: str, text: str) -> Table:
     try:
-        rows = parse(text)
+        rows = cast("list[object]", parse(text))  # it starts with a bracket
     except ValueError as error:
         raise AdarankError(f"{name} is not JSON ({error}); give an array of objects") from None
-    if not isinstance(rows, list):
-        raise AdarankError(f"{name} is not an array of objects; give one, or an object a line")
     found = [(i, _object(name, f"row {i}", row, row)) for i, row in enumerate(rows, 1)]
     return _table(name, found, "row")
 

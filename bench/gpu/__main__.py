@@ -3,7 +3,7 @@
     python -m bench.gpu                  (or `make bench-gpu`): CUDA or ROCm, tens of minutes
     python -m bench.gpu --quick          a tenth of the repetitions
     python -m bench.gpu --only blocks    the jobs whose name matches
-    python -m bench.gpu --part 1         of three, each within ten minutes: what is asked first
+    python -m bench.gpu --part 1         of four, each within ten minutes: what is asked first
 
 Where there is no GPU it says so and exits with 0. Exit status 1: something failed its check, or did
 not run; its timings are left out. The file is written anew after each job.

@@ -32,9 +32,10 @@ Check = dict[str, Any]  # "op", "case", "kernels", "dtype", "status", "share" of
 Named = dict[str, Tensor]
 
 LORA = ("lora_shrink", "lora_expand", "lora_drop")
+WAITING = ("lora_grad_s", "lora_grad_b", "lora_grad_a")  # for a card's verdict
 DEFAULT = "default"
 # What may run beside the vendor's GEMMs: label -> kernels.
-LORA_SETS = {"vendor GEMMs": (), DEFAULT: LORA}
+LORA_SETS = {"vendor GEMMs": (), DEFAULT: LORA, "+ backward": (*LORA, *WAITING)}
 DISAGREEMENT_SETS = {"vendor GEMMs": (), "+ pairs": ("disagreement_pairs",)}
 PHILOX_SETS = {"plain torch": (), "Philox kernel": ("philox_normal",)}
 OWN = "16-bit"  # "dtype" of a kernel's own check, which tries both

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adarank_kernels.disagreement import metrics, op
+from adarank_kernels.lora.backends.torch import scaled_mm
 from adarank_kernels.random.philox import fill_in_torch
 from adarank_kernels.random.words import key_tensor
 from adarank_kernels.runtime.registry import HAS_TRITON
+from bench import counts
 from bench.counts import SHAPES, Cost, drop, expand, pairs, product
 from bench.gpu.checks import choose, runs_kernels
 from bench.gpu.context import Context, Row
@@ -24,6 +26,7 @@ from bench.gpu.timing import Step, copies, rotating
 
 if HAS_TRITON:
     from adarank_kernels.disagreement.triton import compare
+    from adarank_kernels.lora import triton_gradients_launch as gradients
     from adarank_kernels.lora import triton_launch as launch
     from adarank_kernels.random.triton import fill
 
@@ -51,7 +54,7 @@ def in_pairs(
 
 
 def lora_kernels(context: Context, row: str) -> list[Row]:
-    """shrink, expand and drop in one group's shapes, all of one rank."""
+    """Every LoRA kernel in one group's shapes, all of one rank."""
     kind, name = GROUPS[row]
     width, outs = SHAPES[kind].groups()[name]
     M, N, R = len(outs), context.tokens[0] * context.tokens[1], RANK * len(outs)
@@ -64,6 +67,21 @@ def lora_kernels(context: Context, row: str) -> list[Row]:
 
     def factors() -> tuple[list[Tensor], Tensor, list[Tensor]]:
         return [randn(N, out) for out in outs], randn(N, R), [randn(out, RANK) for out in outs]
+
+    def grad_s_plain(dYs: list[Tensor], _: Tensor, Bs: list[Tensor]) -> list[Tensor]:
+        dS = dYs[0].new_empty(N, R)
+        for dY, B, first in zip(dYs, Bs, offsets, strict=True):
+            dS[:, first : first + RANK].addmm_(dY, B, beta=0.0, alpha=2.0)
+        return [dS]
+
+    def grad_b_plain(dYs: list[Tensor], S: Tensor, _: list[Tensor]) -> list[Tensor]:
+        return [
+            scaled_mm(dY.t(), S[:, first : first + RANK], 2.0)
+            for dY, first in zip(dYs, offsets, strict=True)
+        ]
+
+    def grad_b(dYs: list[Tensor], S: Tensor, _: list[Tensor]) -> list[Tensor]:
+        return gradients.grad_b(dYs, S, offsets, [RANK] * M, scalings, S.dtype)
 
     def expand_plain(Ys: list[Tensor], S: Tensor, Bs: list[Tensor]) -> None:
         for Y, B, first in zip(Ys, Bs, offsets, strict=True):
@@ -97,6 +115,21 @@ def lora_kernels(context: Context, row: str) -> list[Row]:
             lambda: (randn(N, width),),
             lambda X: launch.drop(X, seed, dropout),
             lambda X: F.dropout(X, dropout),
+        ),
+        (
+            "grad_s",
+            counts.grad_s(N, RANK, outs),
+            factors,
+            lambda dYs, S, Bs: gradients.grad_s(dYs, Bs, scalings, offsets, R),
+            grad_s_plain,
+        ),
+        ("grad_b", counts.grad_b(N, RANK, outs), factors, grad_b, grad_b_plain),
+        (
+            "grad_a, dropout",
+            counts.grad_a(N, width, R),
+            lambda: (randn(N, R), randn(N, width)),
+            lambda dS, X: gradients.grad_a(dS, X, seed, dropout, X.dtype),
+            lambda dS, X: torch.mm(dS.t(), launch.drop(X, seed, dropout)),
         ),
     ]
     rows = []

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.checks import DEFAULT
+from bench.gpu.checks import DEFAULT, WAITING
 from bench.gpu.context import best_seconds
 from bench.gpu.predictions import REPETITIONS, SAMPLE
 from bench.gpu.rows import SECTIONS
@@ -160,12 +160,21 @@ def waiting(files: Sequence[Mapping[str, Any]]) -> str:
             missing = []
         if missing:
             lines.append(wrapped(f"- {section}: {'; '.join(missing)}", hanging="  "))
+    kernels = [row for found in files for row in found["sections"].get("kernels", ())]
+    timed = {row["row"].partition(",")[0] for row in kernels}
+    names = [name.removeprefix("lora_") for name in WAITING]
+    if unjudged := [name for name in names if name not in timed]:
+        lines.append(wrapped(f"- {', '.join(unjudged)}: {VERDICT}", hanging="  "))
     if not lines:
         return ""
     return "\n\n".join(["## What waits for a card", texts(PAGE.name)[1]["waiting"].strip(),
                         "\n".join(lines)])  # fmt: skip
 
 
+VERDICT = (
+    "kernels of a group's backward pass that run nowhere until a card has given its verdict; the "
+    'rows "kernels" time them beside the vendor\'s GEMMs, the rows "blocks" with "+ backward"'
+)
 NAMED_OTHERWISE = ("kernels",)  # its rows say what was timed of a job
 
 

@@ -106,10 +106,11 @@ SECTIONS = {  # of the file: jobs in their order
     "qlora": [*QLORA],
 }
 MINUTES = 9.0  # of a part: a device may be lent for ten at a time
-PARTS = {  # jobs that match, and whether every op is checked first: three commands for one card
+PARTS = {  # jobs that match, and whether every op is checked first: a command each, for one card
     "1": ("^(host|predictions|profiles)|^ops: tv.*reference", True),
     "2": ("^(eager|qlora)", False),
     "3": ("^training", False),
+    "4": ("^(kernels|blocks)", False),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adarank_fast.adapters.graph_backends import Outputs
 
@@ -107,7 +107,9 @@ class _Recording(TorchDispatchMode):
         if func in READS_ON_THE_HOST and given & self.made:  # not so a constant of the host
             raise RuntimeError(f"{func} is not permitted when stream is capturing")
         output = func(*args, **kwargs)
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        # the same memory, without the nodes of autograd that the tensors get or have
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        tensors = [t.detach() for t in tree_leaves(output) if isinstance(t, Tensor)]
         own = [t if _storage(t) not in given else None for t in tensors]
         self.made |= {_storage(t) for t in own if t is not None}
         self.kept += tensors

@@ -226,7 +226,8 @@ class Steps:
         return model, []
 
     def set_scale(self, model, rng):
-        for layer in rng.sample(lora_layers(model), 2):
+        layers = lora_layers(model)
+        for layer in rng.sample(layers, min(2, len(layers))):
             for name in layer.lora_A:
                 layer.set_scale(name, 1.0 + rng.randrange(4))
         self.case.saves = False

@@ -32,7 +32,7 @@ from tests.tiny_models import batch, tiny
 OLD_PEFT = Version(peft.__version__) < Version("0.19")  # it fails in some orders itself
 
 CASES = int(os.environ.get("ADARANK_DIFFERENTIAL", "500"))
-FEW = CASES if "ADARANK_DIFFERENTIAL" in os.environ else 20
+FEW = CASES if "ADARANK_DIFFERENTIAL" in os.environ else 12
 CASES_IN_A_TEST = 20
 KINDS = ["mlp", "mlp", "mlp", "llama", "bert", "gpt2", "t5"]
 GATED = ["gated", "gated", "llama", "gemma"]
@@ -251,6 +251,9 @@ def check(number, backend=None, recompute=False):
             assert_near(found[i], wanted[i], case.dtype, i, where)
             assert_near(again[i], wanted[i], case.dtype, i, where)
     for i, tensors in enumerate(case.probe(fused)):  # its groups are known by now
+        if isinstance(backend, Tape):  # recorded operators round otherwise than fused ones
+            assert_near(tensors, again[i], case.dtype, i, where)
+            continue
         for first, second in zip(again[i], tensors, strict=True):
             assert torch.equal(first, second), f"{where}: differs when repeated"
     report = ada.fusion_report(fused)

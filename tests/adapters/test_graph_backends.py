@@ -69,3 +69,12 @@ def test_a_capture_that_breaks_off_gives_the_stream_and_the_generator_back(monke
         backend.capture(broken)
     assert cuda.current == "outside" and cuda.log[-1] == "generator"
     assert backend.stream == "stream 2"
+
+
+def test_what_draws_on_the_host_is_not_captured(monkeypatch):
+    """A choice by such a number would be the same in every replay."""
+    Cuda(monkeypatch)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="random numbers drawn on the host"):
+        CudaGraphs(torch.device("cuda", 0)).capture(lambda: [torch.rand(2)])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -90,7 +90,11 @@ def test_other_tuners_and_what_is_switched_in_them(kind, backend):
             for each in (model, plain):
                 each.base_model.model.blocks[1].first.scale_layer(3.0)
         assert_close(step(model, i), step(plain, i))
-    assert graph_report(model).graphed_calls >= 8, str(graph_report(model))
+    report = graph_report(model)
+    if kind in ("LoHa", "LoKr") and backend is Tape:  # a number on the host decides on a dropout
+        assert "_local_scalar_dense" in str(report) and report.graphed_calls == 4, str(report)
+    else:
+        assert report.graphed_calls >= 8, str(report)
 
 
 def test_a_module_that_is_trained_whole_may_be_switched_without_training():
@@ -146,3 +150,24 @@ def test_blocks_that_are_themselves_fused_layers_or_gated_mlps(make):
     assert [type(m) for m in model.modules()] == classes
     torch.testing.assert_close(step(model, 9), step(plain, 9))
     assert_close(step(loaded, 9), step(plain, 9))
+
+
+def test_a_gated_mlp_that_is_trained_whole_is_copied_with_its_wrapper():
+    """PEFT's wrappers find in the module that they wrap what they do not have themselves."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.mlp = nn.Linear(6, 6), Gated()
+
+        def forward(self, x):
+            return self.mlp(self.proj(x))
+
+    config = peft.LoraConfig(target_modules=["proj"], modules_to_save=["mlp"])
+    model = ada.accelerate(peft.get_peft_model(Outer(), config), recompute_mlp=True)
+    assert len(list(gated_mlps(model))) == 2  # the original and the trained one
+    whole = peft.get_peft_model(Gated(), peft.LoraConfig(target_modules=["up"]))
+    for each in (model, ada.accelerate(whole, recompute_mlp=True)):
+        again = copy.deepcopy(each)
+        assert [type(m) for m in again.modules()] == [type(m) for m in each.modules()]
+        assert_close(step(again, 1), step(each, 1))

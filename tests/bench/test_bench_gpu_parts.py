@@ -161,10 +161,11 @@ def test_liger_is_entered_by_its_public_patch(tiny: pytest.MonkeyPatch) -> None:
 
 
 def test_parts_cover_what_a_card_is_asked_first() -> None:
-    first, second, third = (parse(["--part", part]) for part in rows.PARTS)
+    first, second, third, fourth = (parse(["--part", part]) for part in rows.PARTS)
     assert first.minutes == rows.MINUTES and (first.checks, second.checks) == ("all", "kernels")
     assert {job.partition(":")[0] for job in second.jobs} == {"eager", "qlora"}
     assert third.jobs == [f"training: {row}" for row in rows.TRAINING]
+    assert {job.partition(":")[0] for job in fourth.jobs} == {"blocks", "kernels"}
     assert {job.partition(":")[0] for job in first.jobs} == {
         "host", "profiles", "ops", "predictions",
     }  # fmt: skip

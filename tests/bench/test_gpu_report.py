@@ -103,5 +103,7 @@ def test_page_of_a_small_run(tmp_path: Path) -> None:
 def test_what_waits_for_a_card_is_listed() -> None:
     row = {"row": next(iter(rows.TRAINING)), "variant": "ours", "status": "ok"}
     others = [row | {"row": name, "status": "not run: no time was left"} for name in rows.TRAINING]
-    text = page.waiting([{"sections": {"training": [*others, row]}}])
+    kernels = [row | {"row": "grad_s, Llama-3-8B gate/up"}]
+    text = page.waiting([{"sections": {"training": [*others, row], "kernels": kernels}}])
     assert "1 x 2,048;" not in text and "- training: Qwen3-0.6B, 8 x 2,048;" in text
+    assert "- grad_b, grad_a: kernels" in text

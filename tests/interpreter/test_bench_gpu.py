@@ -30,9 +30,9 @@ def test_every_kernel_and_op_passes_and_every_kernel_is_timed(tiny: pytest.Monke
     failed = [c for c in context.checks if c["status"] != "passed"]
     assert status == 0 and not failed
     own = [c["op"] for c in context.checks if c["case"] == "its own check"]
-    assert len(own) == 5 and {c["kernels"] for c in context.checks} >= {*checks.LORA_SETS}
+    assert len(own) == 8 and {c["kernels"] for c in context.checks} >= {*checks.LORA_SETS}
     kernels = {row["row"]: row for row in found["kernels"] if row["variant"] == "kernel"}
-    assert len(kernels) == 6
+    assert len(kernels) == 9
     assert all(0 < row["bandwidth_share"] for row in kernels.values())
     variants = {row["variant"] for row in found["blocks"]}
     assert {"ours, default", "ours, vendor GEMMs"} <= variants

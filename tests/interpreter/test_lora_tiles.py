@@ -232,13 +232,16 @@ def test_gradient_of_the_low_rank_product(M: int) -> None:
 
 @pytest.mark.parametrize("kind", KIND_OF_SEED)
 def test_gradients_of_the_factors(kind: str, chosen: set[str], launched: list[str]) -> None:
-    (X, As, Bs, first, width), seed = group(), seed_of(kind)
-    S, dS, dY = (randn(N, n, seed=n) for n in (width, width, 20))
-    parts = zip(segments(S), segments(dS), As, Bs, first, strict=True)
+    (X, As, _, first, width), seed = group(), seed_of(kind)
+    S, dS = (randn(N, width, seed=seed) for seed in (1, 2))
     dAs = triton.grad_A(dS, X, As, first, seed, DROPOUT)
     assert {*launched} == ({"lora_drop"} & chosen if kind == "seed" else set())
-    for (S_m, dS_m, A, B, start), dA in zip(parts, dAs, strict=True):
+    for dS_m, A, dA in zip(segments(dS), As, dAs, strict=True):
         torch.testing.assert_close(dA, dS_m.t() @ aten.drop(X, seed, DROPOUT))
-        dB = triton.grad_B(dY, S, start, B.shape[1], 0.5, torch.bfloat16)
-        torch.testing.assert_close(dB, (0.5 * dY.t() @ S_m).bfloat16())
         assert dA.shape == A.shape
+    dYs, dtypes = [randn(N, 20, seed=m) for m in range(3)], [torch.float32, torch.bfloat16] * 2
+    dBs = triton.grad_B(dYs, S, first, WIDE, [0.5, 1.0, 2.0], dtypes[:3])
+    for dY, S_m, scaling, dtype, dB in zip(
+        dYs, segments(S), (0.5, 1.0, 2.0), dtypes[:3], dBs, strict=True
+    ):
+        torch.testing.assert_close(dB, (scaling * dY.t() @ S_m).to(dtype))

@@ -3,6 +3,7 @@ import torch
 
 from adarank_kernels import philox_normal, philox_normal_ref
 from adarank_kernels.lora.dropout import keep_mask
+from adarank_kernels.random import philox
 from adarank_kernels.random.philox import words_of
 from adarank_kernels.random.reference import philox_words_ref
 from adarank_kernels.random.words import key_tensor, philox_words, uniform_from_words
@@ -99,6 +100,32 @@ def test_an_element_depends_on_its_index_alone(words_by):
     torch.testing.assert_close(
         philox_normal((100_000, 3), seed=3).flatten(), long[:300_000], rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_who_makes_the_words(monkeypatch, built):
+    """C++ for calls that are worth building it, a chunk at a time."""
+    made = []
+
+    def noted(key, first, count, native):
+        made.append((first, count, native))
+        return torch.zeros(4, count, dtype=torch.int32)
+
+    monkeypatch.setattr(philox, "WORTH_BUILDING", 64)
+    monkeypatch.setattr(philox, "COUNTERS_PER_CHUNK", 8)
+    monkeypatch.setattr(philox, "operators", lambda: object() if built else None)
+    monkeypatch.setattr(philox, "words_of", noted)
+    for counters, chunks in ((15, [(0, 8), (8, 7)]), (16, [(0, 8), (8, 8)]), (8, [(0, 8)])):
+        philox.fill_in_torch(torch.empty(counters, 4), 3)
+        assert made == [(*chunk, built and counters == 16) for chunk in chunks]
+        made.clear()
+
+
+def test_which_kernel_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(philox, "ready", lambda *of: asked.append(of))
+    philox_normal((5,), 3)
+    assert asked == [("philox_normal", torch.device("cpu"), torch.bfloat16)]
 
 
 def test_moments_and_independence_of_seeds():

@@ -47,7 +47,7 @@ def arguments_of(dtype: torch.dtype, low: torch.dtype) -> dict[str, tuple[Any, .
         "grad_x_": (X, S, As, first, SEED, 0.3),
         "group_forward": (X, parts, [], 0, [0.5, 2.0], 0.3, SEED, 1, True, None),
         "group_backward": (
-            *([Y, Y], X, S, None, parts, [0.5, 2.0], 0.3, SEED, 1, None, True, 3, 3, [9, 20]),
+            *([Y, Y], X, S, None, parts, [0.5, 2.0], 0.3, SEED, 1, None, True, 3, 3, [9, 20], None),
         ),
         "philox": (7, 0, 0, 2, 5),
         "knows": (dtype,),
@@ -161,6 +161,7 @@ def bad_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     yield "group_backward", 0, [randn(9, 12).to(dtype)]
     yield "group_backward", 0, [randn(9, 12).to(dtype)] * 64
     yield "group_backward", 13, [9, 21]
+    yield "group_backward", 14, randn(9, 13).to(dtype)
     yield "philox", 3, -1
     yield "philox", 4, -1
 

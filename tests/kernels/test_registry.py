@@ -17,6 +17,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(registry, "_checks", {})
     monkeypatch.setattr(registry, "_status", {})
     monkeypatch.setattr(registry, "_settled", {})
+    monkeypatch.setattr(registry, "_waiting", set())
     monkeypatch.setattr(registry, "HAS_TRITON", True)
     monkeypatch.setattr(registry, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -125,3 +126,14 @@ def test_settled_states_are_remembered_until_they_change(checked: list[str]) -> 
     assert registry.ready_among(names, device, torch.bfloat16) == {"bad"}
     assert registry.kernel_status(device) == {"good": "not chosen", "bad": "passed"}
     assert registry.ready_among(names, torch.device("cpu"), torch.bfloat16) == set()
+
+
+def test_what_waits_for_a_verdict_runs_only_where_it_is_chosen(checked: list[str]) -> None:
+    registry.register("slow?", lambda device: checked.append("slow?"), waits=True)
+    device, names = torch.device("cuda:0"), ("good", "slow?")
+    for _ in range(2):
+        assert registry.ready_among(names, device, torch.bfloat16) == {"good"}
+    assert checked == ["good"] and len(registry._settled) == 1
+    assert registry.kernel_status(device)["slow?"] == "waits for a verdict"
+    registry.choose(["slow?"], device)
+    assert registry.ready_among(names, device, torch.bfloat16) == {"slow?"}

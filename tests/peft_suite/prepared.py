@@ -52,9 +52,13 @@ def prepare(model: Any) -> None:
     new = sum(type(module) in classes for module in model.modules())
     if new:
         before = len(list(gated_mlps(model)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # most models have no gated MLP
-            ada.accelerate(model, recompute_mlp=HOW == "graphed")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # most models have no gated MLP
+                ada.accelerate(model, recompute_mlp=HOW == "graphed")
+        except ada.AdarankError as refusal:  # compiled models
+            reasons[f"refused: {refusal}"] += 1
+            return
         counts["swapped"] += new
         counts["owned MLPs"] += len(list(gated_mlps(model))) - before
     if HOW in BACKENDS:

@@ -32,7 +32,7 @@ FILES = (
     "decoder_models", "encoder_decoder_models", "feature_extraction_models",
 )  # fmt: skip
 HOWS = ("accelerated", "graphed", "recorded")
-NOT_COUNTED = ("adapters disabled", "merged", "extra arguments")  # disabled, merged, per sample
+NOT_COUNTED = ("adapters disabled", "merged", "extra arguments", "refused")
 LEFT_TO_PEFT = ("a LoRA variant", "DoRA ", "several active", "base layer is a")
 
 

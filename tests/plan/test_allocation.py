@@ -72,7 +72,14 @@ def test_largest_remainder_by_hand():
 
 @pytest.mark.parametrize(
     ("average", "modules", "total"),
-    [(0.3, 10, 3), (4 / 3, 3, 4), (0.999999, 10**6, 999_999), (8, 7, 56), (7.5, 3, 22)],
+    [
+        (0.3, 10, 3),
+        (4 / 3, 3, 4),
+        (0.999999, 10**6, 999_999),
+        (8, 7, 56),
+        (7.5, 3, 22),
+        (1 - 1e-7, 7, 7),
+    ],
 )
 def test_an_average_is_the_fraction_that_was_meant(average, modules, total):
     assert _amount(Budget(average_rank=average), modules)[0] == total
@@ -113,6 +120,28 @@ def test_modules_that_do_not_matter_take_only_what_the_others_cannot():
     scores, sizes = {"a": 1.0, "b": 0.0, "c": 0.0}, {"a": (8, 8), "b": (32, 32), "c": (32, 32)}
     assert allocate_ranks(scores, 2, sizes) == {"a": 6, "b": 0, "c": 0}
     assert allocate_ranks(scores, 4, sizes) == {"a": 8, "b": 2, "c": 2}
+
+
+def test_ranks_of_experts_by_hand():
+    scores, experts = {"e": 1.0, "a": 1.0}, {"e": (8, 2)}
+    sizes = {"e": (512, 640), "a": (64, 64)}
+
+    def ranks(**options):
+        return allocate_ranks(scores, 8, options.pop("sizes", sizes), experts, **options)
+
+    assert ranks() == {"e": 8, "a": 8}
+    # 2 ranks of e's experts pass a token: 2 * lambda / 2 + lambda = 16
+    assert ranks(expert_rank="divided") == {"e": 4, "a": 8}
+    assert allocate_ranks(scores, 8, expert_rank="divided") == {"e": 8, "a": 8}  # no experts
+    narrow = sizes | {"e": (32, 512)}  # of eight side by side: 4 x 64 each
+    assert ranks(sizes=narrow) == {"e": 4, "a": 12}
+    with pytest.raises(ValueError, match="how many experts of e are active"):
+        allocate_ranks(scores, 8, sizes, {"e": (8, 0)}, expert_rank="divided")
+    assert allocate_ranks(scores, 8, sizes, {"e": (8, 0)}) == {"e": 8, "a": 8}
+    with pytest.raises(
+        ValueError, match='rank 1 or more of each expert .*pass expert_rank="whole"'
+    ):
+        allocate_ranks(scores, 1, sizes, {"e": (8, 4)}, expert_rank="divided", min_rank=0)
 
 
 def test_properties_on_random_inputs():
@@ -191,7 +220,11 @@ SIZES = {"a": (32, 32), "b": (16, 64)}
         ),
         (None, {"budget_parameters": 100}, "budget_parameters needs sizes"),
         (None, {"sizes": {"a": (32, 32)}}, "sizes lacks b"),
-        (None, {"min_rank": 9}, r"average_rank=8 \(16 ranks .* too small for min_rank=9.* 18"),
+        (
+            None,
+            {"min_rank": 9},
+            r"average_rank=8 \(16 ranks .* too small for min_rank=9, which needs 18;",
+        ),
         (None, {"average_rank": 30, "sizes": SIZES}, r"average_rank=30 .* take .*\(48\)"),
         (None, {"max_rank": 4}, r"more than all modules can take .*\(8\)"),
         (None, {"min_rank": 5, "max_rank": 4}, "max_rank=4 is below min_rank=5"),

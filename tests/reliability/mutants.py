@@ -17,6 +17,7 @@ import argparse
 import ast
 import compileall
 import gc
+import json
 import multiprocessing
 import os
 import py_compile
@@ -36,7 +37,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 WARM = ("torch", "numpy", "scipy.special", "transformers", "peft", "hypothesis", "pytest", "triton")
 MEMORY = 8 << 30  # bytes a mutant may take
-SELF_CHECKS = ("_check", "_each_dtype", "_exact", "_problem", "_RANKS", "register")
+SELF_CHECKS = ("_check", "each_dtype", "_exact", "problem", "_problem", "_RANKS", "register")
 SIZES = (
     *("SHRINK", "EXPAND", "DROP", "FILL", "PAIRS", "WORTH_BUILDING", "COUNTERS_PER_CHUNK"),
     *("COUNTERS_ELSEWHERE", "ROWS_PER_CHUNK", "LOGITS_BYTES", "CACHE_BYTES", "ROWS", "LARGE"),
@@ -90,7 +91,11 @@ PARTS = {
     ),
     "disagreement": Part(
         kernels("disagreement", "op", "metrics"),
-        ("tests/kernels/test_disagreement.py", "-k", "not shape2"),  # one large head
+        (
+            "tests/kernels/test_disagreement_pieces.py",
+            "tests/kernels/test_disagreement.py",
+            *("-k", "not shape2"),  # one large head
+        ),
         (
             "tests/interpreter/test_disagreement_tiles.py::test_logits_relative_to_row_0",
             "tests/interpreter/test_disagreement_tiles.py::test_sizes",
@@ -281,10 +286,20 @@ def judged(mutant: Mutant, judges: list[Judge]) -> str:
         path.write_bytes(text)
 
 
-def try_part(part: Part, seed: int, minutes: float) -> dict[str, Any]:
-    """The part's mutants in random order: all the tests for each, the interpreted ones last."""
+def try_part(part: Part, seed: int, minutes: float, last: dict[str, Any]) -> dict[str, Any]:
+    """The part's mutants in random order: all the tests for each, the interpreted ones last.
+
+    After a `last` run, of the same files, its survivors come first; what it killed stays killed.
+    """
     everything = [m for file in part.files for m in mutants(file, Path())]
     drawn = random.Random(seed).sample(everything, len(everything))
+    texts = {file: Path(file).read_bytes() for file in part.files}
+    alive = [{key: s[key] for key in ("line", "before", "after")} for s in last["survivors"]]
+    done = last["tried"]
+    again = [m for m in drawn[:done] if m.shown(texts[m.file]) in alive]
+    if done and (len(again) != len(alive) or [last["mutants"], last["seed"]] != [len(drawn), seed]):
+        raise RuntimeError("the last run was of other files or another seed; leave --more out")
+    drawn = again + drawn[done:]
     judges = [
         Judge(tests, interpreted)
         for tests, interpreted in ((part.tests, False), (part.interpreted, True))
@@ -293,7 +308,7 @@ def try_part(part: Part, seed: int, minutes: float) -> dict[str, Any]:
     started = time.monotonic()
     found: list[str] = []
     for mutant in drawn:
-        if time.monotonic() - started > 60 * minutes:
+        if len(found) >= len(again) and time.monotonic() - started > 60 * minutes:
             break
         found.append(judged(mutant, judges))
         print(".!t"[("killed", "survived", "timed out").index(found[-1])], end="", flush=True)
@@ -302,18 +317,19 @@ def try_part(part: Part, seed: int, minutes: float) -> dict[str, Any]:
     for judge in judges:
         judge.pool.shutdown()
     survivors = [m for m, what in zip(drawn, found, strict=False) if what == "survived"]
+    tried = done - len(again) + len(found)
     return {
         "files": part.files,
         "tests": part.tests + part.interpreted,
         "mutants": len(everything),
-        "tried": len(found),
-        "killed": len(found) - len(survivors),
-        "of which timed out": found.count("timed out"),
+        "tried": tried,
+        "killed": tried - len(survivors),
+        "of which timed out": last["of which timed out"] + found.count("timed out"),
         "seed": seed,
         "seconds_of_tests": round(sum(judge.seconds for judge in judges), 1),
         "seconds_a_mutant": round(seconds / max(len(found), 1), 1),
         "survivors": sorted(
-            [{"file": m.file, **m.shown(Path(m.file).read_bytes())} for m in survivors],
+            [{"file": m.file, **m.shown(texts[m.file])} for m in survivors],
             key=lambda survivor: (survivor["file"], survivor["line"]),
         ),
     }
@@ -335,7 +351,10 @@ def record(name: str, row: dict[str, Any]) -> None:
     write_results("mutants", {name: row})
 
 
-def one_part(name: str, seed: int, minutes: float) -> None:
+def one_part(name: str, seed: int, minutes: float, more: bool) -> None:
+    last: dict[str, Any] = {"tried": 0, "of which timed out": 0, "survivors": []}
+    if more:  # without an import: forks must import the mutated packages themselves
+        last = json.loads((ROOT / "bench/results/mutants.json").read_text()).get(name, last)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         leave = shutil.ignore_patterns("__pycache__", "results")
@@ -347,7 +366,7 @@ def one_part(name: str, seed: int, minutes: float) -> None:
         compileall.compile_dir(root, quiet=2, invalidation_mode=by_text)
         os.chdir(root)
         sys.path[:0] = [folder, str(root / "kernels")]
-        row = try_part(PARTS[name], seed, minutes)
+        row = try_part(PARTS[name], seed, minutes, last)
     os.chdir(ROOT)
     share = row["killed"] / max(row["tried"], 1)
     print(
@@ -361,6 +380,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=PARTS, help="this part")
     parser.add_argument("--minutes", type=float, default=15.0, help="at most, for each part")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="go on, survivors first")
     parser.add_argument("--list", action="store_true", help="count the mutants, run nothing")
     options = parser.parse_args()
     sys.dont_write_bytecode = True
@@ -371,7 +391,7 @@ def main() -> None:
             print(name, {file: len(mutants(file)) for file in PARTS[name].files})
             continue
         process = multiprocessing.get_context("fork").Process(
-            target=one_part, args=(name, options.seed, options.minutes)
+            target=one_part, args=(name, options.seed, options.minutes, options.more)
         )
         process.start()
         process.join()

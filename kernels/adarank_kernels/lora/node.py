@@ -7,7 +7,7 @@ everything else: trained base weights, torch.compile, dispatch modes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -49,7 +49,9 @@ def whole(
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             bound = -1
         if seed is not None and not is_mask(seed):
-            return _dropped(group, x, seed, bases)
+            return _launched(group, x, seed, bases)
+        if not group.dropout and group.backend.backward_kernels(x) and not group.is_few(x):
+            return _launched(group, x, None, bases)
     if group.compute is None and not group.make_whole(x):
         return ()
     assert group.compute is not None
@@ -59,18 +61,18 @@ def whole(
     if outputs:
         return _expand(group, x, *outputs)
     if seed is None and group.dropout and group.adapted and group.device_type != "cpu":
-        return () if group.is_few(x) else _dropped(group, x, draw_seed(x.device), bases)
+        return () if group.is_few(x) else _launched(group, x, draw_seed(x.device), bases)
     return ()
 
 
-def _dropped(
-    group: Group, x: Tensor, seed: Tensor, bases: Sequence[Tensor | None]
+def _launched(
+    group: Group, x: Tensor, seed: Tensor | None, bases: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
-    if bases or group.trains_bias or not group.fits(x):
+    if bases or group.trains_bias or not group.adapted or not group.fits(x):
         return ()
     if torch.is_grad_enabled():
-        return _apply_dropped(group, x, seed, *group.inputs)
-    return _dropped_forward(group, x, seed)[:-2]
+        return _apply_launched(group, x, seed, *group.inputs)
+    return _launched_forward(group, x, seed)[:-2]
 
 
 def _expand(group: Group, x: Tensor, *products: Tensor) -> Sequence[Tensor]:
@@ -101,8 +103,8 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-def _dropped_forward(group: Group, x: Tensor, seed: Tensor) -> list[Tensor]:
-    """With dropout on a GPU: outputs of all modules, then S and A as it was packed."""
+def _launched_forward(group: Group, x: Tensor, seed: Tensor | None) -> list[Tensor]:
+    """On a GPU: outputs of all modules, then S and A as it was packed."""
     backend = group.backend
     width, first = group.layout(backend, x.dtype)
     S, packed = backend.shrink(rows(x), group.lora_As, first, width, seed, group.dropout)
@@ -113,17 +115,17 @@ def _dropped_forward(group: Group, x: Tensor, seed: Tensor) -> list[Tensor]:
     return [*(outputs if add else _expand(group, x, *outputs, S)), S, packed]
 
 
-class Dropped(torch.autograd.Function):
-    """`whole` with dropout on a GPU, whose mask Triton draws where the data pass by.
+class Launched(torch.autograd.Function):
+    """`whole` on a GPU where Triton draws a dropout mask, or computes what C++ does not launch.
 
     Inputs that may need gradients: x, then A and then B of the modules with a rank.
     """
 
     @staticmethod
     def forward(
-        ctx: _Context, group: Group, x: Tensor, seed: Tensor, *adapters: Tensor
+        ctx: _Context, group: Group, x: Tensor, seed: Tensor | None, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        *outputs, S, packed = _dropped_forward(group, x, seed)
+        *outputs, S, packed = _launched_forward(group, x, seed)
         _, need_x, _, *needs = ctx.needs_input_grad
         count = len(group.adapted)
         ctx.save_for_backward(
@@ -140,11 +142,11 @@ class Dropped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: the result refuses to be differentiated
-            return _dropped_once(ctx, *dYs)
-        return _dropped_backward(ctx, *dYs)
+            return _launched_once(ctx, *dYs)
+        return _launched_backward(ctx, *dYs)
 
 
-def _dropped_backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+def _launched_backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
     x, S, packed, seed, *parts = ctx.saved_tensors
     group: Group = ctx.group
     needs = ctx.needs_input_grad
@@ -154,20 +156,76 @@ def _dropped_backward(ctx: _Context, *dYs: Tensor | None) -> tuple[Tensor | None
         count = len(group.adapted) + 3
         need_A = sum([1 << m for m, n in zip(group.adapted, needs[3:count], strict=True) if n])
         need_B = sum([1 << m for m, n in zip(group.adapted, needs[count:], strict=True) if n])
-    dropped = None if x is None else group.backend.drop(rows(x), seed, group.dropout)
+    dropped = dS = None
+    made: list[Tensor | None] = []
+    if group.backend.backward_kernels(next(dY for dY in dYs if dY is not None)):
+        given = {m: rows(dY) for m in group.adapted if (dY := dYs[m]) is not None}
+        dS, _, _, made = _low_rank_gradients(
+            group, group.backend, given, parts[2::4], parts[3::4], x, S, seed,
+            need_x, need_A, need_B,
+        )  # fmt: skip
+        need_A = need_B = 0  # C++ is left with dX
+    elif x is not None and seed is not None:
+        dropped = group.backend.drop(rows(x), seed, group.dropout)
     *found, low = torch.ops.adarank.group_backward(
         dYs, x, S, packed, parts, group.scalings, group.dropout, seed, PADDING, dropped,
-        need_x, need_A, need_B, ctx.x_shape,
+        need_x, need_A, need_B, ctx.x_shape, dS,
     )  # fmt: skip
     dX, *grads = found
+    grads = made or grads
     if low is not None:
         dX = group.backend.drop_into(low, seed, group.dropout, rows(dX)).view(ctx.x_shape)
     return None, dX, None, *grads
 
 
-_dropped_once = once_differentiable(_dropped_backward)
+_launched_once = once_differentiable(_launched_backward)
 # Without the look for torch.func transforms, which the caller has taken.
-_apply_dropped = super(torch.autograd.Function, Dropped).apply
+_apply_launched = super(torch.autograd.Function, Launched).apply
+
+
+def _low_rank_gradients(
+    group: Group,
+    backend: ModuleType,
+    dYs: Mapping[int, Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    x: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    need_x: bool,
+    need_A: int,
+    need_B: int,
+) -> tuple[Tensor | None, list[int], Sequence[int], list[Tensor | None]]:
+    """(dS, its modules, their first columns, gradients of A and then B of the adapted modules).
+
+    `dYs`: [N, out] of the adapted modules that have one. Bit m of need_A and need_B: module m's.
+    """
+    grads_A: dict[int, Tensor | None] = dict.fromkeys(group.adapted)
+    grads_B: dict[int, Tensor | None] = dict.fromkeys(group.adapted)
+    trained = [m for m in dYs if need_B >> m & 1]
+    if trained:
+        chosen = [dYs[m] for m in trained]
+        _, first = group.layout(backend, chosen[0].dtype)
+        start_of = dict(zip(group.adapted, first, strict=True))
+        starts, ranks = [start_of[m] for m in trained], [group.ranks[m] for m in trained]
+        scalings = [group.scalings[m] for m in trained]
+        dtypes = [group.dtypes_of_B[m] for m in trained]
+        found = backend.grad_B(chosen, S, starts, ranks, scalings, dtypes)
+        grads_B.update(zip(trained, found, strict=True))
+    through = [m for m in dYs if need_x or need_A >> m & 1]
+    dS: Tensor | None = None
+    first = ()
+    if through:
+        chosen = [dYs[m] for m in through]
+        width, first = group.layout(backend, chosen[0].dtype, through)
+        As, Bs = [lora_As[m] for m in through], [lora_Bs[m] for m in through]
+        dS = backend.grad_S(chosen, Bs, [group.scalings[m] for m in through], first, width)
+        if any([need_A >> m & 1 for m in through]):
+            assert x is not None
+            found = backend.grad_A(dS, in_order(rows(x)), As, first, seed, group.dropout)
+            for m, dA in zip(through, found, strict=True):
+                grads_A[m] = dA if need_A >> m & 1 else None
+    return dS, through, first, [*grads_A.values(), *grads_B.values()]
 
 
 class Stepwise(torch.autograd.Function):
@@ -257,7 +315,7 @@ def _stepwise_backward(ctx: _Context, dYs: Sequence[Tensor | None]) -> tuple[Ten
     need_x, _, *needs = ctx.needs_input_grad[3:]
     grads: list[Tensor | None] = [None] * len(needs)
     dX: Tensor | None = None
-    low: dict[int, Tensor] = {}
+    adapted: dict[int, Tensor] = {}
     X = None if x is None else rows(x)
     for m, dY in enumerate(dYs):
         if dY is None:
@@ -273,30 +331,19 @@ def _stepwise_backward(ctx: _Context, dYs: Sequence[Tensor | None]) -> tuple[Ten
             product = torch.mm(dY2, weights[m])
             dX = product if dX is None else dX + product
         if m in group.adapted:
-            low[m] = in_order(dY2 if dY2.dtype == ctx.dtype else dY2.to(ctx.dtype))
-    width, first = group.layout(backend, ctx.dtype)
-    start_of = dict(zip(group.adapted, first, strict=True))
-    for m, dY in low.items():
-        if needs[4 * m + 3]:
-            grads[4 * m + 3] = backend.grad_B(
-                dY, S, start_of[m], group.ranks[m], group.scalings[m], group.dtypes_of_B[m]
-            )
-    through = [m for m in low if need_x or needs[4 * m + 2]]
-    if through:
-        As, Bs = [lora_As[m] for m in through], [lora_Bs[m] for m in through]
-        if len(through) < len(group.adapted):
-            width, first = group.layout(backend, ctx.dtype, through)
-            packed = None
-        scalings = [group.scalings[m] for m in through]
-        dS = backend.grad_S([low[m] for m in through], Bs, scalings, first, width)
-        if need_x:
-            dX = backend.grad_X(dX, dS, As, first, packed, seed, group.dropout)
-        if any([needs[4 * m + 2] for m in through]):
-            assert X is not None
-            found = backend.grad_A(dS, in_order(X), As, first, seed, group.dropout)
-            for m, dA in zip(through, found, strict=True):
-                if needs[4 * m + 2]:
-                    grads[4 * m + 2] = dA
+            adapted[m] = in_order(dY2 if dY2.dtype == ctx.dtype else dY2.to(ctx.dtype))
+    need_A = sum([1 << m for m in group.adapted if needs[4 * m + 2]])
+    need_B = sum([1 << m for m in group.adapted if needs[4 * m + 3]])
+    dS, through, first, found = _low_rank_gradients(
+        group, backend, adapted, lora_As, lora_Bs, x, S, seed, need_x, need_A, need_B
+    )
+    if need_x and dS is not None:
+        As = [lora_As[m] for m in through]
+        packed = packed if len(through) == len(group.adapted) else None
+        dX = backend.grad_X(dX, dS, As, first, packed, seed, group.dropout)
+    count = len(group.adapted)
+    for m, dA, dB in zip(group.adapted, found[:count], found[count:], strict=True):
+        grads[4 * m + 2], grads[4 * m + 3] = dA, dB
     if dX is not None:
         dX = dX.view(ctx.x_shape)
     return None, None, None, dX, None, *grads

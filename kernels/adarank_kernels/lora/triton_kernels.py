@@ -18,7 +18,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _keep(seed, rows, k, dropped, BLOCK_K: tl.constexpr):
+def keep(seed, rows, k, dropped, BLOCK_K: tl.constexpr):
     """The mask of `dropout.keep_mask` for rows [M] and columns k + [0, BLOCK_K)."""
     c0 = (k // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)[None, :]
     c1 = rows.to(tl.uint32)[:, None]
@@ -65,7 +65,7 @@ def shrink_kernel(
             x = tl.load(p_x, mask=m_rows & (k + ks[None, :] < K), other=0.0)
             a = tl.load(p_a, mask=m_cols & (k + ks[:, None] < K), other=0.0)
         if DROPOUT:
-            x = x * _keep(seed, rows, k, dropped, BLOCK_K).to(x.dtype)
+            x = x * keep(seed, rows, k, dropped, BLOCK_K).to(x.dtype)
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
         p_x += BLOCK_K
         p_a += BLOCK_K
@@ -74,7 +74,7 @@ def shrink_kernel(
 
 
 @triton.jit
-def _slot(module, p0, p1, p2, p3):
+def slot(module, p0, p1, p2, p3):
     """The pointer of a module of the launch; each starts at 16 bytes (the host sees to it)."""
     pointer = p0
     if module == 1:
@@ -117,7 +117,7 @@ def expand_kernel(
     out = tl.load(entry + 5)
     if ALIGNED:
         out = tl.multiple_of(out, 16)
-    y_ptr, b_ptr = _slot(module, y0, y1, y2, y3), _slot(module, b0, b1, b2, b3)
+    y_ptr, b_ptr = slot(module, y0, y1, y2, y3), slot(module, b0, b1, b2, b3)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = first + tl.arange(0, BLOCK_N)
     rs = tl.arange(0, BLOCK_R)
@@ -156,7 +156,7 @@ def drop_kernel(
     x = tl.load(
         x_ptr + rows.to(tl.int64)[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0
     )
-    x = x * _keep(tl.load(seed_ptr), rows, k, dropped, BLOCK_K).to(x.dtype)
+    x = x * keep(tl.load(seed_ptr), rows, k, dropped, BLOCK_K).to(x.dtype)
     p_out = out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
     if ADD:
         x = x.to(tl.float32) + tl.load(p_out, mask=mask, other=0.0).to(tl.float32)

@@ -50,7 +50,8 @@ def rows_aligned(x: Tensor) -> bool:
     return x.is_contiguous() or x.stride(-1) != 1 or all(s % 16 == 0 for s in x.stride()[:-1])
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
+    """PRECISION of a kernel's products."""
     return "ieee" if dtype == torch.float32 else "tf32"  # ignored for 16-bit operands
 
 
@@ -64,14 +65,14 @@ def _rows_in_order(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
+def slots(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Four pointers, each at 16 bytes; unused slots repeat the first."""
     held = [t if t.is_contiguous() else t.contiguous() for t in tensors]
     held = [t if t.data_ptr() % 16 == 0 else t.clone() for t in held]
     return held + [held[0]] * (SLOTS - len(held))
 
 
-def _one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As they are if their dtypes agree (a launch has one pointer type), else all in `dtype`."""
     if len({t.dtype for t in tensors}) > 1:
         return [t.to(dtype) for t in tensors]
@@ -118,7 +119,7 @@ def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
         "BLOCK_R": block_r,
         "EVEN_K": K % SHRINK["BLOCK_K"] == 0,
         "DROPOUT": seed is not None,
-        "PRECISION": _precision(X.dtype),
+        "PRECISION": precision(X.dtype),
     }
     with on_device(X.device):
         launch(kernels.shrink_kernel, _key(tensors, integers), grid, tensors + integers, constants)
@@ -139,7 +140,7 @@ def expand(
     N = S.shape[0]
     for i in range(0, len(products) if N else 0, SLOTS):
         some = slice(i, i + SLOTS)
-        ys, Bs = list(products[some]), _one_dtype(lora_Bs[some], S.dtype)
+        ys, Bs = list(products[some]), one_dtype(lora_Bs[some], S.dtype)
         if any(y.data_ptr() % 16 for y in ys):
             for y, offset, B, scaling in zip(ys, offsets[some], Bs, scalings[some], strict=True):
                 S_m = S[:, offset : offset + B.shape[1]]
@@ -151,9 +152,9 @@ def expand(
         )
         aligned = all([out % 16 == 0 for out, _ in shapes])
         ys += [ys[0]] * (SLOTS - len(ys))
-        arguments = (S, *ys, *_slots(Bs), factors, table, N, S.stride(0))
+        arguments = (S, *ys, *slots(Bs), factors, table, N, S.stride(0))
         key = S.device, S.dtype, Bs[0].dtype, S.data_ptr() % 16 == 0, kind(N), kind(S.stride(0))
-        constants = EXPAND | {"ALIGNED": aligned, "PRECISION": _precision(S.dtype)}
+        constants = EXPAND | {"ALIGNED": aligned, "PRECISION": precision(S.dtype)}
         grid = cdiv(N, EXPAND["BLOCK_M"]), tiles
         with on_device(S.device):
             launch(kernels.expand_kernel, key, grid, arguments, constants)
@@ -179,7 +180,9 @@ def drop(X: Tensor, seed: Tensor, dropout: float, out: Tensor | None = None) -> 
 _RANKS, _OUTS, _N, _K = (1, 3, 24, 16), (160, 72, 33, 256), 150, 200
 
 
-class _Problem(TypedDict):
+class Problem(TypedDict):
+    """Operands of a group of four modules."""
+
     X: Tensor
     A: Tensor
     S: Tensor
@@ -190,7 +193,10 @@ class _Problem(TypedDict):
     seed: Tensor
 
 
-def _problem(device: torch.device, dtype: torch.dtype) -> _Problem:
+def problem(
+    device: torch.device, dtype: torch.dtype, rows: int = _N, outs: Sequence[int] = _OUTS
+) -> Problem:
+    """Random operands with these rows, and columns of Ys."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -199,33 +205,37 @@ def _problem(device: torch.device, dtype: torch.dtype) -> _Problem:
     offsets = [sum(padded(r) for r in _RANKS[:m]) for m in range(len(_RANKS))]
     total = sum(padded(r) for r in _RANKS)
     return {
-        "X": randn(_N, _K),
+        "X": randn(rows, _K),
         "A": randn(total, _K, scale=_K**-0.5),
-        "S": randn(_N, total),
-        "Bs": [randn(o, r, scale=r**-0.5) for o, r in zip(_OUTS, _RANKS, strict=True)],
-        "Ys": [randn(_N, o) for o in _OUTS],
+        "S": randn(rows, total),
+        "Bs": [randn(o, r, scale=r**-0.5) for o, r in zip(outs, _RANKS, strict=True)],
+        "Ys": [randn(rows, o) for o in outs],
         "offsets": offsets,
         "scalings": [0.5, 2.0, 1.0, 1.5],
         "seed": torch.tensor([2**61 + 12345], device=device),
     }
 
 
-def _each_dtype(check: Callable[[_Problem], None]) -> Callable[[torch.device], None]:
+def each_dtype(
+    check: Callable[[Problem], None], make: Callable[..., Problem] = problem
+) -> Callable[[torch.device], None]:
+    """A check of both 16-bit dtypes."""
+
     def run(device: torch.device) -> None:
         for dtype in (torch.bfloat16, torch.float16):
-            check(_problem(device, dtype))
+            check(make(device, dtype))
 
     return run
 
 
-def _check_shrink(p: _Problem) -> None:
+def _check_shrink(p: Problem) -> None:
     X, A, seed = p["X"], p["A"], p["seed"]
     check_close(shrink(X, A, None, 0.0), X @ A.t(), X.double() @ A.double().t())
     kept = X * _dropout.keep_mask(seed, _N, _K, 0.3)
     check_close(shrink(X, A, seed, 0.3), kept @ A.t(), kept.double() @ A.double().t())
 
 
-def _check_expand(p: _Problem) -> None:
+def _check_expand(p: Problem) -> None:
     ours = [y.clone() for y in p["Ys"]]
     expand(ours, p["S"], p["offsets"], p["Bs"], p["scalings"])
     for y, Y, first, B, s in zip(ours, p["Ys"], p["offsets"], p["Bs"], p["scalings"], strict=True):
@@ -234,7 +244,7 @@ def _check_expand(p: _Problem) -> None:
         check_close(y, Y + s * (S @ B.t()), exact)
 
 
-def _check_drop(p: _Problem) -> None:
+def _check_drop(p: Problem) -> None:
     expected = p["X"] * _dropout.keep_mask(p["seed"], _N, _K, 0.3)
     if not torch.equal(drop(p["X"], p["seed"], 0.3), expected):
         raise ArithmeticError("the mask differs from torch's")
@@ -242,10 +252,10 @@ def _check_drop(p: _Problem) -> None:
     check_close(added, p["X"] + expected, p["X"].double() + expected.double())
 
 
-register("lora_shrink", _each_dtype(_check_shrink))
+register("lora_shrink", each_dtype(_check_shrink))
 
 
-register("lora_expand", _each_dtype(_check_expand))
+register("lora_expand", each_dtype(_check_expand))
 
 
-register("lora_drop", _each_dtype(_check_drop))
+register("lora_drop", each_dtype(_check_drop))

@@ -26,15 +26,21 @@ logger = logging.getLogger(__name__)
 INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
 DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
 _checks: dict[str, Callable[[torch.device], None]] = {}
+_waiting: set[str] = set()  # kernels of which no card has said whether they are faster
 _status: dict[tuple[str, str], str] = {}
 _compiled: dict[Hashable, tuple[Any, tuple[object, ...]]] = {}  # what `launch` has launched
 _NOTHING: AbstractContextManager[object] = nullcontext()
 _settled: dict[tuple[tuple[str, ...], torch.device, torch.dtype], frozenset[str]] = {}
 
 
-def register(name: str, check: Callable[[torch.device], None]) -> None:
-    """Make a kernel known; `check(device)` raises where its numbers are wrong."""
+def register(name: str, check: Callable[[torch.device], None], waits: bool = False) -> None:
+    """Make a kernel known; `check(device)` raises where its numbers are wrong.
+
+    One that `waits` for a card's verdict on its speed runs only where `choose` names it.
+    """
     _checks[name] = check
+    if waits:
+        _waiting.add(name)
 
 
 def choose(names: Collection[str], device: torch.device) -> None:
@@ -50,7 +56,8 @@ def ready_among(names: tuple[str, ...], device: torch.device, dtype: torch.dtype
     found = _settled.get(key)
     if found is None:
         found = frozenset(name for name in names if ready(name, device, dtype))
-        if not INTERPRETED and all((name, str(device)) in _status for name in names):
+        known = all(name in _waiting or (name, str(device)) in _status for name in names)
+        if known and not INTERPRETED:
             _settled[key] = found
     return found
 
@@ -65,6 +72,8 @@ def ready(name: str, device: torch.device, dtype: torch.dtype) -> bool:
         return False  # in a graph, inductor fuses the plain torch form
     key = (name, str(device))
     if key not in _status:
+        if name in _waiting:
+            return False
         if torch.cuda.is_current_stream_capturing():
             return False  # the check synchronises
         try:
@@ -78,10 +87,14 @@ def ready(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def kernel_status(device: torch.device | str = "cuda") -> dict[str, str]:
-    """Per kernel: "passed", "failed: why", "not checked yet", "not chosen" or "no Triton"."""
+    """Per kernel: "passed", "failed: why", "not checked yet", "not chosen", or why it never runs.
+
+    Those reasons are "waits for a verdict" on its speed, and "no Triton".
+    """
     if not HAS_TRITON:
         return dict.fromkeys(_checks, "no Triton")
-    return {name: _status.get((name, str(device)), "not checked yet") for name in _checks}
+    unknown = {n: "waits for a verdict" if n in _waiting else "not checked yet" for n in _checks}
+    return {name: _status.get((name, str(device)), unknown[name]) for name in _checks}
 
 
 def launch(

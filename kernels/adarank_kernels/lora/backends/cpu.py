@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
+from adarank_kernels.lora.backends import Dtypes, Integers, Numbers, Seed, Tensors
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.runtime import native
 
@@ -92,10 +92,10 @@ def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width:
 
 
 def grad_B(
-    dY: Tensor, S: Tensor, start: int, rank: int, scaling: float, dtype: torch.dtype
-) -> Tensor:
-    dB: Tensor = torch.ops.adarank.grad_b(dY, S, start, rank, scaling, dtype)
-    return dB
+    dYs: Tensors, S: Tensor, first: Integers, ranks: Integers, scalings: Numbers, dtypes: Dtypes
+) -> list[Tensor]:
+    each = zip(dYs, first, ranks, scalings, dtypes, strict=True)
+    return [torch.ops.adarank.grad_b(dY, S, *of) for dY, *of in each]
 
 
 def grad_X(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
+from adarank_kernels.lora.backends import Dtypes, Integers, Numbers, Seed, Tensors
 from adarank_kernels.lora.dropout import is_mask, keep_mask
 
 
@@ -80,9 +80,13 @@ def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width:
 
 
 def grad_B(
-    dY: Tensor, S: Tensor, start: int, rank: int, scaling: float, dtype: torch.dtype
-) -> Tensor:
-    return cast(scaled_mm(dY.t(), S.narrow(1, start, rank), scaling), dtype)
+    dYs: Tensors, S: Tensor, first: Integers, ranks: Integers, scalings: Numbers, dtypes: Dtypes
+) -> list[Tensor]:
+    each = zip(dYs, first, ranks, scalings, dtypes, strict=True)
+    return [
+        cast(scaled_mm(dY.t(), S.narrow(1, start, rank), scaling), dtype)
+        for dY, start, rank, scaling, dtype in each
+    ]
 
 
 def grad_X(
@@ -104,7 +108,11 @@ def grad_X(
 def grad_A(
     dS: Tensor, X: Tensor, As: Tensors, first: Integers, seed: Seed, dropout: float
 ) -> list[Tensor]:
-    stacked = torch.mm(dS.t(), drop(X, seed, dropout))
+    return apart(torch.mm(dS.t(), drop(X, seed, dropout)), As, first)
+
+
+def apart(stacked: Tensor, As: Tensors, first: Integers) -> list[Tensor]:
+    """The modules' own parts of dA [width, in], in their dtypes."""
     return [
         cast(stacked.narrow(0, start, A.shape[0]), A.dtype)
         for A, start in zip(As, first, strict=True)

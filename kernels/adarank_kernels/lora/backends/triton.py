@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adarank_kernels.lora import triton_gradients_launch as gradients
 from adarank_kernels.lora import triton_launch as launch
-from adarank_kernels.lora.backends import Integers, Numbers, Seed, Tensors
+from adarank_kernels.lora.backends import Dtypes, Integers, Numbers, Seed, Tensors
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.backends.torch import cast, pack
 from adarank_kernels.lora.dropout import is_mask
@@ -18,6 +19,7 @@ from adarank_kernels.runtime.registry import ready_among
 
 ANY_WIDTH = ("lora_expand", "lora_drop")
 KERNELS = (*ANY_WIDTH, "lora_shrink")
+BACKWARD = ("lora_grad_s", "lora_grad_b", "lora_grad_a")
 
 
 def padded(rank: int, dtype: torch.dtype) -> int:
@@ -28,6 +30,11 @@ def kernels(x: Tensor) -> frozenset[str]:
     """Those that may run on rows like x's."""
     names = KERNELS if launch.rows_aligned(x) else ANY_WIDTH
     return ready_among(names, x.device, x.dtype)
+
+
+def backward_kernels(x: Tensor) -> frozenset[str]:
+    """Those of the backward pass that may run on tensors like x."""
+    return ready_among(BACKWARD, x.device, x.dtype)
 
 
 def drop(X: Tensor, seed: Seed, dropout: float) -> Tensor:
@@ -58,6 +65,8 @@ def expand(
 
 def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width: int) -> Tensor:
     like, dtype = dYs[0], dYs[0].dtype
+    if "lora_grad_s" in backward_kernels(like) and gradients.fits(dYs):
+        return gradients.grad_s(dYs, Bs, scalings, first, width)
     gaps = width > sum([B.shape[1] for B in Bs])  # nobody writes them, and they meet A's padding
     dS = (like.new_zeros if gaps else like.new_empty)(like.shape[0], width)
     for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=True):
@@ -66,11 +75,12 @@ def grad_S(dYs: Tensors, Bs: Tensors, scalings: Numbers, first: Integers, width:
 
 
 def grad_B(
-    dY: Tensor, S: Tensor, start: int, rank: int, scaling: float, dtype: torch.dtype
-) -> Tensor:
-    dB = dY.new_empty(dY.shape[1], rank)
-    dB.addmm_(dY.t(), S.narrow(1, start, rank), beta=0.0, alpha=scaling)
-    return cast(dB, dtype)
+    dYs: Tensors, S: Tensor, first: Integers, ranks: Integers, scalings: Numbers, dtypes: Dtypes
+) -> list[Tensor]:
+    if "lora_grad_b" not in backward_kernels(S) or not gradients.fits(dYs):
+        return aten.grad_B(dYs, S, first, ranks, scalings, dtypes)
+    found = gradients.grad_b(dYs, S, first, ranks, scalings, common(dtypes))
+    return [cast(dB, dtype) for dB, dtype in zip(found, dtypes, strict=True)]
 
 
 def grad_X(
@@ -99,4 +109,13 @@ def drop_into(low: Tensor, seed: Tensor, dropout: float, dX: Tensor | None) -> T
 def grad_A(
     dS: Tensor, X: Tensor, As: Tensors, first: Integers, seed: Seed, dropout: float
 ) -> list[Tensor]:
-    return aten.grad_A(dS, drop(X, seed, dropout), As, first, None, 0.0)
+    usable = "lora_grad_a" in backward_kernels(X) and gradients.fits([X])
+    if seed is None or is_mask(seed) or not usable:
+        return aten.grad_A(dS, drop(X, seed, dropout), As, first, None, 0.0)
+    dtype = common([A.dtype for A in As])
+    return aten.apart(gradients.grad_a(dS, X, seed, dropout, dtype), As, first)
+
+
+def common(dtypes: Dtypes) -> torch.dtype:
+    """The dtype of all, or float32."""
+    return dtypes[0] if len({*dtypes}) == 1 else torch.float32

@@ -403,7 +403,7 @@ TORCH_LIBRARY(adarank, m)
           " Tensor? seed, int padding, bool add, Tensor? S) -> Tensor[]");
     m.def("group_backward(Tensor?[] dys, Tensor? x, Tensor? S, Tensor? packed, Tensor?[] parts, float[] scalings,"
           " float dropout, Tensor? seed, int padding, Tensor? dropped, bool need_x, int need_A, int need_B,"
-          " int[] x_shape) -> Tensor[]");
+          " int[] x_shape, Tensor? dS) -> Tensor[]");
     m.def("make_group(Tensor like, Tensor?[] parts, float[] scalings, float dropout, int padding) -> int");
     m.def("free_group(int group) -> ()");
     m.def("group_linear(Tensor x, int group, Tensor? seed, Tensor?[] bases, int owned, int bound) -> Tensor[]",

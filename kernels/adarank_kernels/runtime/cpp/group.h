@@ -185,11 +185,13 @@ Passed forward_pass(const Group &g, const Tensor &x, const std::vector<Tensor> &
 
 // Gradients of x, of the lora_A and then the lora_B of the modules with a rank; undefined where not needed. With a
 // seed on a GPU `dropped` is drop(X), and the last is dS A, which the caller drops and adds to the first. Bit m of
-// need_A and need_B is module m's. `low_B`: lora_B of the modules with a rank in the compute dtype, or none.
+// need_A and need_B is module m's. `low_B`: lora_B of the modules with a rank in the compute dtype, or none. `given_dS`:
+// dS of the modules that it is needed for, or none.
 std::vector<Tensor> backward_pass(const Group &g, std::vector<Tensor> &&dY, const Tensor &x, const Tensor &S,
                                   const Tensor &packed, const std::vector<Tensor> &low_B,
                                   at::ArrayRef<double> scalings, double dropout, const Tensor &seed, Tensor dropped,
-                                  bool need_x, int64_t need_A, int64_t need_B, at::IntArrayRef x_shape)
+                                  bool need_x, int64_t need_A, int64_t need_B, at::IntArrayRef x_shape,
+                                  const Tensor &given_dS)
 {
     int64_t M = dY.size();
     Tensor like;
@@ -268,15 +270,20 @@ std::vector<Tensor> backward_pass(const Group &g, std::vector<Tensor> &&dY, cons
         }
     }
     if (!through.empty()) {
-        if (!g.native && low_B.empty())
+        TORCH_CHECK(!given_dS.defined() || (given_dS.sizes() == at::IntArrayRef({N, width}) && !g.native),
+                    "adarank: dS of ", N, " rows and ", width, " columns is needed");
+        Tensor dS = given_dS;
+        if (!g.native && !dS.defined() && low_B.empty())
             Bs = g.cast_B(dtype);
         auto &of_B = low_B.empty() ? Bs : low_B;
-        Tensor dS;
-        if (!g.native && !gaps && through.size() == 1)
+        bool each = g.native || gaps || through.size() > 1;
+        if (dS.defined())
+            each = false;
+        else if (!each)
             dS = scaled_mm(dY[g.modules[through[0]]], of_B[through[0]], scalings[g.modules[through[0]]]);
         else
             dS = gaps && !g.native ? at::zeros({N, width}, like.options()) : at::empty({N, width}, like.options());
-        for (size_t at = 0; at < through.size() && (g.native || gaps || through.size() > 1); at++) {
+        for (size_t at = 0; each && at < through.size(); at++) {
             size_t i = through[at];
             int64_t m = g.modules[i];
             if (g.native)
@@ -354,7 +361,7 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
                                    const OptionalTensors &parts, at::ArrayRef<double> scalings, double dropout,
                                    const std::optional<Tensor> &seed, int64_t padding,
                                    const std::optional<Tensor> &dropped, bool need_x, int64_t need_A, int64_t need_B,
-                                   at::IntArrayRef x_shape)
+                                   at::IntArrayRef x_shape, const std::optional<Tensor> &dS)
 {
     at::AutoDispatchBelowADInplaceOrView guard;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -365,7 +372,8 @@ std::vector<Tensor> group_backward(const OptionalTensors &dys, const std::option
         return {};
     Group g(Parts(parts), *like, padding);
     return backward_pass(g, std::move(dY), defined_or_empty(x), defined_or_empty(S), defined_or_empty(packed), {}, scalings,
-                         dropout, defined_or_empty(seed), defined_or_empty(dropped), need_x, need_A, need_B, x_shape);
+                         dropout, defined_or_empty(seed), defined_or_empty(dropped), need_x, need_A, need_B, x_shape,
+                         defined_or_empty(dS));
 }
 
 // A group that is called again and again: everything of a call but x. What it was made for is compared in every
@@ -559,7 +567,7 @@ struct GroupLinearBackward : autograd::Node {
                     of_biases[i] = rows_of(dYs[trained[i]]).sum(0).to(of_bias[i]);
             auto dY = foreign.empty() ? std::move(dYs) : dYs;
             grads = backward_pass(g, std::move(dY), of_x, of_S, of_packed, low, plan->scalings, plan->dropout, of_seed,
-                                  is_mask(of_seed) ? of_x : Tensor(), need_x, need_A, need_B, shape);
+                                  is_mask(of_seed) ? of_x : Tensor(), need_x, need_A, need_B, shape, Tensor());
             grads.resize(1 + 2 * count); // without what only a seed on a GPU needs
         }
         grads.insert(grads.end(), of_biases.begin(), of_biases.end());
