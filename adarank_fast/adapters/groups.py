@@ -8,8 +8,8 @@ wait in a thread. They are taken only for the same tensor, unchanged, on the sam
 same modes, with the same parameters.
 
 Checkpointing runs a forward twice and compares what both saved, so both must be grouped alike: no
-group is formed while a forward that was computed layer by layer, under hooks for saved tensors, has
-not had its backward pass.
+group is formed or dissolved while a forward of its layers, under hooks for saved tensors, has not
+had its backward pass.
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ class Waiting:
         self.left = len(outputs) - 1
         self.versions = [m.A._version + m.B._version for m in members]  # which only grow
         self.repeating = _current_graph_task() != -1
+        if may_be_repeated():
+            repeat_guard(outputs[0], group.layers[0]._adarank.owner)
 
     def take(self, state: LayerState, own: Attributes) -> Tensor | None:
         """The output of a member, once; None if it is not there or no longer right."""
@@ -199,7 +201,8 @@ class Waiting:
             self.group.missed = 0
         elif not self.repeating:
             self.group.missed += 1
-            if self.group.missed >= MISSED:
+            owner: Owner = self.group.layers[0]._adarank.owner
+            if self.group.missed >= MISSED and owner.outstanding == 0:
                 dissolve(self.group)
 
 

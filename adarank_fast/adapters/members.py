@@ -95,13 +95,17 @@ class Member:
     def is_active(self, own: Attributes) -> bool:
         """The part of `holds` that may change between two calls of one forward."""
         _, of_A, of_B = self.inner
+        scaling = own["scaling"].get(self.name)
         return not (
             own["_disable_adapters"]
             or own["merged_adapters"]
             or own["_active_adapter"] != self.active
             or of_A["_parameters"].get("weight") is not self.A
             or of_B["_parameters"].get("weight") is not self.B
-            or own["scaling"].get(self.name) is not self.scaling
+            or (
+                scaling is not self.scaling  # a tensor may change unseen; a new number need not
+                and (type(scaling) not in (float, int) or scaling != self.scaling)
+            )
         )
 
     def holds(self, own: Attributes) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adarank_kernels.lora import triton_gradients_launch as gradients
 from adarank_kernels.lora import triton_launch as launch
 from adarank_kernels.lora.backends import torch as aten
 from adarank_kernels.lora.backends import triton
@@ -117,11 +118,15 @@ def test_a_half_word_at_the_threshold_is_kept() -> None:
 # Which kernel computes which product: torch's products are right, whoever is chosen
 
 ALL = {"lora_shrink", "lora_expand", "lora_drop"}
+BACKWARD = {"lora_grad_s", "lora_grad_b", "lora_grad_a"}
 KIND_OF_SEED = ("none", "seed", "mask")
 N, WIDTH, WIDE = 9, 32, (3, 17, 8)
 
 
-@pytest.fixture(params=[set(), {"lora_shrink"}, {"lora_expand"}, {"lora_drop"}, ALL], ids=str)
+@pytest.fixture(
+    params=[set(), {"lora_shrink"}, {"lora_expand"}, {"lora_drop"}, ALL, ALL | BACKWARD],
+    ids=lambda names: "+".join(sorted(names)) or "none",
+)
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The kernels that passed their checks."""
     monkeypatch.setattr(
@@ -138,8 +143,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(name: str, right: Any) -> Any:
         return lambda *arguments: made.append(f"lora_{name}") or right(*arguments)
 
-    for name in ("shrink", "expand", "drop"):
-        monkeypatch.setattr(launch, name, note(name, getattr(launch, name)))
+    for module, names in (
+        (launch, ("shrink", "expand", "drop")),
+        (gradients, ("grad_s", "grad_b", "grad_a")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, note(name, getattr(module, name)))
     return made
 
 
@@ -149,11 +158,11 @@ def seed_of(kind: str) -> Tensor | None:
     return SEED if kind == "seed" else keep_mask(SEED, N, WIDTH, DROPOUT).float()
 
 
-def group() -> tuple[Tensor, list[Tensor], list[Tensor], list[int], int]:
+def group(out: int = 20) -> tuple[Tensor, list[Tensor], list[Tensor], list[int], int]:
     """X, As, Bs, first columns, width: ranks fill up their segments."""
     first = [0, 16, 48]
     As = [randn(rank, WIDTH) for rank in WIDE]
-    return randn(N, WIDTH), As, [randn(20, rank) for rank in WIDE], first, 64
+    return randn(N, WIDTH), As, [randn(out, rank) for rank in WIDE], first, 64
 
 
 def segments(S: Tensor) -> list[Tensor]:
@@ -214,15 +223,16 @@ def test_gradient_of_the_input(
     assert {*launched} == ({"lora_drop"} & chosen if kind == "seed" else set())
 
 
+@pytest.mark.parametrize("out", [20, 32])
 @pytest.mark.parametrize("M", [1, 3])
-def test_gradient_of_the_low_rank_product(M: int) -> None:
-    _, _, Bs, first, _ = group()
-    dYs, scalings, width = (
-        [randn(N, 20, seed=m) for m in range(M)],
-        [0.5, 1.0, 2.0],
-        64 if M > 1 else 3,
-    )
+def test_gradient_of_the_low_rank_product(
+    M: int, out: int, chosen: set[str], launched: list[str]
+) -> None:
+    _, _, Bs, first, _ = group(out)
+    dYs, scalings = [randn(N, out, seed=m) for m in range(M)], [0.5, 1.0, 2.0]
+    width = 64 if M > 1 else 16 if BACKWARD <= chosen else 3
     dS = triton.grad_S(dYs, Bs[:M], scalings[:M], first[:M], width)
+    assert {*launched} == ({"lora_grad_s"} & chosen if out == 32 else set())
     assert dS.shape == (N, width)
     right = torch.zeros(N, width)
     for dY, B, scaling, start in zip(dYs, Bs, scalings, first, strict=False):
@@ -230,17 +240,23 @@ def test_gradient_of_the_low_rank_product(M: int) -> None:
     torch.testing.assert_close(dS, right)  # zeros in the padding
 
 
+@pytest.mark.parametrize("out", [20, 32])
 @pytest.mark.parametrize("kind", KIND_OF_SEED)
-def test_gradients_of_the_factors(kind: str, chosen: set[str], launched: list[str]) -> None:
+def test_gradients_of_the_factors(
+    kind: str, out: int, chosen: set[str], launched: list[str]
+) -> None:
     (X, As, _, first, width), seed = group(), seed_of(kind)
     S, dS = (randn(N, width, seed=seed) for seed in (1, 2))
     dAs = triton.grad_A(dS, X, As, first, seed, DROPOUT)
-    assert {*launched} == ({"lora_drop"} & chosen if kind == "seed" else set())
+    wanted = {"lora_grad_a"} & chosen or {"lora_drop"} & chosen if kind == "seed" else set()
+    assert {*launched} == wanted
     for dS_m, A, dA in zip(segments(dS), As, dAs, strict=True):
         torch.testing.assert_close(dA, dS_m.t() @ aten.drop(X, seed, DROPOUT))
         assert dA.shape == A.shape
-    dYs, dtypes = [randn(N, 20, seed=m) for m in range(3)], [torch.float32, torch.bfloat16] * 2
+    launched.clear()
+    dYs, dtypes = [randn(N, out, seed=m) for m in range(3)], [torch.float32, torch.bfloat16] * 2
     dBs = triton.grad_B(dYs, S, first, WIDE, [0.5, 1.0, 2.0], dtypes[:3])
+    assert {*launched} == ({"lora_grad_b"} & chosen if out == 32 else set())
     for dY, S_m, scaling, dtype, dB in zip(
         dYs, segments(S), (0.5, 1.0, 2.0), dtypes[:3], dBs, strict=True
     ):

@@ -252,8 +252,10 @@ def grad_b(
     flat = S.new_zeros(end, dtype=dtype) if not len(S) else S.new_empty(end, dtype=dtype)
     if len(S) and end:
         _outer(flat, dYs, S, first, ranks, starts, scalings)
-    pieces = zip(dYs, ranks, starts, strict=True)
-    return [flat.as_strided((dY.shape[1], r), (r, 1), start) for dY, r, start in pieces]
+    return [
+        piece.view(dY.shape[1], rank)
+        for piece, dY, rank in zip(flat.split(sizes), dYs, ranks, strict=True)
+    ]
 
 
 def grad_a(dS: Tensor, X: Tensor, seed: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
