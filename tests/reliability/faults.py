@@ -273,7 +273,7 @@ def soak(
             ended += left.undisturbed.fail(call, error)
         except (Exception, error) as fault:
             site = left.undisturbed.sites[call - 1]
-            where = f"{site.callee.co_qualname} from {site.file}:{site.line}"
+            where = f"{site.callee.co_qualname} from {Path(site.file).name}:{site.line}"
             faults.append(f"{name}, {error.__name__} at call {call}, {where}: {fault!r}")
         left.done.add(trial)
     found = every_case.values()
