@@ -35,6 +35,7 @@ MISSED = 3  # forwards in a row in which a member stayed away; then its group is
 _forming = threading.Lock()
 # Looked up once: they are called for every layer of every forward.
 _current_graph_task = torch._C._current_graph_task_id
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
 
@@ -172,7 +173,7 @@ class Waiting:
         self.left = len(outputs) - 1
         self.versions = [m.A._version + m.B._version for m in members]  # which only grow
         self.repeating = _current_graph_task() != -1
-        if may_be_repeated():
+        if _saved_tensors_hooks(False) is not None:  # as `may_be_repeated`, without a frame
             repeat_guard(outputs[0], group.layers[0]._adarank.owner)
 
     def take(self, state: LayerState, own: Attributes) -> Tensor | None:
@@ -307,7 +308,7 @@ def version_of(x: Tensor) -> int:
 
 def may_be_repeated() -> bool:
     """Whether hooks for saved tensors are set, as checkpointing without reentrance does."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _saved_tensors_hooks(False) is not None
 
 
 def repeat_guard(output: Tensor, owner: Owner) -> None:

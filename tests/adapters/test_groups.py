@@ -46,6 +46,57 @@ def test_groups_of_a_llama_and_a_t5():
             assert len({name.rsplit(".", 1)[0] for name in layer.group}) == 1
 
 
+def test_a_new_scaling_of_the_same_value_keeps_the_group():
+    plain = mixed("llama", lora_dropout=0.0)
+    fused = ada.accelerate(copy.deepcopy(plain), example=batch("llama"))
+    for model in (plain, fused):
+        for layer in fusable(model):
+            layer.scaling = {name: float(str(value)) for name, value in layer.scaling.items()}
+    for _ in range(4):
+        assert_equal(gradients(fused, "llama"), gradients(plain, "llama"))
+    assert not any(m._adarank.group.missed for m in fusable(fused) if m._adarank.group)
+    assert max(len(layer.group) for layer in ada.fusion_report(fused).values()) == 3
+
+
+class Reads(nn.Module):
+    """a, b and c read one tensor; b and c only while `all_read`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+        self.all_read = True
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.d(y + self.b(x) + self.c(x) if self.all_read else y)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("between", [0, 4])
+def test_a_group_is_not_dissolved_while_a_forward_may_be_repeated(reentrant, between):
+    """`between` a checkpointed forward and its backward pass members stay away, too."""
+    config = LoraConfig(target_modules=["a", "b", "c", "d"], init_lora_weights=False)
+    plain = get_peft_model(Reads(), config)
+    example = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    fused = ada.accelerate(copy.deepcopy(plain), example={"x": example})
+    for step in range(8):
+        found = []
+        for model in (fused, plain):
+            model.zero_grad()
+            inner, x = model.base_model.model, example.clone().requires_grad_()
+            inner.all_read = step in (0, 5)
+            loss = checkpoint(model, x, use_reentrant=reentrant).sin().sum()
+            inner.all_read = False
+            for _ in range(between):
+                model(example).sum()
+            inner.all_read = step in (0, 5)
+            loss.backward()
+            trained = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append([x.grad, *trained])
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     plain = mixed("llama", lora_dropout=0.0)

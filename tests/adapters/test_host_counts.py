@@ -43,12 +43,12 @@ def aten_calls_of(step):
 
 # launches, aten calls (with those that they make), Python frames, C calls
 LIMITS = {
-    ("q/k/v", "ours"): (0, 89, 21, 50),
-    ("q/k/v, dropout 0.1", "ours"): (0, 94, 21, 50),
-    ("q/k/v", "python"): (0, 148, 22, 78),
-    ("q/k/v, float32 adapters", "ours"): (0, 115, 21, 50),
+    ("q/k/v", "ours"): (0, 89, 21, 51),
+    ("q/k/v, dropout 0.1", "ours"): (0, 94, 21, 51),
+    ("q/k/v", "python"): (0, 148, 22, 79),
+    ("q/k/v, float32 adapters", "ours"): (0, 115, 21, 51),
     ("one layer", "ours"): (0, 30, 6, 17),
-    ("q/k/v, 4 bit", "ours"): (0, 131, 38, 57),
+    ("q/k/v, 4 bit", "ours"): (0, 131, 38, 58),
 }
 
 

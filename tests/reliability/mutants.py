@@ -62,6 +62,8 @@ def kernels(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"kernels/adarank_kernels/{folder}/{name}.py" for name in names)
 
 
+DISAGREEMENT = tuple(f"tests/kernels/test_disagreement{n}.py" for n in ("_pieces", ""))
+DISAGREEMENT += ("-k", "not shape2")  # one large head
 PARTS = {
     "allocation": Part(
         ("adarank_fast/plan/allocation.py", "adarank_fast/plan/budget.py"),
@@ -73,7 +75,7 @@ PARTS = {
         ("tests/interpreter/test_philox_kernels.py",),
     ),
     "lora-triton": Part(
-        kernels("lora", "triton_kernels", "triton_launch", "backends/triton"),
+        kernels("lora", "triton_kernels", "triton_launch", "triton_gradients", "backends/triton"),
         ("tests/kernels/test_triton_launch.py",),
         ("tests/interpreter/test_lora_tiles.py",),
     ),
@@ -91,11 +93,7 @@ PARTS = {
     ),
     "disagreement": Part(
         kernels("disagreement", "op", "metrics"),
-        (
-            "tests/kernels/test_disagreement_pieces.py",
-            "tests/kernels/test_disagreement.py",
-            *("-k", "not shape2"),  # one large head
-        ),
+        DISAGREEMENT,
         (
             "tests/interpreter/test_disagreement_tiles.py::test_logits_relative_to_row_0",
             "tests/interpreter/test_disagreement_tiles.py::test_sizes",

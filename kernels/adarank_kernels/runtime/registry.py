@@ -27,6 +27,7 @@ INTERPRETED = HAS_TRITON and bool(knobs.runtime.interpret)
 DTYPES = (torch.bfloat16, torch.float16)  # float32 keeps the vendor's full-precision GEMMs
 _checks: dict[str, Callable[[torch.device], None]] = {}
 _waiting: set[str] = set()  # kernels of which no card has said whether they are faster
+waiting_in_use: set[str] = set()  # of these, the ones that `choose` named
 _status: dict[tuple[str, str], str] = {}
 _compiled: dict[Hashable, tuple[Any, tuple[object, ...]]] = {}  # what `launch` has launched
 _NOTHING: AbstractContextManager[object] = nullcontext()
@@ -41,12 +42,16 @@ def register(name: str, check: Callable[[torch.device], None], waits: bool = Fal
     _checks[name] = check
     if waits:
         _waiting.add(name)
+        if INTERPRETED:
+            waiting_in_use.add(name)
 
 
 def choose(names: Collection[str], device: torch.device) -> None:
     """For benchmarks: from now on exactly these kernels run on the device, checked or not."""
     for name in _checks:
         _status[name, str(device)] = "passed" if name in names else "not chosen"
+    waiting_in_use.clear()
+    waiting_in_use.update(_waiting.intersection(names))
     _settled.clear()
 
 
