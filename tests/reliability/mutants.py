@@ -62,8 +62,7 @@ def kernels(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"kernels/adarank_kernels/{folder}/{name}.py" for name in names)
 
 
-DISAGREEMENT = tuple(f"tests/kernels/test_disagreement{n}.py" for n in ("_pieces", ""))
-DISAGREEMENT += ("-k", "not shape2")  # one large head
+OPS = [f"tests/kernels/test_disagreement{n}.py" for n in ("_pieces", "")]
 PARTS = {
     "allocation": Part(
         ("adarank_fast/plan/allocation.py", "adarank_fast/plan/budget.py"),
@@ -93,7 +92,7 @@ PARTS = {
     ),
     "disagreement": Part(
         kernels("disagreement", "op", "metrics"),
-        DISAGREEMENT,
+        (*OPS, "-k", "not shape2"),  # one large head
         (
             "tests/interpreter/test_disagreement_tiles.py::test_logits_relative_to_row_0",
             "tests/interpreter/test_disagreement_tiles.py::test_sizes",
