@@ -25,11 +25,12 @@ USUAL = {
 }
 # for nobody but our own code: caught where they are raised, or asked for by Python itself
 INTERNAL = {
-    "ArithmeticError": ("graphs.py", "registry.py", "philox.py", "triton_launch.py"),
+    "ArithmeticError": ("graphs.py", "registry.py", "philox.py", "triton_launch.py")
+    + ("triton_gradients_launch.py",),
     "AttributeError": ("__init__.py", "outputs.py"),
     "FileNotFoundError": ("native.py",),
     "IndexError": ("lookups.py",),
-    "RuntimeError": ("native.py", "gated_mlp.py"),  # torch's own words
+    "RuntimeError": ("native.py", "gated_mlp.py", "graph_backends.py"),  # torch's own words
     "TimeoutError": ("native.py",),
     "ValueError": ("checkpoint.py", "files.py", "grid.py", "json_values.py"),
 }
