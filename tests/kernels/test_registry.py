@@ -16,6 +16,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     monkeypatch.setattr(registry, "_checks", {})
     monkeypatch.setattr(registry, "_status", {})
+    monkeypatch.setattr(registry, "waiting_in_use", set())
     monkeypatch.setattr(registry, "_settled", {})
     monkeypatch.setattr(registry, "_waiting", set())
     monkeypatch.setattr(registry, "HAS_TRITON", True)

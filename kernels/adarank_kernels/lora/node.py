@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from adarank_kernels.lora.dropout import draw_seed, is_mask
 from adarank_kernels.lora.group import HOST_BOUND, PADDING, Group
-from adarank_kernels.runtime.registry import waiting_in_use
+from adarank_kernels.runtime.registry import INTERPRETED, waiting_in_use
 
 ALWAYS = 1 << 62  # numbers of outputs up to which C++ adds the low-rank products
 # As in F.linear: a reader could not change an output in place (relu_, +=) if it were a view.
@@ -51,7 +51,7 @@ def whole(
             bound = -1
         if seed is not None and not is_mask(seed):
             return _launched(group, x, seed, bases)
-        if waiting_in_use and not group.dropout and not group.is_few(x):
+        if (waiting_in_use or INTERPRETED) and not group.dropout and not group.is_few(x):
             if group.backend.backward_kernels(x):
                 return _launched(group, x, None, bases)
     if group.compute is None and not group.make_whole(x):

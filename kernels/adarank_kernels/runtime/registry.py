@@ -42,8 +42,6 @@ def register(name: str, check: Callable[[torch.device], None], waits: bool = Fal
     _checks[name] = check
     if waits:
         _waiting.add(name)
-        if INTERPRETED:
-            waiting_in_use.add(name)
 
 
 def choose(names: Collection[str], device: torch.device) -> None:
