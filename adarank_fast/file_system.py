@@ -95,6 +95,12 @@ def kept_locked(path: Path) -> Iterator[None]:
         os.close(opened)
 
 
+def write_all(opened: int, data: bytes) -> None:
+    """All of it, or OSError: where a disk or a limit ends, `os.write` writes a part and says so."""
+    while data:
+        data = data[os.write(opened, data) :]
+
+
 def is_named(path: Path, opened: int) -> bool:
     """Whether `path` is still the name of an open file."""
     try:

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from adarank_fast.errors import AdarankError, AdarankFileNotFoundError, AdarankPermissionError
-from adarank_fast.file_system import alone_in, is_named, kept_locked, lock
+from adarank_fast.file_system import alone_in, is_named, kept_locked, lock, write_all
 from adarank_fast.file_system import writing as writing
 
 Name = str | os.PathLike[str]
@@ -127,8 +127,9 @@ def own_folder(path: Name, kind: str, inputs: Iterable[Name] = ()) -> Iterator[P
             if not is_named(folder / MARK, opened):  # removed by the run that had it
                 continue
             with writing(path):
-                if not os.fstat(opened).st_size:
-                    os.write(opened, json.dumps({"format": FORMAT, "kind": kind}).encode())
+                if all(entry.name == MARK for entry in folder.iterdir()):
+                    os.ftruncate(opened, 0)  # a full disk may have cut it off
+                    write_all(opened, json.dumps({"format": FORMAT, "kind": kind}).encode())
             yield folder
             return
         finally:

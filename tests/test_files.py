@@ -200,6 +200,29 @@ def test_own_folder(tmp_path):
         assert mine == folder
 
 
+@pytest.mark.parametrize("room", [0, 9])
+def test_a_mark_that_was_cut_off_is_written_anew(tmp_path, monkeypatch, room):
+    """A disk that is full writes a part of it, and says so by a number."""
+    left, write = room, os.write
+
+    def full(opened, data):
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, "no space")
+        written = write(opened, data[:left])
+        left -= written
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(AdarankError, match="No space left"):
+            with own_folder(tmp_path / "own", "comparison"):
+                pytest.fail("without a mark")
+    for _ in range(2):
+        with own_folder(tmp_path / "own", "comparison") as mine:
+            (mine / "a").write_text("")
+
+
 @pytest.mark.parametrize(
     "content",
     [{"notes": "mine"}, {"settings.json": "{}"}, {MARK: "{}", "a": ""}, {MARK: "", "a": ""}],

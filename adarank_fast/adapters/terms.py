@@ -79,7 +79,13 @@ def low_rank(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None,
 
 
 def bias_of(bias: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor | None:
-    """What the operator adds: the base bias and each scaled `lora_bias`, [out]."""
+    """What the operator adds: the base bias and each scaled `lora_bias`, [out].
+
+    For DoRA with gaps between its elements. Then it is added in the base product, as the base does
+    it, and not after it, which rounds otherwise: a new adapter must change no bit.
+    """
+    if bias is not None and adapters and adapters[0].magnitude is not None:
+        return torch.stack([bias, bias], 1)[:, 0]
     own = [adapter.bias * adapter.scaling for adapter in adapters if adapter.bias is not None]
     if not own:
         return bias

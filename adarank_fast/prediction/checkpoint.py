@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import cast
 
 from adarank_fast.errors import AdarankError
+from adarank_fast.file_system import write_all
 from adarank_fast.files import lock_file, writing
 from adarank_fast.json_values import Value, parse
 from adarank_fast.models.identity import Fingerprint, same_output
@@ -134,10 +135,8 @@ class Checkpoint:
             self._write(json.dumps({"format": FORMAT, "identity": self._identity}) + "\n")
 
     def _write(self, text: str) -> None:
-        data = text.encode()
         with writing(self._path):
-            while data:
-                data = data[os.write(self._file, data) :]
+            write_all(self._file, text.encode())
             os.fsync(self._file)
 
 

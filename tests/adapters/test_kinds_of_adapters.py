@@ -316,3 +316,18 @@ def test_words_and_pickles_are_pefts(kind, tmp_path):
     assert loaded.get_layer_status() == plain.get_layer_status()
     torch.testing.assert_close(loaded(x), plain(x))
     torch.testing.assert_close(copy.deepcopy(fused)(x), plain(x))
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_new_dora_adapter_changes_no_bit(example):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(500, 300), nn.Sigmoid(), nn.Linear(300, 400, bias=False))
+    x = torch.rand(9, 500)
+    base = model(x)
+    config = LoraConfig(target_modules=["0", "2"], use_dora=True)
+    fused = ada.accelerate(
+        get_peft_model(model, config).eval(), example={"input": x} if example else None
+    )
+    for _ in range(3):
+        assert torch.equal(fused(x), base)
+    assert sum(layer.fused_calls for layer in ada.fusion_report(fused).values()) >= 6
