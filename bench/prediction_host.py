@@ -6,8 +6,9 @@ What the host of a card runs: `predict_ranks` of models with the layers and head
 so narrow and short that the arithmetic takes next to nothing, one thread. What depends on sizes is
 decided by those of the real models in bfloat16 on the card named below: how many variants fold into
 a forward, whose noise is held together, in how many chunks outputs are compared. What a forward
-holds is measured with one real layer. Where a card has Triton kernels (comparing outputs, drawing
-noise) one call of aten stands for them. Each measurement is a process of its own; both alternate.
+holds is measured with one real layer. Where a card has one kernel and a CPU many steps (attention,
+comparing outputs, drawing noise) one small call of aten stands for it. Each measurement is a
+process of its own; both alternate.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class Real:
         if hasattr(memory, "free_bytes"):  # half of what a card has left
             total = max(total, (CARD["bytes"] - held) // 2)
         self.memory = memory.Memory(total)
+        blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        self.block = sum(p.numel() for p in blocks[0].parameters())
         linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.noise = {n: m.weight.nbytes for n, m in linears.items()}
         self.width, self.outputs = WIDE[name][3]["hidden_size"], WIDE[name][3]["vocab_size"]
@@ -115,9 +118,12 @@ def as_on_a_card(real: Real, counts: dict[str, int]) -> None:
     prober.folds_for = lambda clean, index, memory: folds
     counts["folds"] = folds
     if hasattr(prober, "joined_rows"):
-        variants = prober.ROWS_PER_MULTIPROCESSOR * CARD["multiprocessors"] // real.tokens
+        properties = SimpleNamespace(multi_processor_count=CARD["multiprocessors"])
+        torch.cuda.get_device_properties = lambda device: properties
+        rows = prober.joined_rows(card.device, real.block, torch.bfloat16.itemsize)
         short = SHORT[real.size]
-        prober.joined_rows = lambda device: variants * short[0] * short[1]
+        joined = rows // real.tokens * short[0] * short[1]
+        prober.joined_rows = lambda *_: joined
     prober.noise_bytes = lambda target, folded=True: real.noise[target.path]
     predict.default_memory = lambda *_: real.memory
     sums = prober.disagreement_sums
@@ -134,7 +140,13 @@ def as_on_a_card(real: Real, counts: dict[str, int]) -> None:
 
     replay.run = counted
     noise.philox_normal = lambda shape, key, device: torch.randn(shape)
+    torch.nn.functional.scaled_dot_product_attention = attention
     compare_in_chunks(real, op, metrics, kernels)
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **named: Any):
+    """Depends on all three; a CPU's takes longer by the head and item than a launch does."""
+    return torch.addcmul(query, key[:, :1], value[:, :1])
 
 
 def compare_in_chunks(real: Real, op: Any, metrics: Any, kernels: Any) -> None:
@@ -146,14 +158,20 @@ def compare_in_chunks(real: Real, op: Any, metrics: Any, kernels: Any) -> None:
         return max(1, tokens // -(-positions // step))
 
     if hasattr(op, "chunk_tokens"):
-        step_of = op.chunk_tokens
+        sizes = real.width, real.outputs if with_head else None
+        step_of, chunks_of = op.chunk_tokens, getattr(op, "chunks_at_once", None)
+
+        def step(R: int, metric: str) -> int:
+            return step_of("cuda", R, positions, *sizes, metric, torch.bfloat16, True)
 
         def chunk_tokens(device: str, R: int, tokens: int, *rest: Any) -> int:
-            sizes = real.width, real.outputs if with_head else None
-            step = step_of("cuda", R, positions, *sizes, rest[2], torch.bfloat16, True)
-            return share(tokens, step)
+            op.at_once = step(R, rest[2])
+            return share(tokens, op.at_once)
 
-        op.chunk_tokens = chunk_tokens
+        def chunks_at_once(device: str, R: int, *_: Any) -> int:
+            return chunks_of("cuda", R, positions, *sizes, torch.bfloat16, op.at_once)
+
+        op.chunk_tokens, op.chunks_at_once = chunk_tokens, chunks_at_once
     else:
 
         def chunk_tokens_before(hidden: torch.Tensor, weight: Any, *rest: Any) -> int:

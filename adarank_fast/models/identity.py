@@ -77,7 +77,8 @@ def fingerprint(output: Tensor) -> Fingerprint:
         of signs, in units of what they come to for random values.
     """
     bits = torch.arange(8, 8 + SIGNS, device=output.device)
-    signs = ((_coefficients(output.device)[:, None] >> bits) & 1).double() * 2 - 1
+    coefficients = _coefficients(output.device)[: output.numel(), None]
+    signs = ((coefficients >> bits) & 1).double() * 2 - 1
     sums = signs.new_zeros(SIGNS + 1)  # of the projections, and of squares
     for part in output.detach().reshape(-1).split(BLOCK):
         part = torch.nan_to_num(part.to(signs), posinf=0.0, neginf=0.0)

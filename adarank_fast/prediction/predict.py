@@ -158,7 +158,6 @@ def _predict(
         replay = Replay(clean, keep_all=callable(probe.output))
         prober = Prober(probed, replay, probe.seed, probe.metric, stds, memory)
         sampling = _Sampling(targets, probe.trials, shared, processes, deadline)
-        identity[OUTPUT] = fingerprint(clean.outputs[0])
         journals: list[Checkpoint] = []
 
         def close() -> None:
@@ -167,6 +166,7 @@ def _predict(
 
         with undone(close):
             if limits.checkpoint:
+                identity[OUTPUT] = fingerprint(clean.outputs[0])
                 journals.append(Checkpoint(limits.checkpoint, identity, processes.rank))
             values = sampling.run(prober, next(iter(journals), None), progress)
     _check_trials(values, probe.trials, max_seconds)

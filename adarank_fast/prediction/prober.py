@@ -28,10 +28,12 @@ from adarank_fast.prediction.replay import Replay
 
 FOLDED_TOKENS = {"cpu": 2048, "cuda": 65536}  # rows of a folded batch, beyond which nothing is won
 
-# Blocks whose variants together have fewer rows than a GPU has room for are probed in one forward:
-# their few kernels would wait for Python. By the number of multiprocessors and not by the clock, as
-# the same call must give the same bits.
+# Blocks whose variants together are little work for a GPU are probed in one forward: their kernels
+# would wait for Python, which needs about a millisecond a block. Little are rows that do not fill
+# the multiprocessors, or as many products as these are built for in a millisecond (by data sheets,
+# by the bytes of an element). Not by the clock, as the same call must give the same bits.
 ROWS_PER_MULTIPROCESSOR = 128
+PRODUCTS_PER_MULTIPROCESSOR = {2: 1 << 32, 4: 1 << 28}
 
 COMPARED = 15  # variants at once beside the clean pass: as many as the kernels take
 
@@ -117,8 +119,12 @@ class Prober:
         return self._clean.position(variant.target.block)
 
     def _groups(self, variants: Sequence[Variant]) -> Iterator[list[Variant]]:
-        """The variants of a block; of several, in their order, where these fill no GPU."""
-        most = joined_rows(self._clean.outputs[0].device) // max(*self._clean.tokens, 1)
+        """The variants of a block; of several, in their order, where these are little for a GPU."""
+        clean, blocks = self._clean, self._clean.blocks.values()
+        size = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=1)
+        rows = joined_rows(clean.outputs[0].device, size, clean.outputs[0].element_size())
+        folds = (folds_for(clean, index, self._memory) for index in range(len(clean.batches)))
+        most = min(rows // max(*clean.tokens, 1), *folds)
         group: list[Variant] = []
         for _, block in groupby(sorted(variants, key=self._position), key=self._position):
             more = list(block)
@@ -230,12 +236,19 @@ class Prober:
         return self._replay.run(index, len(some), perturbations)
 
 
-def joined_rows(device: torch.device) -> int:
-    """Up to how many rows variants of several blocks are probed in one forward."""
+def joined_rows(device: torch.device, parameters: int, itemsize: int) -> int:
+    """Up to how many rows variants of several blocks are probed in one forward.
+
+    Args:
+        device: that runs them.
+        parameters: of the largest block: so many products a row.
+        itemsize: bytes of an element.
+    """
     if device.type != "cuda":
         return 0  # a CPU is busy with a few rows
-    properties = torch.cuda.get_device_properties(device)
-    return ROWS_PER_MULTIPROCESSOR * int(properties.multi_processor_count)
+    products = PRODUCTS_PER_MULTIPROCESSOR.get(itemsize, 0)
+    rows = max(ROWS_PER_MULTIPROCESSOR, products // max(parameters, 1))
+    return rows * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def folds_for(clean: CleanPasses, index: int, memory: Memory) -> int:

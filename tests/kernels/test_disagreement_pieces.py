@@ -123,12 +123,42 @@ def test_a_chunk_on_a_card_holds_a_tenth_of_the_logits(metric, shape, kernel, dt
     chunk = disagreement.chunk_tokens("cuda", R, N, D, V, metric, dtype, kernel)
     width = min(V, disagreement.GPU_OUTPUTS) if metric == "l1" else V
     products = R * chunk * width * 4
-    held = disagreement.held_copies(metric, kernel) * products + R * chunk * D * (
-        dtype.itemsize + 8
-    )
+    held = disagreement.held_copies(metric, kernel) * products
+    chunks = disagreement.chunks_at_once("cuda", R, N, D, V, dtype, chunk)
+    prepared = R * chunk * chunks * D * (dtype.itemsize + 8)
     assert 1 <= chunk <= N and products <= disagreement.GPU_BYTES
-    assert held <= R * N * V * dtype.itemsize / 10
+    assert held + prepared <= R * N * V * dtype.itemsize / 10
+    assert chunks == 1 or prepared <= R * N * V * dtype.itemsize / 40
     assert products > 4 << 20  # enough for a card to do
+
+
+def test_a_card_prepares_many_small_chunks_at_once() -> None:
+    def chunks(device, V, step=8):
+        return disagreement.chunks_at_once(device, 8, 2048, 64, V, torch.bfloat16, step)
+
+    assert chunks("cuda", 49152) > 2
+    assert chunks("cuda", None) == chunks("cpu", 49152) == chunks("cuda", 49152, 10**9) == 1
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("metric", METRICS)
+def test_several_chunks_at_once_give_the_bits_of_one_after_the_other(
+    metric, pairs, monkeypatch
+) -> None:
+    hidden, weight = variants(4, 23, 8, 1.0), variants(1, 90, 8, 1.0)[0]
+    hidden[1:, 3:9] = hidden[0, 3:9] + 1e-3 * hidden[1:, 3:9]
+    hidden[2, 5, 1], hidden[0, 7] = torch.nan, torch.inf
+    mask = torch.arange(23) % 5 != 0
+    monkeypatch.setattr(disagreement, "chunk_tokens", lambda *_: 4)
+    options = dict(metric=metric, mask=mask, reduction="sum")
+    found = []
+    for chunks in (1, 2, 3, 10):
+        monkeypatch.setattr(disagreement, "chunks_at_once", lambda *_, n=chunks: n)
+        options |= {} if pairs else dict(reference=hidden[0].clone(), reduction="none")
+        found.append(disagreement.pairwise_disagreement(hidden, weight, **options))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-9, equal_nan=True)
+        assert pairs or metric == "l1" or torch.equal(other.nan_to_num(), found[0].nan_to_num())
 
 
 def test_chunks_of_small_and_of_huge_problems() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -34,7 +36,7 @@ def test_blocks_that_fill_no_gpu_are_probed_together(kind, joined, runs, monkeyp
     monkeypatch.setitem(prober.FOLDED_TOKENS, "cpu", 10**6)
     apart = predict(tiny(kind), batches, **options)
     before = len(runs)
-    monkeypatch.setattr(prober, "joined_rows", lambda device: joined)
+    monkeypatch.setattr(prober, "joined_rows", lambda *_: joined)
     together = predict(tiny(kind), batches, **options)
     assert_same(apart, together)
     assert len(runs) - before < before
@@ -45,8 +47,26 @@ def test_blocks_that_fill_no_gpu_are_probed_together(kind, joined, runs, monkeyp
 def test_what_runs_one_by_one_is_not_joined(runs, monkeypatch):
     model, inputs = tiny("deberta"), [batch("deberta")]
     apart = predict(model, inputs)
-    monkeypatch.setattr(prober, "joined_rows", lambda device: 10**6)
+    monkeypatch.setattr(prober, "joined_rows", lambda *_: 10**6)
     assert_same(apart, predict(model, inputs))
+
+
+def test_little_work_is_few_rows_or_few_products(monkeypatch):
+    card = torch.device("cuda")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=100)
+    )
+    assert prober.joined_rows(torch.device("cpu"), 1, 2) == 0
+    assert prober.joined_rows(card, 10**9, 2) == prober.joined_rows(card, 10**9, 8) == 12800
+    assert prober.joined_rows(card, 1 << 20, 2) == 100 << 12
+    assert prober.joined_rows(card, 1 << 20, 4) == 100 << 8
+
+
+def test_no_more_is_joined_than_folds_into_a_forward(runs, monkeypatch):
+    monkeypatch.setattr(prober, "joined_rows", lambda *_: 10**6)
+    monkeypatch.setattr(prober, "folds_for", lambda *_: 10)
+    plan = predict(tiny("bert"), [batch("bert")], trials=2)
+    assert len(plan.ranks) == 12 and runs == [8, 8, 8]
 
 
 SHAPES = {

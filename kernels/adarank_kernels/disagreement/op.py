@@ -94,13 +94,15 @@ def pairwise_disagreement(
         V = None if weight is None else len(weight)
         device, D = hidden.device.type, hidden.shape[2]
         step = chunk_tokens(device, R, tokens, D, V, metric, hidden.dtype, kernel)
+        several = step * chunks_at_once(device, R, tokens, D, V, hidden.dtype, step)
         parts, total = [], hidden.new_zeros((), dtype=torch.float64)
-        for start in range(0, tokens, step):
-            chosen = slice(start, start + step) if kept is None else kept[start : start + step]
+        for start in range(0, tokens, several):
+            stop = start + several
+            chosen = slice(start, stop) if kept is None else kept[start:stop]
             rows = hidden[:, chosen]
             if reference is not None:
                 rows = torch.cat([reference[chosen][None], rows])
-            values = _chunk(rows, head, metric, pairs=reference is None)
+            values = _compare(rows, head, metric, reference is None, step)
             if reference is None:
                 total = total + values.sum(-1)
             else:
@@ -198,12 +200,35 @@ def chunk_tokens(
         held = R * (
             held_copies(metric, kernel) * width * size + features * (2 * size + dtype.itemsize)
         )
-        bound = max(GPU_LEAST_BYTES, int(GPU_SHARE * R * tokens * V * dtype.itemsize))
+        bound = 3 * _gpu_bound(R, tokens, V, dtype) // 4
         return max(1, min(GPU_BYTES // (R * max(width, features) * size), bound // held))
     if in_blocks:
         return max(1, ROWS // R)
     space = LOGITS_BYTES // 8 if outputs is None else LOGITS_BYTES  # no product to feed
     return max(1, space // (R * V * size))
+
+
+def chunks_at_once(
+    device: str,
+    R: int,
+    tokens: int,
+    features: int,
+    outputs: int | None,
+    dtype: torch.dtype,
+    step: int,
+) -> int:
+    """How many chunks of `step` tokens have their differences taken in one go; arguments as above.
+
+    On CUDA these passes are launches that a chunk can do without, in a quarter of the memory.
+    """
+    if device != "cuda" or outputs is None:
+        return 1
+    held = R * features * (2 * _working(dtype).itemsize + dtype.itemsize)
+    return max(1, _gpu_bound(R, tokens, outputs, dtype) // 4 // held // step)
+
+
+def _gpu_bound(R: int, tokens: int, outputs: int, dtype: torch.dtype) -> int:
+    return max(GPU_LEAST_BYTES, int(GPU_SHARE * R * tokens * outputs * dtype.itemsize))
 
 
 def held_copies(metric: str, kernel: bool) -> int:
@@ -223,13 +248,17 @@ def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunk(
+def _compare(
     rows: Tensor,
     head: tuple[Tensor, Tensor | None] | None,
     metric: str,
     pairs: bool,
+    step: int,
 ) -> Tensor:
-    """Disagreement of rows [R, c, D]: [R, R, c] of all pairs, or [R - 1, c] of row 0; float64."""
+    """Disagreement of rows [R, c, D]: [R, R, c] of all pairs, or [R - 1, c] of row 0; float64.
+
+    With a head `step` tokens at a time.
+    """
     divergence = metric in ("tv", "kl", "js")
     working = _working(rows.dtype)
     if head is not None:
@@ -249,13 +278,16 @@ def _chunk(
     else:
         far = _far(rows)
         rows[1:] -= rows[0].masked_fill(far[:, None], 0)
+        pieces = rows.split(step, dim=1)
         if metric == "l1":
             rows[0].masked_fill_(~far[:, None], 0)
             # a GPU multiplies zeros sooner than it answers
             first = 0 if rows.is_cuda or far.any() else 1
-            found = _compare_deltas(rows, head[0], dtype, pairs, first)
+            values = [_compare_deltas(piece, head[0], dtype, pairs, first) for piece in pieces]
         else:
-            found = _compare_logits(rows, far, *head, dtype, metric, pairs)
+            both = zip(pieces, far.split(step), strict=True)
+            values = [_compare_logits(*each, *head, dtype, metric, pairs) for each in both]
+        found = torch.cat(values, -1)
     if metric == "l1":
         found /= rows.shape[2] if head is None else len(head[0])
     bad = bad | bad[:, None] if pairs else bad[1:] | bad[:1]
@@ -341,7 +373,7 @@ def _compare_logits(
     """Distances of logits: row 0 as it is, the others as differences to it unless `far`."""
     R, c, D = rows.shape
     logits = rows.new_empty(R, c, len(weight))
-    for _ in _multiply(rows.view(-1, D), weight, dtype, logits.view(R * c, -1)):
+    for _ in _multiply(rows.reshape(-1, D), weight, dtype, logits.view(R * c, -1)):
         pass
     if metric != "argmax" and metrics.has_kernel(R, logits.device, logits.dtype):
         return metrics.relative(logits, far, bias, metric, pairs)
