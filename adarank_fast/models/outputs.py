@@ -134,7 +134,7 @@ def _tensor(outputs: Outputs) -> Tensor | None:
     return None
 
 
-def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Output:
+def choose_output(model: nn.Module, choice: OutputChoice, batch: Batch) -> Output:
     """Which tensor `choice` means for this model.
 
     `"auto"` takes the logits of a language-model head that was really loaded, else the last hidden
@@ -144,13 +144,13 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
     Args:
         model: in eval mode.
         choice: "auto", "pooler", "last_hidden_state", "logits" or a callable on the outputs.
-        sample: a small batch to try it on.
+        batch: whose first item it is tried on; the whole batch if the model takes no part of it.
 
     Raises:
         AdarankError: the model rejects the batch; an unknown name, an output the model does not
             have, or one that depends on weights that were missing from the checkpoint.
     """
-    _try(model, sample)
+    tried = _Tried(model, batch)
     base = base_model_prefix(model).rstrip(".")
 
     def pooled(outputs: Outputs, inputs: Batch) -> Tensor:
@@ -165,18 +165,18 @@ def choose_output(model: nn.Module, choice: OutputChoice, sample: Batch) -> Outp
         "last_hidden_state": Output("last_hidden_state", base, _attribute("last_hidden_state")),
     }
     if choice in known:
-        return _checked(model, known[choice], sample)
+        return _checked(tried, known[choice])
     if choice != "auto":
         raise AdarankError(
             f"output={choice!r} is unknown; use one of {', '.join(OUTPUTS)} or a callable"
         )
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        if not _untrained_on_path(model, logits, sample):
+        if not _untrained_on_path(tried, logits):
             return logits
     elif not hasattr(model, "config"):
-        if _tensor(_run(model, "", sample)) is not None:
+        if _tensor(tried.outputs) is not None:
             return Output("tensor", "", lambda outputs, inputs: cast(Tensor, _tensor(outputs)))
-    return _checked(model, Output("mean_pooled_hidden_state", base, pooled), sample)
+    return _checked(tried, Output("mean_pooled_hidden_state", base, pooled))
 
 
 def small_sample(model: nn.Module, batch: Batch) -> Batch:
@@ -208,11 +208,21 @@ def rejection(model: nn.Module, what: str, batch: Batch, error: Exception) -> Ad
     return AdarankError(f"the model rejects {what} ({shapes}): {reason}")
 
 
-def _try(model: nn.Module, sample: Batch) -> None:
-    try:
-        _run(model, "", sample)
-    except Exception as error:
-        raise rejection(model, "the first item of batches", sample, error) from error
+class _Tried:
+    """A small sample of a batch, and what the model returned for it."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self.model = model
+        found: list[Outputs] = []
+        self.sample = accepted_part(lambda part: found.append(_run(model, "", part)), batch, 1)
+        try:
+            self.outputs = found[0] if found else _run(model, "", self.sample)
+        except Exception as error:
+            raise rejection(model, "the first item of batches", self.sample, error) from error
+
+    def of(self, root: str) -> Outputs:
+        """What a part of the model returns for the sample."""
+        return _run(self.model, root, self.sample) if root else self.outputs
 
 
 def _attribute(name: str) -> Callable[[Outputs, Batch], Tensor]:
@@ -225,11 +235,11 @@ def _attribute(name: str) -> Callable[[Outputs, Batch], Tensor]:
     return read
 
 
-def _checked(model: nn.Module, output: Output, sample: Batch) -> Output:
+def _checked(tried: _Tried, output: Output) -> Output:
     try:
-        untrained = _untrained_on_path(model, output, sample)
+        untrained = _untrained_on_path(tried, output)
     except AttributeError as error:
-        outputs = _run(model, output.root, sample)
+        outputs = tried.of(output.root)
         has = ", ".join(outputs.keys()) if hasattr(outputs, "keys") else type(outputs).__name__
         wanted = error.args[0].split()[-1].strip("'")
         raise AdarankError(
@@ -245,13 +255,14 @@ def _checked(model: nn.Module, output: Output, sample: Batch) -> Output:
     return output
 
 
-def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[str]:
+def _untrained_on_path(tried: _Tried, output: Output) -> list[str]:
     """Names of freshly initialised parameters that `output` depends on.
 
     A model with parameters that came from a checkpoint was loaded; its others were not in it. Which
     of these the output depends on is read off autograd, on one small batch and only if there are
     any.
     """
+    model, sample = tried.model, tried.sample
     named = dict(model.named_parameters())
     loaded = {name for name, p in named.items() if came_from_checkpoint(p)}
     fresh = {
@@ -260,7 +271,7 @@ def _untrained_on_path(model: nn.Module, output: Output, sample: Batch) -> list[
         if loaded and name not in loaded and p.is_floating_point() and not is_adapter(name)
     }
     if not fresh:
-        output.read(_run(model, output.root, sample), sample)  # AttributeError if it is not there
+        output.read(tried.of(output.root), sample)  # AttributeError if it is not there
         return []
     with flags_restored(model), torch.enable_grad():
         for name, parameter in named.items():

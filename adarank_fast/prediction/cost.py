@@ -86,7 +86,7 @@ def estimate_cost(
     targets = find_targets(inner, target_modules)
     prepared = prepare_batches(inner, batches)
     with undisturbed(inner), unpacked(inner):
-        chosen = choose_output(inner, output, small_sample(inner, prepared[0]))
+        chosen = choose_output(inner, output, prepared[0])
         parts = prepared if callable(output) else remove_padding(inner, chosen, prepared)
         parts.sort(key=tokens, reverse=True)
         clean = record_clean_passes(inner, chosen, parts[:1], targets)

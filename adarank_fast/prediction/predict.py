@@ -32,7 +32,7 @@ from adarank_fast.models.identity import (
 )
 from adarank_fast.models.lookups import checked_lookups
 from adarank_fast.models.memory import Memory, default_memory
-from adarank_fast.models.outputs import Output, choose_output, small_sample
+from adarank_fast.models.outputs import Output, choose_output
 from adarank_fast.models.precision import copy_in_dtype
 from adarank_fast.models.quantization import unpacked
 from adarank_fast.models.targets import Target, TargetModules, find_targets, unwrap
@@ -137,8 +137,7 @@ def _predict(
             probed, prepared = copy_in_dtype(inner, dtype), in_dtype(prepared, dtype)
             targets = find_targets(probed, target_modules)
         with checked_lookups(probed):
-            sample = small_sample(probed, prepared[0])
-            chosen = choose_output(probed, probe.output, sample)
+            chosen = choose_output(probed, probe.output, prepared[0])
         settings["output"] = chosen.name
         is_compared = limits.checkpoint is not None or processes.count > 1
         identity = {
