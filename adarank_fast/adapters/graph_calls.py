@@ -19,6 +19,7 @@ from adarank_fast.adapters.peft_private import (
     Attributes,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
+    MontecloraSampler,
 )
 
 VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -152,6 +153,7 @@ class Foundation:
         self.hooks = [m.__dict__[name] for m in modules[1:] for name in HOOKS]
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         self.adapters = [m.__dict__ for m in modules if isinstance(m, kinds)]
+        self.samples = any(isinstance(m, MontecloraSampler) for m in modules)
         self.dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
 
     def why_not(self) -> str:
@@ -179,13 +181,14 @@ class Foundation:
             tuple([_adapter_flags(own) for own in self.adapters]),
         )
 
-    def has_tensor_scaling(self) -> bool:
-        """Whether an adapter is scaled by a tensor: on the host, a graph would repeat its value."""
-        return any(
-            isinstance(scaling, Tensor)
-            for own in self.adapters
-            for scaling in own.get("scaling", {}).values()
-        )
+    def changes(self) -> str:
+        """What of the next call would not be the same in a replay; "" if nothing."""
+        for own in self.adapters:
+            if any(isinstance(scaling, Tensor) for scaling in own.get("scaling", {}).values()):
+                return "an adapter is scaled by a tensor"  # on the host: its value would be kept
+            if own.get("_disable_adapters") and own.get("merged_adapters"):
+                return "merged adapters that are switched off, which its forward takes out"
+        return "random samples that are drawn ahead" if self.samples else ""
 
     def has_hooks(self) -> bool:
         """Whether a hook inside of the block would not be called."""

@@ -231,8 +231,8 @@ class Graphs:
     ) -> BlockGraph:
         if not self.flights.under_way:
             self._begin_session()
-        if foundation.has_tensor_scaling():
-            raise UnfitError("an adapter is scaled by a tensor")
+        if why := foundation.changes():
+            raise UnfitError(why)
         try:
             with torch.no_grad():
                 found = [self._static(tensor) for tensor in tensors]

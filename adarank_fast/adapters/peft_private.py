@@ -35,6 +35,14 @@ except ImportError:
 
 
 try:
+    from peft.tuners.lora.monteclora import MontecloraSampler
+except ImportError:
+
+    class MontecloraSampler:  # type: ignore[no-redef]
+        """Stands in: no module is of this class."""
+
+
+try:
     from peft.utils.other import get_pattern_key
 except ImportError:
 
@@ -54,6 +62,7 @@ __all__ = [
     "DoraLinearLayer",
     "DoraLinearVariant",
     "Layer",
+    "MontecloraSampler",
     "TorchaoLoraLinear",
     "bitsandbytes_layers",
     "caches_dora",

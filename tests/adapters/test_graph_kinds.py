@@ -14,6 +14,7 @@ from torch import nn
 import adarank_fast as ada
 from adarank_fast.adapters.gated_mlp import gated_mlps
 from adarank_fast.adapters.graph_blocks import graph_report, graph_with
+from adarank_fast.adapters.peft_private import MontecloraSampler
 from tests.adapters.graph_stand_in import StandIn, Tape
 from tests.adapters.graphed_models import assert_close, trained
 
@@ -117,6 +118,40 @@ def test_a_module_that_is_trained_whole_may_be_switched_without_training():
             each.set_adapter(["default", "other"][i // 4 % 2], inference_mode=True)
         assert_close(step(model, i), step(plain, i))
     assert graph_report(model).graphed_calls >= 8, str(graph_report(model))
+
+
+@pytest.mark.parametrize("backend", [StandIn, Tape])
+@pytest.mark.parametrize("kind", ["IA3", "LoRA", "VeRA"])
+def test_a_forward_that_takes_merged_adapters_out_is_never_captured(kind, backend):
+    """Its kind of call comes again and again; a replay would take them out each time."""
+    lora = peft.LoraConfig(target_modules=TARGETS, init_lora_weights=False)
+    plain = peft.get_peft_model(Blocks(Block), lora if kind == "LoRA" else CONFIGS[kind]())
+    for parameter in plain.base_model.model.blocks.parameters():
+        parameter.requires_grad_()  # or nothing would be trained
+    model = graph_with(copy.deepcopy(plain), backend())
+    for i in range(6):
+        for each in (model, plain):
+            each.merge_adapter()
+        with model.disable_adapter(), plain.disable_adapter():
+            for j in range(3):
+                assert_close(step(model, i + j), step(plain, i + j))
+    report = graph_report(model)
+    why = "merged adapters that are switched off, which its forward takes out"
+    # merging puts other tensors into IA3's layers, so that no call ever comes for the third time
+    assert report.reasons.get(why, 0) == (0 if kind == "IA3" else 8), str(report)
+
+
+@pytest.mark.skipif(
+    not issubclass(MontecloraSampler, nn.Module), reason="PEFT that has no Monteclora"
+)
+def test_samples_that_are_drawn_ahead_are_not_repeated():
+    variant = peft.MontecloraConfig(num_samples=2, buffer_size=3)
+    config = peft.LoraConfig(target_modules=TARGETS, r=4, monteclora_config=variant)
+    plain = peft.get_peft_model(Blocks(Block), config)
+    model = graph_with(copy.deepcopy(plain), StandIn())
+    for i in range(9):
+        assert_close(step(model, i), step(plain, i))
+    assert graph_report(model).graphed_calls == 0
 
 
 def test_a_scaling_that_is_a_tensor_is_read_anew():
