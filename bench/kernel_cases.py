@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class Case:
     flops_per_step: int = 0  # of one block and one iteration of the hot loop; 0: no GEMM
     aligned: bool = True  # every stored row starts at 16 bytes: stores must be wide
     skinny: bool = False  # a tile of few rows and columns, bound by memory: HMMA will do
+    there: dict[str, dict[str, int]] = field(default_factory=dict)  # target -> its own options
+
+    def options_on(self, target: str) -> dict[str, Any]:
+        """What the launchers choose there."""
+        return self.options | self.there.get(target, {})
 
     def tensor_core(self, target: str) -> str:
         """A pattern of the instructions that it must have."""
@@ -70,11 +75,13 @@ def lora_cases(name: str, t: MockTensor) -> Iterator[Case]:
         yield Case("shrink", config, name, kernel, args, options, flops, aligned, skinny=True)
     M, N, R = (launch.EXPAND[f"BLOCK_{axis}"] for axis in "MNR")
     for b, aligned in itertools.product((t, FP32), (True, False)):
-        config = f"{M}x{N}{' B fp32' if b is FP32 else ''}{'' if aligned else ' ragged'}"
+        config = "{BLOCK_M}x{BLOCK_N}"
+        config += f"{' B fp32' if b is FP32 else ''}{'' if aligned else ' ragged'}"
         args = [t, *[t] * 4, *[b] * 4, FP32, INT32, 8192, 48]
         options = launch.EXPAND | PRECISION | {"ALIGNED": aligned}
-        kernel = lora.expand_kernel
-        yield Case("expand", config, name, kernel, args, options, 2 * M * N * R, aligned)
+        there = {} if aligned else {"sm_100": launch.SMALLER}
+        kernel, flops = lora.expand_kernel, 2 * M * N * R
+        yield Case("expand", config, name, kernel, args, options, flops, aligned, there=there)
     for add in (True, False):
         args = [t, t, INT64, 8192, 4096, 4096, 6554]
         options = launch.DROP | {"ADD": add}
@@ -92,7 +99,8 @@ def gradient_cases(name: str, t: MockTensor) -> Iterator[Case]:
         options = gradients.GRAD_S | PRECISION | {"BLOCK_R": R}
         kernel, config = triton_gradients.grad_s_kernel, f"{M}x{K} R={R}{how}"
         stores = out is FP32 or R > 16  # of fewer, a thread holds less than 16 bytes
-        yield Case("grad_s", config, name, kernel, args, options, 2 * M * K * R, stores)
+        flops, there = 2 * M * K * R, {"gfx942": gradients.ON_ROCM}
+        yield Case("grad_s", config, name, kernel, args, options, flops, stores, there=there)
     for dropout, how in itertools.product((False, True), ("", " one share")):
         made = gradients.DROPPED if dropout else gradients.OUTER
         M, N = made["BLOCK_M"], made["BLOCK_N"]

@@ -194,17 +194,18 @@ def broken_rules(case: Case, target: str, figures: dict[str, Any]) -> list[str]:
 def measure(target: str, case: Case) -> dict[str, Any]:
     """Compile a case for a target; its figures, or the error."""
     triton.runtime.driver.set_active(StubDriver(target))
+    options = case.options_on(target)
     row: dict[str, Any] = {
         "triton": triton.__version__,
         "target": target,
         "kernel": case.kernel,
-        "config": case.config,
+        "config": case.config.format(**options),
         "dtype": case.dtype,
-        "warps": case.options["num_warps"],
-        "stages": case.options["num_stages"],
+        "warps": options["num_warps"],
+        "stages": options["num_stages"],
     }
     try:
-        compiled = case.function.warmup(*case.args, grid=(1,), **case.options)
+        compiled = case.function.warmup(*case.args, grid=(1,), **options)
         read = read_amd if target.startswith("gfx") else read_cuda
         row |= read(compiled, target, case)
         row["broken"] = "; ".join(broken_rules(case, target, row))

@@ -195,6 +195,21 @@ def test_four_modules_a_launch(M: int, launches: list[Launch]) -> None:
         assert made.constants["PRECISION"] == "tf32" and {*launch.EXPAND} < {*made.constants}
 
 
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_ragged_rows_have_a_smaller_tile_on_blackwell(
+    major: int, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    asked = launch._is_blackwell.__wrapped__
+    assert asked(torch.device("cuda", 0)) == (major >= 10) and not asked(torch.device("cpu"))
+    monkeypatch.setattr(launch, "_is_blackwell", lambda device: major >= 10)
+    for outs in ((48, 32), (48, 33)):
+        by_expand(N=130, outs=outs)
+        smaller = outs[1] == 33 and major >= 10
+        assert launches[-1].constants["BLOCK_M"] == (64 if smaller else 128)
+        assert launches[-1].grid[0] == (3 if smaller else 2)
+
+
 def test_the_width_of_a_segment() -> None:
     assert [launch.padded(rank) for rank in (0, 1, 15, 16, 17, 64)] == [0, 16, 16, 16, 32, 64]
 

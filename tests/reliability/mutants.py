@@ -42,7 +42,7 @@ SIZES = (
     *("SHRINK", "EXPAND", "DROP", "FILL", "PAIRS", "WORTH_BUILDING", "COUNTERS_PER_CHUNK"),
     *("COUNTERS_ELSEWHERE", "ROWS_PER_CHUNK", "LOGITS_BYTES", "CACHE_BYTES", "ROWS", "LARGE"),
     *("OUTPUTS", "GPU_BYTES", "GPU_LEAST_BYTES", "GPU_SHARE", "GPU_OUTPUTS"),
-    *("chunk_tokens", "chunks_at_once", "gpu_bound", "held_copies", "few"),
+    *("chunk_tokens", "chunks_at_once", "gpu_bound", "held_copies", "few", "SMALLER", "ON_ROCM"),
 )
 
 

@@ -25,6 +25,7 @@ from adarank_kernels.runtime.registry import cdiv, check_close, kind, launch, on
 BLOCKS_R = (16, 32, 64)
 CAST_R = 32  # ranks up to which a kernel casts float32 B itself: for more, sm_80 would spill
 GRAD_S = {"BLOCK_M": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+ON_ROCM = {"num_stages": 2}  # of dS: a third would take more than the 64 KiB that there are
 OUTER = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
 DROPPED = OUTER | {"BLOCK_N": 64}  # drawing a mask takes registers
 WIDE = 128  # BLOCK_R of dA, whose ranks are a whole group's: fewer passes over X, fewer masks drawn
@@ -177,10 +178,8 @@ def grad_s(
         table, rows = _grad_s_tiles(
             _shapes(Gs), tuple(ranks[some]), tuple(first[some]), block_r, like.device
         )
-        constants = GRAD_S | {
-            "BLOCK_R": block_r,
-            "PRECISION": precision(like.dtype),
-        }
+        constants = GRAD_S | {"BLOCK_R": block_r, "PRECISION": precision(like.dtype)}
+        constants |= ON_ROCM if torch.version.hip else {}
         integers = (N, width, shares)
         key = like.device, like.dtype, of_B[0].dtype, out.dtype, *map(kind, integers)
         factors = _factors(tuple(scalings[some]), like.device)

@@ -6,7 +6,7 @@ Every launcher takes matrices of one dtype on one device, in the packed layout d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TypedDict
 
 import torch
@@ -30,6 +30,7 @@ SHRINK_BLOCKS_R = (16, 32, 64)
 
 
 EXPAND = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 16, "num_warps": 8, "num_stages": 2}
+SMALLER = {"BLOCK_M": 64}  # of ragged rows on Blackwell, where the tile above would spill
 
 
 DROP = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1}
@@ -104,6 +105,11 @@ def _expand_constants(
     return table, len(tiles), torch.tensor(scalings, dtype=torch.float32, device=device)
 
 
+@cache
+def _is_blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     """drop(X) [N, in] A^T -> S [N, R], without the scale of the dropout."""
     X, A = _rows_in_order(X), A.contiguous()
@@ -154,8 +160,9 @@ def expand(
         ys += [ys[0]] * (SLOTS - len(ys))
         arguments = (S, *ys, *slots(Bs), factors, table, N, S.stride(0))
         key = S.device, S.dtype, Bs[0].dtype, S.data_ptr() % 16 == 0, kind(N), kind(S.stride(0))
-        constants = EXPAND | {"ALIGNED": aligned, "PRECISION": precision(S.dtype)}
-        grid = cdiv(N, EXPAND["BLOCK_M"]), tiles
+        options = EXPAND if aligned or not _is_blackwell(S.device) else EXPAND | SMALLER
+        constants = options | {"ALIGNED": aligned, "PRECISION": precision(S.dtype)}
+        grid = cdiv(N, options["BLOCK_M"]), tiles
         with on_device(S.device):
             launch(kernels.expand_kernel, key, grid, arguments, constants)
 
