@@ -17,12 +17,14 @@ from itertools import groupby
 from typing import TypedDict
 
 import numpy
+import numpy.typing
 import torch
 from torch import Tensor, nn
 
 from adarank_fast.errors import AdarankError
 from adarank_fast.models.bitsandbytes_private import scales
 
+Words = numpy.typing.NDArray[numpy.int64]
 BLOCK = 2**16  # numbers that one sum is over
 BLOCKS = {"cpu": 4, "cuda": 32}  # blocks at a time: in the cache of a core, few launches on a GPU
 SIGNS = 8  # projections of an output
@@ -169,6 +171,7 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
     """The sums of its blocks, [number of blocks in all] int64."""
     flat = tensor.as_subclass(Tensor).resolve_conj().contiguous().view(-1).view(torch.uint8)
     coefficients = _coefficients(tensor.device)
+    mixed = numpy.empty(min(BLOCK, len(flat) // 8 + 1), numpy.int64)
     size = 8 * BLOCK * BLOCKS.get(tensor.device.type, 4)
     for part in flat.split(size):
         if len(part) % 8:
@@ -178,9 +181,25 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
         words = part.view(torch.int64)
         whole = len(words) // BLOCK * BLOCK
         for block in (words[:whole].view(-1, BLOCK), words[None, whole:]):
-            if block.numel():
-                mixed = (block >> 32).bitwise_xor_(block)  # else two changed signs cancel out
-                yield mixed.mul_(coefficients[: block.shape[1]]).sum(1)
+            chosen = coefficients[: block.shape[1]]
+            if block.numel() and block.is_cpu:
+                yield _with_numpy(block.numpy(), chosen.numpy(), mixed[: len(chosen)])
+            elif block.numel():
+                yield _with_torch(block, chosen)
+
+
+def _with_torch(block: Tensor, coefficients: Tensor) -> Tensor:
+    """The sum of each row; its words are mixed, else two changed signs would cancel out."""
+    return (block >> 32).bitwise_xor_(block).mul_(coefficients).sum(1)
+
+
+def _with_numpy(block: Words, coefficients: Words, mixed: Words) -> Tensor:
+    """The same on a CPU in less than half of the time; overwrites `mixed`."""
+    sums = numpy.empty(len(block), numpy.int64)
+    for number, words in enumerate(block):
+        numpy.bitwise_xor(numpy.right_shift(words, 32, out=mixed), words, out=mixed)
+        sums[number] = numpy.dot(mixed, coefficients)
+    return torch.from_numpy(sums)
 
 
 @lru_cache(maxsize=4)

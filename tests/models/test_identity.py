@@ -84,6 +84,16 @@ def test_exchanged_values_and_changed_signs(dtype, distance):
     assert digest(plain.flip(0)) != before and digest(plain.roll(BLOCK)) != before
 
 
+@pytest.mark.parametrize("size", [1, 40, BLOCK])
+def test_a_cpu_and_other_devices_find_the_same_sums(size):
+    block = torch.randint(-(2**63), 2**63 - 1, (3, size))
+    coefficients = identity._coefficients(block.device)[:size]
+    found = identity._with_numpy(
+        block.numpy(), coefficients.numpy(), numpy.empty(size, numpy.int64)
+    )
+    assert torch.equal(found, identity._with_torch(block, coefficients))
+
+
 def test_names_shapes_types_and_order_count():
     one, other = values(12), values(12) + 1
     plain = digest(one, other)
