@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.gpu.checks import DEFAULT, WAITING
 from bench.gpu.context import best_seconds
-from bench.gpu.predictions import REPETITIONS, SAMPLE
+from bench.gpu.predictions import APART, REPETITIONS, SAMPLE
 from bench.gpu.rows import SECTIONS
 from bench.pages import DOCS, NONE, machines, table, texts, wrapped, write_page
 from bench.results_file import FOLDER, Row
@@ -165,6 +165,9 @@ def waiting(files: Sequence[Mapping[str, Any]]) -> str:
     names = [name.removeprefix("lora_") for name in WAITING]
     if unjudged := [name for name in names if name not in timed]:
         lines.append(wrapped(f"- {', '.join(unjudged)}: {VERDICT}", hanging="  "))
+    predictions = [row for found in files for row in found["sections"].get("predictions", ())]
+    if predictions and not any(APART in row["variant"] for row in predictions):
+        lines.append(wrapped(f"- predictions: {JOINED}", hanging="  "))
     if not lines:
         return ""
     return "\n\n".join(["## What waits for a card", texts(PAGE.name)[1]["waiting"].strip(),
@@ -174,6 +177,10 @@ def waiting(files: Sequence[Mapping[str, Any]]) -> str:
 VERDICT = (
     "kernels of a group's backward pass that run nowhere until a card has given its verdict; the "
     'rows "kernels" time them beside the vendor\'s GEMMs, the rows "blocks" with "+ backward"'
+)
+JOINED = (
+    "whether blocks whose work is little should be joined, as they are since the figures above: "
+    f'"ours" beside "ours, {APART}"'
 )
 NAMED_OTHERWISE = ("kernels",)  # its rows say what was timed of a job
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from adarank_fast.prediction import prober
 from bench.counts import SHAPES, Shape
 from bench.gpu.checks import choose
 from bench.gpu.context import Context, Row
@@ -21,6 +23,7 @@ from bench.naive import Problem, across
 ENCODED, WRITTEN, CHECKED = (64, 16), (8, 256), (2, 24)
 CHECKS, SAMPLE = 6, 12  # probes of the naive loop: compared in float64; timed
 REPETITIONS, LONGEST = 5, 20.0  # a variant, and seconds for all of them
+APART = "blocks apart"
 KERNELS = ("disagreement_pairs", "philox_normal")
 
 
@@ -55,11 +58,18 @@ def prediction_row(context: Context, row: str) -> list[Row]:
         f"naive loop, {probes} probes": Step(naive, calls=len(sample) / probes, captured=False),
         "ours": Step(ours, captured=False),
     }
+    steps[f"ours, {APART}"] = Step(partial(apart, problem), captured=False)
     for said, memory in MEMORIES.items():
         steps[f"ours, {said}"] = Step(partial(ours, memory), captured=False)
     fewer = replace(context, repetitions=min(context.repetitions, REPETITIONS), limit=LONGEST)
     refused = {name: why for name in steps if name.startswith("ours")}
     return fewer.measure(row, steps, memory=True, refused=refused)
+
+
+def apart(problem: Problem) -> None:
+    """A prediction that never joins blocks whose work is little."""
+    with patch.object(prober, "joined_rows", lambda *_: 0):
+        problem.predict()
 
 
 def problem_of(

@@ -122,6 +122,7 @@ def test_everything_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "one forward",
             f"naive loop, {probes} probes",
             "ours",
+            "ours, blocks apart",
             "ours, 8 GiB",
             "ours, 32 GiB",
         )
