@@ -46,6 +46,10 @@ class Case:
         """What the launchers choose there."""
         return self.options | self.there.get(target, {})
 
+    def config_on(self, target: str) -> str:
+        """Its name there."""
+        return self.config.format(**self.options_on(target))
+
     def tensor_core(self, target: str) -> str:
         """A pattern of the instructions that it must have."""
         return r"^HMMA" if self.skinny and target == "sm_90" else TENSOR_CORE[target]

@@ -199,7 +199,7 @@ def measure(target: str, case: Case) -> dict[str, Any]:
         "triton": triton.__version__,
         "target": target,
         "kernel": case.kernel,
-        "config": case.config.format(**options),
+        "config": case.config_on(target),
         "dtype": case.dtype,
         "warps": options["num_warps"],
         "stages": options["num_stages"],
