@@ -7,12 +7,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from adarank_fast.adapters.peft_private import (
+    BdLoraLinearVariant,
+    BlockDiagonalLinear,
     DoraLinearLayer,
     DoraLinearVariant,
     Layer,
+    MiCALinearVariant,
     caches_dora,
 )
-from adarank_fast.adapters.terms import has_plain_base, is_plain, names_of
+from adarank_fast.adapters.terms import blocks_of, has_plain_base, is_dora, is_plain, names_of
+
+AS_LORA = (BdLoraLinearVariant, MiCALinearVariant)  # other starts, other parameters, the same sum
 
 
 def why_not_here(x: Tensor) -> str:
@@ -41,7 +46,7 @@ def why_not(layer: Layer, x: Tensor) -> str:
         if reason := _why_not_adapter(layer, name):
             return reason
     if len(names) > 1:
-        if any([name in layer.lora_variant for name in names]):
+        if any([is_dora(layer, name) for name in names]):
             return "several active adapters, DoRA among them"
         if any([_drops(layer, name) for name in names]):
             return "several active adapters with dropout"  # PEFT draws a mask for each
@@ -67,20 +72,22 @@ def _why_not_adapter(layer: Layer, name: str) -> str:
     for module in (lora_A, lora_B):
         if reason := _why_not_module(module):
             return reason
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, BlockDiagonalLinear):
             return f"lora_A is a {type(module).__name__}"
-        for parameter in (module.weight, module.bias):
+        for parameter in (module.weight, getattr(module, "bias", None)):
             if parameter is not None and not is_plain(parameter):
                 return f"its parameters are {type(parameter).__name__}"
-    A, B = lora_A.weight, lora_B.weight
-    if lora_A.bias is not None or A.dim() != 2 or A.shape[0] != B.shape[-1]:
+    A, B, biased = lora_A.weight, lora_B.weight, getattr(lora_A, "bias", None) is not None
+    if biased or A.dim() != 2 or A.shape[0] != B.shape[-1] * blocks_of(lora_B):
         return "lora_A and lora_B do not fit each other"
     return ""
 
 
 def _why_not_variant(layer: Layer, name: str) -> str:
-    """Of the variants DoRA is fused, where it needs no second base product."""
+    """Of the variants DoRA is fused where it needs no second base product, and some others."""
     variant = layer.lora_variant[name]
+    if type(variant) in AS_LORA:
+        return ""
     if type(variant) is not DoraLinearVariant:
         return f"a LoRA variant ({type(variant).__name__})"
     dora = layer.lora_magnitude_vector[name]

@@ -17,8 +17,10 @@ from adarank_fast.adapters.peft_private import Attributes, Layer, caches_dora
 from adarank_fast.adapters.terms import (
     adapters_of,
     bias_of,
+    blocks_of,
     finished,
     has_plain_base,
+    is_dora,
     low_rank,
     names_of,
     weight_of,
@@ -54,7 +56,7 @@ class Member:
 
     __slots__ = (
         "active", "name", "base", "lora_A", "lora_B", "drop", "foreign", "base_class", "own_weight",
-        "own_bias", "weight", "bias", "A", "B", "scaling", "lora_bias", "variant", "adapter_class",
+        "own_bias", "weight", "bias", "A", "B", "scaling", "lora_bias", "variant", "classes",
         "trained", "bias_trained", "inner",
     )  # fmt: skip
     made = False
@@ -76,10 +78,10 @@ class Member:
     def take_adapter(self, layer: Layer, name: str | None) -> None:
         """Note the parts of the adapter `name`, which the layer has."""
         self.lora_A, self.lora_B = layer.lora_A[name], layer.lora_B[name]
-        self.adapter_class: type = nn.Linear
+        self.classes: tuple[type, type] = type(self.lora_A), type(self.lora_B)
         self.drop, self.variant = layer.lora_dropout[name], layer.lora_variant.get(name)
         self.A, self.B, self.scaling = self.lora_A.weight, self.lora_B.weight, layer.scaling[name]
-        self.lora_bias = self.lora_B.bias
+        self.lora_bias = getattr(self.lora_B, "bias", None)
         self.inner = (self.base.__dict__, self.lora_A.__dict__, self.lora_B.__dict__)
 
     @property
@@ -129,8 +131,8 @@ class Member:
             or parts["lora_B"]._modules.get(name) is not self.lora_B
             or parts["lora_dropout"]._modules.get(name) is not self.drop
             or type(self.base) is not self.base_class
-            or type(self.lora_A) is not self.adapter_class
-            or type(self.lora_B) is not self.adapter_class
+            or type(self.lora_A) is not self.classes[0]
+            or type(self.lora_B) is not self.classes[1]
         ):
             return False
         for inside in self.inner:
@@ -174,7 +176,7 @@ class Unadapted(Member):
     def take_adapter(self, layer: Layer, name: str | None) -> None:
         """Note that there is none."""
         self.lora_A = self.lora_B = self.drop = self.variant = self.scaling = self.lora_bias = None
-        self.adapter_class = type(None)
+        self.classes = type(None), type(None)
         self.A = self.B = _NO_PARAMETER
         self.inner = (self.base.__dict__, _NO_MODULE, _NO_MODULE)
 
@@ -195,7 +197,10 @@ class Unadapted(Member):
 
 
 class Made:
-    """A layer whose low-rank term is made in each call: several adapters, `lora_bias`, DoRA."""
+    """A layer whose low-rank term is made in each call.
+
+    Several adapters, `lora_bias`, DoRA, blocks on a diagonal.
+    """
 
     __slots__ = (
         "names", "members", "adapters", "base", "foreign", "own_weight", "scaling", "A", "B",
@@ -209,7 +214,7 @@ class Made:
         first = self.members[0]
         self.base, self.foreign, self.own_weight = first.base, first.foreign, first.own_weight
         self.magnitude = None
-        if first.variant is not None:
+        if is_dora(layer, names[0]):
             self.magnitude = layer.lora_magnitude_vector[names[0]]
         self.fixed_dropout = len(names) > 1 or self.magnitude is not None  # which is 0
         tensors = [t for adapter in self.adapters for t in adapter if isinstance(t, Tensor)]
@@ -277,6 +282,8 @@ def remember(layer: Layer) -> AnyMember | None:
     if not names:
         return Unadapted(layer, None)
     (name, *others) = names
-    if others or name in layer.lora_variant or layer.lora_B[name].bias is not None:
+    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+    has_blocks = blocks_of(lora_A) > 1 or blocks_of(lora_B) > 1
+    if others or has_blocks or is_dora(layer, name) or lora_B.bias is not None:
         return Made(layer, names)
     return Member(layer, name)

@@ -35,6 +35,25 @@ except ImportError:
 
 
 try:
+    from peft.tuners.lora.variants import BdLoraLinearVariant, BlockDiagonalLinear
+except ImportError:
+
+    class BdLoraLinearVariant:  # type: ignore[no-redef]
+        """Stands in: no adapter is of this kind."""
+
+    class BlockDiagonalLinear:  # type: ignore[no-redef]
+        """Stands in: no module is of this class."""
+
+
+try:
+    from peft.tuners.lora.variants import MiCALinearVariant
+except ImportError:
+
+    class MiCALinearVariant:  # type: ignore[no-redef]
+        """Stands in: no adapter is of this kind."""
+
+
+try:
     from peft.tuners.lora.monteclora import MontecloraSampler
 except ImportError:
 
@@ -59,9 +78,12 @@ __all__ = [
     "Attributes",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
+    "BdLoraLinearVariant",
+    "BlockDiagonalLinear",
     "DoraLinearLayer",
     "DoraLinearVariant",
     "Layer",
+    "MiCALinearVariant",
     "MontecloraSampler",
     "TorchaoLoraLinear",
     "bitsandbytes_layers",

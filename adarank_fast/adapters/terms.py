@@ -1,7 +1,8 @@
 """What a layer's active adapters add to its base product, as one low-rank term.
 
 Several adapters lie side by side, their scalings in the columns of B. `lora_bias` is added to the
-base bias. DoRA multiplies the sum of base product and low-rank product:
+base bias. Of BD-LoRA, whose A or B is block-diagonal, the whole matrix is made. DoRA multiplies the
+sum of base product and low-rank product:
 
     Y = m (X W^T + s X A^T B^T) + b,   m = magnitude / ||W + s B A||   (rows; no gradient)
 
@@ -16,13 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adarank_fast.adapters.peft_private import Layer
+from adarank_fast.adapters.peft_private import BlockDiagonalLinear, DoraLinearVariant, Layer
 
 
 class Adapter(NamedTuple):
     """The parameters of one adapter in one layer: A [r, in], B [out, r], bias and magnitude [out].
 
-    `magnitude` is DoRA's, `bias` that of `lora_bias`; None: none.
+    `magnitude` is DoRA's, `bias` that of `lora_bias`; None: none. `blocks` of A and of B lie on
+    their diagonals, and are their parameters, stacked; 1: the parameter is the matrix.
     """
 
     A: Tensor
@@ -30,6 +32,15 @@ class Adapter(NamedTuple):
     bias: Tensor | None
     scaling: float | Tensor
     magnitude: Tensor | None
+    blocks: tuple[int, int] = (1, 1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], with what lies off the diagonals."""
+        A, B = [
+            parameter if count == 1 else torch.block_diag(*parameter.chunk(count))
+            for parameter, count in zip((self.A, self.B), self.blocks, strict=True)
+        ]
+        return A, B
 
 
 def names_of(layer: Layer) -> list[str]:
@@ -41,12 +52,22 @@ def adapters_of(layer: Layer) -> list[Adapter]:
     """The layer's active adapters."""
     found = []
     for name in names_of(layer):
-        lora_B = layer.lora_B[name]
-        dora = layer.lora_magnitude_vector[name] if name in layer.lora_variant else None
-        magnitude = None if dora is None else dora.weight
-        A = layer.lora_A[name].weight
-        found.append(Adapter(A, lora_B.weight, lora_B.bias, layer.scaling[name], magnitude))
+        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+        magnitude = layer.lora_magnitude_vector[name].weight if is_dora(layer, name) else None
+        bias, scaling = getattr(lora_B, "bias", None), layer.scaling[name]
+        blocks = blocks_of(lora_A), blocks_of(lora_B)
+        found.append(Adapter(lora_A.weight, lora_B.weight, bias, scaling, magnitude, blocks))
     return found
+
+
+def is_dora(layer: Layer, name: str) -> bool:
+    """Whether the adapter is one of DoRA."""
+    return isinstance(layer.lora_variant.get(name), DoraLinearVariant)
+
+
+def blocks_of(module: nn.Module) -> int:
+    """How many blocks `lora_A` or `lora_B` has on its diagonal; 1 for a whole matrix."""
+    return module.nblocks if isinstance(module, BlockDiagonalLinear) else 1
 
 
 def has_plain_base(layer: Layer) -> bool:
@@ -72,10 +93,11 @@ def low_rank(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None,
     """(A [sum r, in], B [out, sum r], scaling) of the sum of their products; None without any."""
     if not adapters:
         return None, None, 0.0
+    factors = [adapter.factors() for adapter in adapters]
     if len(adapters) == 1:
-        return adapters[0].A, adapters[0].B, adapters[0].scaling
-    A = torch.cat([adapter.A for adapter in adapters])
-    return A, torch.cat([adapter.B * adapter.scaling for adapter in adapters], 1), 1.0
+        return *factors[0], adapters[0].scaling
+    scaled = [B * adapter.scaling for (_, B), adapter in zip(factors, adapters, strict=True)]
+    return torch.cat([A for A, _ in factors]), torch.cat(scaled, 1), 1.0
 
 
 def bias_of(bias: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor | None:
@@ -117,7 +139,7 @@ def _magnified(Y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter)
     Computed as Y + (m - 1) (Y - b). bfloat16 has 8 bits of precision: it would round away how far
     m is from 1, but it keeps m - 1. A new adapter has m = 1 and changes no bit.
     """
-    A, B, _, scaling, magnitude = adapter
+    A, B, _, scaling, magnitude, _ = adapter
     assert magnitude is not None
     with torch.autocast(Y.device.type, enabled=False):
         with torch.no_grad():
