@@ -28,6 +28,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (launch.SHRINK, {"BLOCK_M": 4, "BLOCK_K": 16}),
         (launch.EXPAND, {"BLOCK_M": 8, "BLOCK_N": 16}),
         (launch.DROP, {"BLOCK_M": 4, "BLOCK_K": 16}),
+        (gradients.GRAD_S, {"BLOCK_M": 8, "BLOCK_K": 16}),
+        (gradients.OUTER, {"BLOCK_M": 4, "BLOCK_N": 32}),
+        (gradients.DROPPED, {"BLOCK_M": 4, "BLOCK_N": 32}),
+        (gradients.TOTAL, {"BLOCK": 16, "AT_ONCE": 4}),
     ):
         for name, size in sizes.items():
             monkeypatch.setitem(options, name, size)
@@ -113,6 +117,47 @@ def test_a_half_word_at_the_threshold_is_kept() -> None:
     for column, half in enumerate(halves):
         assert launch.drop(X, SEED, half / 65536)[0, column] == 1
         assert launch.drop(X, SEED, (half + 1) / 65536)[0, column] == 0
+
+
+SHARED = ((3, 40, 16, 1, 24), (80, 32, 48, 16, 112))  # ranks, outs
+SCALINGS = [0.5, 1.0, 2.0, 0.25, 1.5]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 5])
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (1, 8), (2, 19), (5, 21)])
+def test_shares_of_the_gradients(
+    M: int, N: int, shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of them have nothing to add."""
+    monkeypatch.setattr(gradients, "_shares", lambda *_: shares)
+    ranks, outs, scalings = SHARED[0][:M], SHARED[1][:M], SCALINGS[:M]
+    first = [sum(map(launch.padded, ranks[:m])) for m in range(M)]
+    width = sum(map(launch.padded, ranks))
+    dYs = [guarded(randn(N, out, seed=m), out + 16) for m, out in enumerate(outs)]
+    Bs = [guarded(randn(out, rank)) for out, rank in zip(outs, ranks, strict=True)]
+    S = guarded(torch.full((N, width), torch.nan), width + 16)
+    for rank, start in zip(ranks, first, strict=True):  # padding is not read
+        S[:, start : start + rank] = randn(N, rank)
+    dS = gradients.grad_s(dYs, Bs, scalings, first, width)
+    dBs = gradients.grad_b(dYs, S, first, ranks, scalings, torch.float32)
+    right = torch.zeros(N, width)
+    each = zip(dYs, Bs, scalings, first, ranks, dBs, strict=True)
+    for dY, B, scaling, start, rank, dB in each:
+        right[:, start : start + rank] = scaling * dY @ B
+        torch.testing.assert_close(dB, scaling * dY.t() @ S[:, start : start + rank])
+    torch.testing.assert_close(dS, right)  # zeros in the padding
+    X, S = guarded(randn(N, 80), 96), guarded(randn(N, width), width + 16)
+    dA = gradients.grad_a(S, X, SEED, DROPOUT, torch.float32)
+    torch.testing.assert_close(dA, S.t() @ (X * keep_mask(SEED, N, 80, DROPOUT)))
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("size", [1, 16, 35])
+def test_the_sum_of_shares(size: int, shares: int) -> None:
+    given, out = guarded(randn(shares, size)), guarded(torch.zeros(1, size))
+    gradients._total(given, out[0])
+    torch.testing.assert_close(out[0], given.sum(0))
+    assert untouched(out)
 
 
 # Which kernel computes which product: torch's products are right, whoever is chosen
@@ -261,3 +306,11 @@ def test_gradients_of_the_factors(
         dYs, segments(S), (0.5, 1.0, 2.0), dtypes[:3], dBs, strict=True
     ):
         torch.testing.assert_close(dB, (scaling * dY.t() @ S_m).to(dtype))
+
+
+def test_the_dtype_of_a_products_gradients() -> None:
+    """That of all the factors, or float32."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    assert triton.common([bf16] * 3) == bf16 and triton.common([fp32]) == fp32
+    assert triton.common([bf16, fp32]) == triton.common([fp32, bf16]) == fp32
+    assert triton.common([bf16, fp16, bf16]) == fp32
