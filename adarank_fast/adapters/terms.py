@@ -103,15 +103,20 @@ def low_rank(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None,
 def bias_of(bias: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor | None:
     """What the operator adds: the base bias and each scaled `lora_bias`, [out].
 
-    For DoRA with gaps between its elements. Then it is added in the base product, as the base does
-    it, and not after it, which rounds otherwise: a new adapter must change no bit.
+    For DoRA and BD-LoRA with gaps between its elements. Then it is added in the base product, as
+    the base does it, and not after it, which rounds otherwise: a new adapter of DoRA must change no
+    bit, and wrapping in FSDP (for which the base is trained) should change none.
     """
-    if bias is not None and adapters and adapters[0].magnitude is not None:
-        return torch.stack([bias, bias], 1)[:, 0]
     own = [adapter.bias * adapter.scaling for adapter in adapters if adapter.bias is not None]
-    if not own:
-        return bias
-    return sum(own[1:] if bias is None else own, own[0] if bias is None else bias).to(dtype)
+    if own:
+        bias = sum(own[1:] if bias is None else own, own[0] if bias is None else bias).to(dtype)
+    if bias is not None and any(_with_base(adapter) for adapter in adapters):
+        return torch.stack([bias, bias], 1)[:, 0]
+    return bias
+
+
+def _with_base(adapter: Adapter) -> bool:
+    return adapter.magnitude is not None or adapter.blocks != (1, 1)
 
 
 def finished(

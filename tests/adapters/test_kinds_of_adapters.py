@@ -30,6 +30,7 @@ OTHER_RANKS = {"q": 24, "v": 64}  # none in k
 KINDS = ["lora_bias", "several", "several, lora_bias", "absent", "dora"]
 if BdLoraConfig is not None:  # this PEFT has them
     KINDS += ["blocks in A", "blocks in B", "several, blocks in B", "mica"]
+    KINDS += ["several, lora_bias, blocks in A"]
 EVEN = {"q": 2, "k": 4, "v": 8}  # where there are two blocks
 DTYPES = [
     (torch.float64, torch.float64),
