@@ -46,6 +46,11 @@ class Case:
         """What the launchers choose there."""
         return self.options | self.there.get(target, {})
 
+    def flops_on(self, target: str) -> int:
+        """Of a step there."""
+        rows = self.options_on(target).get("BLOCK_M", 1)
+        return self.flops_per_step * rows // self.options.get("BLOCK_M", 1)
+
     def config_on(self, target: str) -> str:
         """Its name there."""
         return self.config.format(**self.options_on(target))

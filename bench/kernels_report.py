@@ -152,7 +152,7 @@ def read_cuda(compiled: Any, target: str, case: Case) -> dict[str, Any]:
     loop = _hot_loop(code, case.tensor_core(target)) if case.flops_per_step else []
     if loop:  # four schedulers issue one instruction each per clock, for all warps of a block
         figures["issue_clocks"] = round(len(loop) * warps / 4)
-        figures["mma_clocks"] = round(case.flops_per_step / MMA_FLOPS_PER_CLOCK[target])
+        figures["mma_clocks"] = round(case.flops_on(target) / MMA_FLOPS_PER_CLOCK[target])
     return figures
 
 

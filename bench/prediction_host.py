@@ -94,7 +94,7 @@ class Real:
             total = max(total, (CARD["bytes"] - held) // 2)
         self.memory = memory.Memory(total)
         blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-        self.block = sum(p.numel() for p in blocks[0].parameters())
+        self.blocks = list(blocks)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.noise = {n: m.weight.nbytes for n, m in linears.items()}
         self.width, self.outputs = WIDE[name][3]["hidden_size"], WIDE[name][3]["vocab_size"]
@@ -120,7 +120,7 @@ def as_on_a_card(real: Real, counts: dict[str, int]) -> None:
     if hasattr(prober, "joined_rows"):
         properties = SimpleNamespace(multi_processor_count=CARD["multiprocessors"])
         torch.cuda.get_device_properties = lambda device: properties
-        rows = prober.joined_rows(card.device, real.block, torch.bfloat16.itemsize)
+        rows = prober.joined_rows(card.device, *prober.block_size(real.blocks))
         short = SHORT[real.size]
         joined = rows // real.tokens * short[0] * short[1]
         prober.joined_rows = lambda *_: joined
@@ -255,6 +255,7 @@ def main(write: Callable[..., None]) -> None:
     parser.add_argument("--before", default="213dc16", help="a commit (213dc16)")
     parser.add_argument("--only", default="", help="models named so; nothing is written")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as each measurement has
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "before"

@@ -72,6 +72,8 @@ def _why_not_adapter(layer: Layer, name: str) -> str:
     for module in (lora_A, lora_B):
         if reason := _why_not_module(module):
             return reason
+        if type(module) is BlockDiagonalLinear and module is lora_A:
+            return "BD-LoRA with blocks in A"  # the whole A takes a multiple of their products
         if type(module) not in (nn.Linear, BlockDiagonalLinear):
             return f"lora_A is a {type(module).__name__}"
         for parameter in (module.weight, getattr(module, "bias", None)):

@@ -199,7 +199,7 @@ class Unadapted(Member):
 class Made:
     """A layer whose low-rank term is made in each call.
 
-    Several adapters, `lora_bias`, DoRA, blocks on a diagonal.
+    Several adapters, `lora_bias`, DoRA, BD-LoRA.
     """
 
     __slots__ = (
@@ -282,8 +282,8 @@ def remember(layer: Layer) -> AnyMember | None:
     if not names:
         return Unadapted(layer, None)
     (name, *others) = names
-    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-    has_blocks = blocks_of(lora_A) > 1 or blocks_of(lora_B) > 1
-    if others or has_blocks or is_dora(layer, name) or lora_B.bias is not None:
+    lora_B = layer.lora_B[name]
+    made = blocks_of(lora_B) > 1 or getattr(lora_B, "bias", None) is not None
+    if others or made or is_dora(layer, name):
         return Made(layer, names)
     return Member(layer, name)

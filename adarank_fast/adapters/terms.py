@@ -1,8 +1,8 @@
 """What a layer's active adapters add to its base product, as one low-rank term.
 
 Several adapters lie side by side, their scalings in the columns of B. `lora_bias` is added to the
-base bias. Of BD-LoRA, whose A or B is block-diagonal, the whole matrix is made. DoRA multiplies the
-sum of base product and low-rank product:
+base bias. Of BD-LoRA the whole of a block-diagonal B is made. DoRA multiplies the sum of base
+product and low-rank product:
 
     Y = m (X W^T + s X A^T B^T) + b,   m = magnitude / ||W + s B A||   (rows; no gradient)
 
@@ -23,8 +23,8 @@ from adarank_fast.adapters.peft_private import BlockDiagonalLinear, DoraLinearVa
 class Adapter(NamedTuple):
     """The parameters of one adapter in one layer: A [r, in], B [out, r], bias and magnitude [out].
 
-    `magnitude` is DoRA's, `bias` that of `lora_bias`; None: none. `blocks` of A and of B lie on
-    their diagonals, and are their parameters, stacked; 1: the parameter is the matrix.
+    `magnitude` is DoRA's, `bias` that of `lora_bias`; None: none. B may be the stacked `blocks` of
+    a diagonal.
     """
 
     A: Tensor
@@ -32,15 +32,11 @@ class Adapter(NamedTuple):
     bias: Tensor | None
     scaling: float | Tensor
     magnitude: Tensor | None
-    blocks: tuple[int, int] = (1, 1)
+    blocks: int = 1
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r], with what lies off the diagonals."""
-        A, B = [
-            parameter if count == 1 else torch.block_diag(*parameter.chunk(count))
-            for parameter, count in zip((self.A, self.B), self.blocks, strict=True)
-        ]
-        return A, B
+    def whole_B(self) -> Tensor:
+        """[out, r], with what lies off the diagonal."""
+        return self.B if self.blocks == 1 else torch.block_diag(*self.B.chunk(self.blocks))
 
 
 def names_of(layer: Layer) -> list[str]:
@@ -55,7 +51,7 @@ def adapters_of(layer: Layer) -> list[Adapter]:
         lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
         magnitude = layer.lora_magnitude_vector[name].weight if is_dora(layer, name) else None
         bias, scaling = getattr(lora_B, "bias", None), layer.scaling[name]
-        blocks = blocks_of(lora_A), blocks_of(lora_B)
+        blocks = blocks_of(lora_B)
         found.append(Adapter(lora_A.weight, lora_B.weight, bias, scaling, magnitude, blocks))
     return found
 
@@ -66,7 +62,7 @@ def is_dora(layer: Layer, name: str) -> bool:
 
 
 def blocks_of(module: nn.Module) -> int:
-    """How many blocks `lora_A` or `lora_B` has on its diagonal; 1 for a whole matrix."""
+    """How many blocks a `lora_B` has on its diagonal; 1 for a whole matrix."""
     return module.nblocks if isinstance(module, BlockDiagonalLinear) else 1
 
 
@@ -93,30 +89,24 @@ def low_rank(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None,
     """(A [sum r, in], B [out, sum r], scaling) of the sum of their products; None without any."""
     if not adapters:
         return None, None, 0.0
-    factors = [adapter.factors() for adapter in adapters]
     if len(adapters) == 1:
-        return *factors[0], adapters[0].scaling
-    scaled = [B * adapter.scaling for (_, B), adapter in zip(factors, adapters, strict=True)]
-    return torch.cat([A for A, _ in factors]), torch.cat(scaled, 1), 1.0
+        return adapters[0].A, adapters[0].whole_B(), adapters[0].scaling
+    A = torch.cat([adapter.A for adapter in adapters])
+    return A, torch.cat([adapter.whole_B() * adapter.scaling for adapter in adapters], 1), 1.0
 
 
 def bias_of(bias: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor | None:
     """What the operator adds: the base bias and each scaled `lora_bias`, [out].
 
-    For DoRA and BD-LoRA with gaps between its elements. Then it is added in the base product, as
-    the base does it, and not after it, which rounds otherwise: a new adapter of DoRA must change no
-    bit, and wrapping in FSDP (for which the base is trained) should change none.
+    For DoRA with gaps between its elements. Then it is added in the base product, as the base does
+    it, and not after it, which rounds otherwise: a new adapter must change no bit.
     """
     own = [adapter.bias * adapter.scaling for adapter in adapters if adapter.bias is not None]
     if own:
         bias = sum(own[1:] if bias is None else own, own[0] if bias is None else bias).to(dtype)
-    if bias is not None and any(_with_base(adapter) for adapter in adapters):
+    if bias is not None and adapters and adapters[0].magnitude is not None:
         return torch.stack([bias, bias], 1)[:, 0]
     return bias
-
-
-def _with_base(adapter: Adapter) -> bool:
-    return adapter.magnitude is not None or adapter.blocks != (1, 1)
 
 
 def finished(

@@ -169,7 +169,14 @@ def _says_all(value: object) -> bool:
 @torch.no_grad()
 def _sums(tensor: Tensor) -> Iterator[Tensor]:
     """The sums of its blocks, [number of blocks in all] int64."""
-    flat = tensor.as_subclass(Tensor).resolve_conj().contiguous().view(-1).view(torch.uint8)
+    flat = (
+        tensor.as_subclass(Tensor)
+        .resolve_conj()
+        .resolve_neg()
+        .contiguous()
+        .view(-1)
+        .view(torch.uint8)
+    )
     coefficients = _coefficients(tensor.device)
     mixed = numpy.empty(min(BLOCK, len(flat) // 8 + 1), numpy.int64)
     size = 8 * BLOCK * BLOCKS.get(tensor.device.type, 4)

@@ -68,7 +68,8 @@ def estimate_cost(
 ) -> CostEstimate:
     """Count the work of `predict_ranks` and time one forward, without probing anything.
 
-    Only the largest batch is run: once clean, once folded, and small ones to find the routes.
+    Only the largest batch is run: once clean, once folded, and small ones to find the routes. Each
+    block is counted by itself, though a GPU may probe some together, and compute a little more.
 
     Args:
         model: as for `predict_ranks`.

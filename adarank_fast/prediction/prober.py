@@ -120,9 +120,8 @@ class Prober:
 
     def _groups(self, variants: Sequence[Variant]) -> Iterator[list[Variant]]:
         """The variants of a block; of several, in their order, where these are little for a GPU."""
-        clean, blocks = self._clean, self._clean.blocks.values()
-        size = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=1)
-        rows = joined_rows(clean.outputs[0].device, size, clean.outputs[0].element_size())
+        clean = self._clean
+        rows = joined_rows(clean.outputs[0].device, *block_size([*clean.blocks.values()]))
         folds = (folds_for(clean, index, self._memory) for index in range(len(clean.batches)))
         most = min(rows // max(*clean.tokens, 1), *folds)
         group: list[Variant] = []
@@ -234,6 +233,14 @@ class Prober:
             for target in dict.fromkeys(chunk[k].target for k in some)
         }
         return self._replay.run(index, len(some), perturbations)
+
+
+def block_size(blocks: Sequence[nn.Module]) -> tuple[int, int]:
+    """(parameters of the largest block, bytes of an element that blocks compute with)."""
+    parameters = [[*block.parameters()] for block in blocks]
+    floating = (p for some in parameters for p in some if p.is_floating_point())
+    size = max((sum(p.numel() for p in some) for some in parameters), default=1)
+    return size, next((p.element_size() for p in floating), 4)
 
 
 def joined_rows(device: torch.device, parameters: int, itemsize: int) -> int:

@@ -142,9 +142,7 @@ def test_a_card_prepares_many_small_chunks_at_once() -> None:
 
 @pytest.mark.parametrize("pairs", [True, False])
 @pytest.mark.parametrize("metric", METRICS)
-def test_several_chunks_at_once_give_the_bits_of_one_after_the_other(
-    metric, pairs, monkeypatch
-) -> None:
+def test_several_chunks_at_once_are_as_one_after_the_other(metric, pairs, monkeypatch) -> None:
     hidden, weight = variants(4, 23, 8, 1.0), variants(1, 90, 8, 1.0)[0]
     hidden[1:, 3:9] = hidden[0, 3:9] + 1e-3 * hidden[1:, 3:9]
     hidden[2, 5, 1], hidden[0, 7] = torch.nan, torch.inf

@@ -110,6 +110,7 @@ def test_the_layout_does_not_count(monkeypatch):
     storage = torch.cat([torch.zeros(1), matrix.flatten()])
     assert digest(storage[1:].view(6, 10)) == plain  # no whole number of 64 bits begins there
     assert digest(matrix.t().contiguous().t()) == plain
+    assert digest(torch._neg_view(-matrix)) == plain
     assert digest(torch.zeros(6, 20)[:, ::2].copy_(matrix)) == plain
     large = digest(values(9 * BLOCK))
     monkeypatch.setitem(identity.BLOCKS, "cpu", 1)

@@ -33,7 +33,7 @@ FILES = (
 )  # fmt: skip
 HOWS = ("accelerated", "graphed", "recorded")
 NOT_COUNTED = ("adapters disabled", "merged", "extra arguments", "refused")
-LEFT_TO_PEFT = ("a LoRA variant", "DoRA ", "several active", "base layer is a")
+LEFT_TO_PEFT = ("a LoRA variant", "BD-LoRA with", "DoRA ", "several active", "base layer is a")
 
 
 def fetch(folder: Path) -> Path:

@@ -62,6 +62,20 @@ def test_little_work_is_few_rows_or_few_products(monkeypatch):
     assert prober.joined_rows(card, 1 << 20, 4) == 100 << 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_work_is_counted_in_the_blocks_own_dtype(kind, dtype, monkeypatch):
+    """Whatever the output is: mean pooling gives float32."""
+    asked = []
+    monkeypatch.setattr(prober, "joined_rows", lambda *rest: asked.append(rest) or 0)
+    model = tiny(kind).to(dtype)
+    predict(model, [batch(kind)], target_modules="attention", trials=1)
+    (device, parameters, itemsize), *_ = asked
+    assert device.type == "cpu" and itemsize == dtype.itemsize
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    assert parameters == sum(p.numel() for p in blocks[0].parameters())
+
+
 def test_no_more_is_joined_than_folds_into_a_forward(runs, monkeypatch):
     monkeypatch.setattr(prober, "joined_rows", lambda *_: 10**6)
     monkeypatch.setattr(prober, "folds_for", lambda *_: 10)

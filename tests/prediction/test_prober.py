@@ -255,6 +255,20 @@ def test_random_forward_is_refused():
         predict(Random(), [{"x": torch.randn(3, 6)}], target_modules="all-linear", average_rank=2)
 
 
+def test_a_forward_that_takes_turns_is_refused():
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls = nn.Linear(6, 6), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.linear(x) + self.calls % 2
+
+    with pytest.raises(ValueError, match="another output when it is run again in eval mode"):
+        predict(Turns(), [{"x": torch.randn(3, 6)}], target_modules="all-linear", average_rank=2)
+
+
 def test_a_variant_that_overflows_is_named():
     class Exploding(nn.Module):
         def __init__(self):

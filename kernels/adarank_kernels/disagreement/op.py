@@ -200,7 +200,9 @@ def chunk_tokens(
         held = R * (
             held_copies(metric, kernel) * width * size + features * (2 * size + dtype.itemsize)
         )
-        bound = 3 * _gpu_bound(R, tokens, V, dtype) // 4
+        bound = _gpu_bound(R, tokens, V, dtype)
+        if outputs is not None:  # the rest is for `chunks_at_once`
+            bound = 3 * bound // 4
         return max(1, min(GPU_BYTES // (R * max(width, features) * size), bound // held))
     if in_blocks:
         return max(1, ROWS // R)

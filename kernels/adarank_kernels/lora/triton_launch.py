@@ -107,7 +107,9 @@ def _expand_constants(
 
 @cache
 def _is_blackwell(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def shrink(X: Tensor, A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
